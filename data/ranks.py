@@ -1,0 +1,78 @@
+"""Data-parallel ranks under torchrun. Without torchrun there is one rank, and every function here is the identity."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from data.files import InputError
+
+
+def start():
+    """Join the other ranks, if torchrun started us. Returns this rank's device."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(local)
+        torch.set_float32_matmul_precision("high")
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        # gloo beside nccl: Python objects travel between CPUs
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    if not gpu and world() > 1:
+        # Processes with more threads than cores between them run ten times slower.
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // local_world)))
+    return torch.device("cuda", local) if gpu else torch.device("cpu")
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    """Wait for all ranks."""
+    if world() > 1:
+        dist.all_gather_object([None] * world(), None)  # over gloo, also where the tensors go over nccl
+
+
+def add_up(tensor):
+    """The sum of a tensor over all ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(items):
+    """The lists of all ranks, joined in the order of ranks; every rank gets the whole."""
+    if world() == 1:
+        return items
+    lists = [None] * world()
+    dist.all_gather_object(lists, items)
+    return [item for items in lists for item in items]
+
+
+def on_first(function, *arguments):
+    """Run a function on rank 0 while the others wait. All return its result, and all raise its InputError or OSError.
+
+    The ranks' machines share a file system.
+    """
+    answer = [None, None]
+    if rank() == 0:
+        try:
+            answer[0] = function(*arguments)
+        except (InputError, OSError) as error:
+            answer[1] = str(error)
+    if world() > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise InputError(answer[1])
+    return answer[0]
