@@ -1,0 +1,64 @@
+"""The soft prompt P (PromptKD, section 3.2): a few trainable embeddings in front of a frozen teacher."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from model import CheckpointError, save_tensors
+
+
+def initial_prompt(embedding, init, length, text_tokens, pad_token, seed):
+    """The prompt before it is tuned, float32 (P, C).
+
+    embedding: the teacher's token embedding (V, C). init, one of the three of Figure 4:
+      "text"     the embeddings of `text_tokens`, cut or repeated to `length`
+      "padding"  the embedding of `pad_token` (GPT-2's end-of-text), `length` times
+      "random"   standard normal, large beside GPT-2's embeddings, as in the released code
+    """
+    if init == "random":
+        return torch.randn(length, embedding.shape[1], generator=torch.Generator().manual_seed(seed))
+    tokens = [text_tokens[i % len(text_tokens)] for i in range(length)] if init == "text" else [pad_token] * length
+    return embedding.detach()[tokens].float().cpu().clone()
+
+
+def freeze(teacher):
+    """The teacher p: no gradients to its weights, no dropout. In bfloat16 on a GPU, where it takes half the memory."""
+    teacher = teacher.eval().requires_grad_(False)
+    return teacher.bfloat16() if teacher.wte.weight.is_cuda else teacher
+
+
+def teacher_hidden(teacher, ids, P=None):
+    """The teacher's hidden states for p(y | P, x), or for p(y | x) without a prompt.
+
+    ids (B, T), P (P, C) -> (B, T, C): the prompt's own positions are cut off, so both forms line up token by token.
+    """
+    hidden = teacher(ids, prefix=P)
+    return hidden if P is None else hidden[:, len(P) :]
+
+
+def save_prompt(P, directory):
+    """Write P (P, C) as `prompt.safetensors` in a checkpoint directory."""
+    save_tensors({"prompt": P.detach().float().cpu().contiguous()}, Path(directory) / "prompt.safetensors")
+
+
+def load_prompt(path, width):
+    """Read a soft prompt (P, C) from a file, or from `prompt.safetensors` in a directory.
+
+    width: the C of the model that it is to stand before. Raises CheckpointError where it does not fit or can't be read.
+    """
+    path = Path(path)
+    path = path / "prompt.safetensors" if path.is_dir() else path
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; a PromptKD run keeps its prompt in best/prompt.safetensors") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: is cut short or damaged ({error})") from error
+    P = tensors.get("prompt")
+    if P is None or P.ndim != 2 or not P.is_floating_point() or not torch.isfinite(P).all():
+        raise CheckpointError(f"{path}: has no finite floating-point tensor 'prompt' of two dimensions")
+    if P.shape[1] != width:
+        raise CheckpointError(f"{path}: tensor 'prompt' is {P.shape[1]} wide and the model {width}; take the teacher that it was tuned for")
+    return P.float()

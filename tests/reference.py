@@ -1,0 +1,138 @@
+"""An independent computation of all that the trainer computes: GPT-2 (Radford et al. 2019), the losses, equations 1 to 4 of
+PromptKD and AdamW, in NumPy and float64, from the papers' formulas.
+
+One row at a time, without batches, padding or masks, and every loss is a loop over tokens: slow, but plain. Gradients are central
+finite differences. A row is a pair (request, response) of token lists. Weights are a dictionary of arrays under GPT-2's official
+names, matrices stored as in x out.
+"""
+
+import math
+
+import numpy as np
+
+# ---- GPT-2 --------------------------------------------------------------------------------------------------------------------
+
+
+def as_arrays(weights):
+    return {name: np.asarray(w).astype(np.float64) for name, w in weights.items()}
+
+
+def layer_norm(x, w, name):
+    mean, variance = x.mean(axis=-1, keepdims=True), x.var(axis=-1, keepdims=True)
+    return (x - mean) / np.sqrt(variance + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def linear(x, w, name):
+    return x @ w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def attention(x, w, name, n_head):
+    T, C = x.shape
+    D = C // n_head
+    q, k, v = np.split(linear(x, w, f"{name}.c_attn"), 3, axis=1)
+    y = np.zeros((T, C))
+    for head in range(n_head):
+        part = slice(head * D, (head + 1) * D)
+        for t in range(T):
+            scores = k[: t + 1, part] @ q[t, part] / math.sqrt(D)  # what stands before t, and t
+            weights = np.exp(scores - scores.max())
+            y[t, part] = (weights / weights.sum()) @ v[: t + 1, part]
+    return linear(y, w, f"{name}.c_proj")
+
+
+def gpt2_logits(w, n_head, ids, prompt=None):
+    """Logits (T, V) at the T tokens `ids` of one row, behind a soft prompt (P, C) if there is one."""
+    x = w["wte.weight"][list(ids)]
+    n_prompt = 0 if prompt is None else len(prompt)
+    if n_prompt:
+        x = np.concatenate([prompt, x])
+    x = x + w["wpe.weight"][: len(x)]
+    layer = 0
+    while f"h.{layer}.ln_1.weight" in w:
+        x = x + attention(layer_norm(x, w, f"h.{layer}.ln_1"), w, f"h.{layer}.attn", n_head)
+        h = gelu(linear(layer_norm(x, w, f"h.{layer}.ln_2"), w, f"h.{layer}.mlp.c_fc"))
+        x = x + linear(h, w, f"h.{layer}.mlp.c_proj")
+        layer += 1
+    return layer_norm(x, w, "ln_f")[n_prompt:] @ w["wte.weight"].T
+
+
+# ---- losses at one token ------------------------------------------------------------------------------------------------------
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, dtype=np.float64)
+    shifted = logits - logits.max()
+    return shifted - math.log(np.exp(shifted).sum())
+
+
+def token_cross_entropy(logits, target):
+    return -log_softmax(logits)[target]
+
+
+def token_kl(first, second):
+    """KL(first || second) = sum over v of first(v) log (first(v) / second(v)), from two rows of logits."""
+    log_first, log_second = log_softmax(first), log_softmax(second)
+    return float(sum(math.exp(a) * (a - b) for a, b in zip(log_first, log_second)))
+
+
+# ---- losses over a window of rows: each the mean over all response tokens of all its rows ------------------------------------------
+
+
+def response_logits(model, row, prompt=None):
+    """The logits that predict each token of a row's response, (tokens, V). model: (weights, n_head)."""
+    request, response = row
+    logits = gpt2_logits(*model, [*request, *response], prompt)
+    return [logits[len(request) + i - 1] for i in range(len(response))]
+
+
+def sft_loss(student, rows):
+    losses = [token_cross_entropy(z, token) for row in rows for z, token in zip(response_logits(student, row), row[1])]
+    return sum(losses) / len(losses)
+
+
+def promptkd_losses(teacher, student, prompt, rows, lam, reg=1.0, prompt_kl="reverse", reg_kl="reverse"):
+    """Equations 1 to 4: {"L_kd", "L_reg", "L_P", "L_theta"}. "forward" swaps the two sides of a KL, as in Table 5."""
+    L_kd, L_reg, L_theta = [], [], []
+    for row in rows:
+        both = zip(response_logits(teacher, row, prompt), response_logits(student, row), response_logits(teacher, row))
+        for p_prompted, q, p in both:
+            L_kd.append(token_kl(p_prompted, q) if prompt_kl == "reverse" else token_kl(q, p_prompted))
+            L_reg.append(token_kl(p_prompted, p) if reg_kl == "reverse" else token_kl(p, p_prompted))
+            L_theta.append(token_kl(q, p_prompted))
+    n = len(L_kd)
+    L_kd, L_reg, L_theta = sum(L_kd) / n, sum(L_reg) / n, sum(L_theta) / n
+    return {"L_kd": L_kd, "L_reg": L_reg, "L_P": L_kd + reg * lam * L_reg, "L_theta": L_theta}
+
+
+# ---- gradients and updates ----------------------------------------------------------------------------------------------------
+
+
+def central_difference(function, array, index, h=1e-5):
+    """The derivative of function() with respect to array[index], which is put back afterwards."""
+    kept = array[index]
+    array[index] = kept + h
+    above = function()
+    array[index] = kept - h
+    below = function()
+    array[index] = kept
+    return (above - below) / (2 * h)
+
+
+def clipped(gradients, norm=1.0):
+    """Gradients, scaled together so that their common norm is at most `norm`."""
+    total = math.sqrt(sum((g**2).sum() for g in gradients))
+    return [g * min(1.0, norm / total) for g in gradients]
+
+
+def adamw(w, gradients, lr, decay, beta_1=0.9, beta_2=0.999, epsilon=1e-8):
+    """A weight after one AdamW step (Loshchilov and Hutter 2019) for each of the gradients."""
+    m, v = np.zeros_like(w), np.zeros_like(w)
+    for t, g in enumerate(gradients, start=1):
+        m = beta_1 * m + (1 - beta_1) * g
+        v = beta_2 * v + (1 - beta_2) * g**2
+        w = w - lr * decay * w - lr * (m / (1 - beta_1**t)) / (np.sqrt(v / (1 - beta_2**t)) + epsilon)
+    return w

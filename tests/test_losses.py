@@ -1,0 +1,215 @@
+"""The losses on tokens, against NumPy and against numbers worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from losses import cross_entropy, directed_kl, kl, prompt_loss, student_loss
+from reference import central_difference, log_softmax, token_cross_entropy, token_kl
+
+N, V = 6, 11
+DTYPES = [torch.float64, torch.float32]
+DIRECTIONS = ["reverse", "forward"]
+
+
+def logits(seed, n=N, scale=3.0):
+    return scale * np.random.default_rng(seed).standard_normal((n, V))
+
+
+def tensor(array, dtype=torch.float64, grad=False):
+    return torch.tensor(array, dtype=dtype).requires_grad_(grad)
+
+
+def by_token(function, *arrays):
+    return [function(*rows) for rows in zip(*arrays)]
+
+
+def close(result, wanted, tolerance=2e-6):
+    """The losses work in float32, whatever comes in."""
+    np.testing.assert_allclose(result.detach().double().numpy(), wanted, rtol=tolerance, atol=tolerance)
+
+
+# ---- values ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_entropy_is_that_of_numpy(dtype):
+    targets = [0, 3, 10, 3, 5, 7]
+    close(cross_entropy(tensor(logits(0), dtype), torch.tensor(targets)), by_token(token_cross_entropy, logits(0), targets))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_and_reverse_kl_are_those_of_numpy(dtype):
+    p, q = logits(1), logits(2)
+    close(kl(tensor(p, dtype), tensor(q, dtype)), by_token(token_kl, p, q))
+    close(kl(tensor(q, dtype), tensor(p, dtype)), by_token(token_kl, q, p))
+
+
+def test_kl_of_two_coins_by_hand_in_both_directions():
+    """KL((1/2, 1/2) || (1/4, 3/4)) = ln(4/3) / 2 = 0.1438; the other way round 3/4 ln(3/2) - 1/4 ln 2 = 0.1308."""
+    fair, loaded = tensor([[0.0, 0.0]]), tensor([[math.log(1), math.log(3)]])
+    assert kl(fair, loaded).item() == pytest.approx(0.5 * math.log(4 / 3), abs=1e-7)
+    assert kl(loaded, fair).item() == pytest.approx(0.75 * math.log(1.5) - 0.25 * math.log(2), abs=1e-7)
+    assert kl(fair, loaded).item() - kl(loaded, fair).item() > 0.01
+
+
+def test_reverse_puts_the_trained_distribution_first():
+    trained, target = tensor([[0.0, 0.0]]), tensor([[0.0, math.log(3)]])
+    assert directed_kl(trained, target, "reverse").item() == pytest.approx(0.5 * math.log(4 / 3), abs=1e-7)
+    assert directed_kl(trained, target, "forward").item() == pytest.approx(0.75 * math.log(1.5) - 0.25 * math.log(2), abs=1e-7)
+
+
+@pytest.mark.parametrize("prompt_kl", DIRECTIONS)
+@pytest.mark.parametrize("reg_kl", DIRECTIONS)
+@pytest.mark.parametrize("reg, lam", [(1.0, 1.0), (1.0, 0.25), (0.5, 0.75), (0.0, 1.0), (3.0, 0.0)])
+def test_equations_1_to_3_are_those_of_numpy(prompt_kl, reg_kl, reg, lam):
+    prompted, q, bare = logits(3), logits(4), logits(5)
+    L_kd = np.array(by_token(token_kl, prompted, q) if prompt_kl == "reverse" else by_token(token_kl, q, prompted))
+    L_reg = np.array(by_token(token_kl, prompted, bare) if reg_kl == "reverse" else by_token(token_kl, bare, prompted))
+    results = prompt_loss(tensor(prompted), tensor(q), tensor(bare), lam, reg, prompt_kl, reg_kl)
+    for result, wanted in zip(results, (L_kd + reg * lam * L_reg, L_kd, L_reg), strict=True):
+        close(result, wanted)
+
+
+def test_the_default_of_the_prompt_loss_is_the_papers_reverse_and_reverse_with_weight_1():
+    prompted, q, bare = tensor(logits(3)), tensor(logits(4)), tensor(logits(5))
+    for result, wanted in zip(prompt_loss(prompted, q, bare, 0.4), prompt_loss(prompted, q, bare, 0.4, 1.0, "reverse", "reverse")):
+        assert torch.equal(result, wanted)
+
+
+def test_equation_4_is_the_kl_from_the_student_to_the_prompted_teacher():
+    q, prompted = logits(6), logits(7)
+    close(student_loss(tensor(q), tensor(prompted)), by_token(token_kl, q, prompted))
+
+
+# ---- a KL is a KL -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16])
+def test_kl_of_a_distribution_to_itself_is_zero(dtype):
+    p = tensor(logits(8), dtype)
+    assert torch.equal(kl(p, p.clone()), torch.zeros_like(kl(p, p)))
+    close(kl(p, p + 2.0), np.zeros(N), 1e-6 if dtype != torch.bfloat16 else 1e-3)  # the same distribution: logits are free up to a constant
+
+
+def test_every_loss_of_prompt_and_student_vanishes_where_all_three_agree():
+    p = tensor(logits(9))
+    for direction in DIRECTIONS:
+        for loss in prompt_loss(p, p, p, 1.0, 1.0, direction, direction):
+            assert loss.abs().max() == 0
+    assert student_loss(p, p).abs().max() == 0
+
+
+def test_kl_is_not_below_zero_for_many_distributions_near_and_far():
+    generator = np.random.default_rng(10)
+    for scale in (0.01, 1.0, 30.0):
+        p = generator.standard_normal((2000, V)) * scale
+        near, far = p + 0.01 * generator.standard_normal(p.shape), generator.standard_normal(p.shape) * scale
+        for other in (near, far):
+            assert kl(tensor(p), tensor(other)).min() > -1e-6
+    assert kl(tensor(p), tensor(far)).mean() > 1
+
+
+def test_kl_is_cross_entropy_less_entropy():
+    p, q = logits(11), logits(12)
+    probs = np.exp(np.stack([log_softmax(row) for row in p]))
+    cross = -(probs * np.stack([log_softmax(row) for row in q])).sum(1)
+    entropy = -(probs * np.log(probs)).sum(1)
+    close(kl(tensor(p), tensor(q)), cross - entropy)
+    assert entropy.min() > 0.1  # so that leaving it out would show
+
+
+# ---- range and precision ------------------------------------------------------------------------------------------------------------
+
+
+def test_logits_of_ten_thousand_stay_finite_and_right_with_their_gradients():
+    first, second = np.zeros((2, V)), np.zeros((2, V))
+    first[0, 0], first[1, 1] = 1e4, -1e4
+    second[0, 1], second[1, 2] = 1e4, 1e4
+    a, b = tensor(first, torch.float32, grad=True), tensor(second, torch.float32, grad=True)
+    losses = kl(a, b)
+    close(losses, by_token(token_kl, first, second), 1e-5)
+    assert losses[0].item() == pytest.approx(1e4)
+    (losses.sum() + cross_entropy(a, torch.tensor([1, 1])).sum()).backward()
+    assert torch.isfinite(a.grad).all() and torch.isfinite(b.grad).all()
+    close(cross_entropy(a, torch.tensor([1, 1])), by_token(token_cross_entropy, first, [1, 1]), 1e-5)
+
+
+def test_bfloat16_logits_are_reckoned_with_in_float32():
+    """The inputs are rounded once; from there on nothing is lost: sums of bfloat16 numbers in bfloat16 would be off by percents."""
+    a, b = tensor(logits(13)).bfloat16(), tensor(logits(14)).bfloat16()
+    exact_a, exact_b = a.double().numpy(), b.double().numpy()
+    targets = torch.arange(N)
+    assert kl(a, b).dtype == cross_entropy(a, targets).dtype == torch.float32
+    close(kl(a, b), by_token(token_kl, exact_a, exact_b))
+    close(cross_entropy(a, targets), by_token(token_cross_entropy, exact_a, range(N)))
+    for loss, wanted in zip(prompt_loss(a, b, b, 0.5), (1.5, 1.0, 1.0)):
+        close(loss, wanted * np.array(by_token(token_kl, exact_a, exact_b)), 1e-5)
+
+
+def test_no_response_token_gives_an_empty_result_a_sum_of_zero_and_gradients_of_zero():
+    a, b = torch.zeros(0, V, requires_grad=True), torch.zeros(0, V, requires_grad=True)
+    no_targets = torch.zeros(0, dtype=torch.long)
+    for loss in [cross_entropy(a, no_targets), kl(a, b), student_loss(a, b), *prompt_loss(a, b, b.detach(), 1.0)]:
+        assert loss.shape == (0,)
+        assert loss.sum() == 0
+    (cross_entropy(a, no_targets).sum() + kl(a, b).sum()).backward()
+    assert a.grad.shape == b.grad.shape == (0, V)
+
+
+# ---- gradients ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_gradient_of_cross_entropy_is_probability_less_one_at_the_target():
+    z, targets = tensor(logits(15), grad=True), torch.arange(N)
+    weights = tensor(np.linspace(0.5, 2, N))
+    (cross_entropy(z, targets) * weights).sum().backward()
+    probs = np.exp(np.stack([log_softmax(row) for row in logits(15)]))
+    close(z.grad, weights.numpy()[:, None] * (probs - np.eye(V)[:N]))
+
+
+def test_gradients_of_kl_are_those_derived_by_hand():
+    """d KL(p || q) / d logits of q = q - p, and / d logits of p = p (log p - log q - KL)."""
+    a, b = tensor(logits(16), grad=True), tensor(logits(17), grad=True)
+    kl(a, b).sum().backward()
+    log_p, log_q = (np.stack([log_softmax(row) for row in logits(seed)]) for seed in (16, 17))
+    p, q = np.exp(log_p), np.exp(log_q)
+    close(b.grad, q - p)
+    close(a.grad, p * (log_p - log_q - (p * (log_p - log_q)).sum(1, keepdims=True)), 1e-5)
+
+
+@pytest.mark.parametrize("prompt_kl", DIRECTIONS)
+@pytest.mark.parametrize("reg_kl", DIRECTIONS)
+def test_gradient_of_the_prompt_loss_is_that_of_finite_differences(prompt_kl, reg_kl):
+    prompted, q, bare = logits(18), logits(19), logits(20)
+    lam, reg = 0.3, 2.0
+    z = tensor(prompted, grad=True)
+    prompt_loss(z, tensor(q), tensor(bare), lam, reg, prompt_kl, reg_kl)[0].sum().backward()
+
+    def loss(row):
+        L_kd = token_kl(prompted[row], q[row]) if prompt_kl == "reverse" else token_kl(q[row], prompted[row])
+        L_reg = token_kl(prompted[row], bare[row]) if reg_kl == "reverse" else token_kl(bare[row], prompted[row])
+        return L_kd + reg * lam * L_reg
+
+    wanted = [[central_difference(lambda: loss(row), prompted, (row, v)) for v in range(V)] for row in range(N)]
+    close(z.grad, wanted, 1e-5)
+
+
+def test_gradient_of_the_student_loss_is_that_of_finite_differences():
+    q, prompted = logits(21), logits(22)
+    z = tensor(q, grad=True)
+    student_loss(z, tensor(prompted)).sum().backward()
+    wanted = [[central_difference(lambda: token_kl(q[row], prompted[row]), q, (row, v)) for v in range(V)] for row in range(N)]
+    close(z.grad, wanted, 1e-5)
+
+
+def test_gradient_goes_to_the_prompted_teacher_in_the_prompt_loss_and_to_the_student_in_its_own():
+    """The losses cut no gradient themselves: the caller computes the targets without one."""
+    prompted, q, bare = tensor(logits(23), grad=True), tensor(logits(24)), tensor(logits(25))
+    prompt_loss(prompted, q, bare, 1.0)[0].sum().backward()
+    assert prompted.grad.abs().max() > 0.01 and q.grad is None and bare.grad is None
+    student, target = tensor(logits(26), grad=True), prompted.detach()
+    student_loss(student, target).sum().backward()
+    assert student.grad.abs().max() > 0.01 and target.grad is None
