@@ -1,0 +1,226 @@
+"""Sampling from a model: a whole batch of ragged requests in one call, with the KV cache; and a command to talk to a checkpoint."""
+
+import argparse
+import json
+import sys
+import zlib
+from collections import defaultdict
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import ranks
+from data.files import InputError, command, model_directory
+from data.rows import Row, load_tokenizer, pad, read_rows, request_tokens
+from model import CheckpointError, KVCache, load
+from prompt import load_prompt
+
+MAX_NEW = 256  # tokens of a response, whatever the request's length
+
+
+def load_model(name, device, dropout=None):
+    """A model by its name (data.files.model_directory says which there are), on the device, with its tokenizer."""
+    directory = ranks.on_first(model_directory, str(name))
+    model, tokenizer = load(directory, dropout).to(device).eval(), load_tokenizer(directory)
+    if model.config.vocab_size != tokenizer.n_vocab:
+        raise InputError(f"{directory}: the model has {model.config.vocab_size} tokens and its tokenizer {tokenizer.n_vocab}; put the model's vocab.json and merges.txt there")
+    return model, tokenizer
+
+
+def precision(device):
+    """bfloat16 where a GPU multiplies matrices, float32 elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def row_uniforms(n_tokens, *key):
+    """The uniform numbers in [0, 1) that draw one row's tokens, one each. They belong to the row: key is (seed, stage, step or
+    set, row index), so ranks, batch sizes and resuming can't change what is drawn."""
+    entropy = [part if isinstance(part, int) else zlib.crc32(part.encode()) for part in key]
+    return np.random.default_rng(entropy).random(n_tokens, dtype=np.float32)
+
+
+def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
+    """One token a row by inverse CDF, or the likeliest where u is None.
+
+    logits (B, V), u (B,) -> tokens (B,) and their log-probabilities (B,) under the distribution that they were drawn from.
+    """
+    logits = logits.float() / (temperature if u is not None else 1.0)
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+    if top_p < 1.0:
+        ordered, order = logits.sort(descending=True)
+        probs = ordered.softmax(-1)
+        outside = (probs.cumsum(-1) - probs >= top_p).scatter(-1, order, probs.cumsum(-1) - probs >= top_p)  # the mass before it suffices
+        logits = logits.masked_fill(outside, -torch.inf)
+    probs = logits.softmax(-1)  # (B, V)
+    if u is None:
+        tokens = probs.argmax(-1)
+    else:
+        # Scaled by the last cumulative value: u < 1, so rounding can't point past the vocabulary, nor at a word without probability.
+        cdf = probs.cumsum(-1)
+        tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(-1)
+    return tokens, probs.gather(-1, tokens[:, None]).squeeze(-1).log()
+
+
+class RepeatBan:
+    """Forbids a row every token that would complete an n-gram which its request and response already hold."""
+
+    def __init__(self, requests, n):
+        self.n = n
+        self.text = [list(request) for request in requests]
+        self.next = [defaultdict(list) for _ in requests]  # the n - 1 tokens before -> the tokens that followed them
+        for row, request in enumerate(requests):
+            for end in range(n, len(request) + 1):
+                self.next[row][tuple(request[end - n : end - 1])].append(request[end - 1])
+
+    def __call__(self, logits, rows):
+        for slot, row in enumerate(rows):
+            text = self.text[row]
+            if len(text) >= self.n - 1:
+                logits[slot, self.next[row].get(tuple(text[len(text) - self.n + 1 :]), [])] = -torch.inf
+        return logits
+
+    def add(self, rows, tokens):
+        for row, token in zip(rows, tokens):
+            text = self.text[row]
+            text.append(token)
+            if len(text) >= self.n:
+                self.next[row][tuple(text[-self.n : -1])].append(token)
+
+
+@torch.no_grad()
+def sample(model, requests, uniforms, end, max_new=MAX_NEW, temperature=1.0, top_k=0, top_p=1.0, no_repeat=0, P=None):
+    """Responses to a batch of ragged requests, y ~ q(· | x), decoded together, each row at its own position.
+
+    requests: B token lists. uniforms: (B, max_new) from row_uniforms, or None for greedy decoding. end: the end-of-text token.
+    no_repeat: n of the n-grams that may not repeat, 0 for none. P: a soft prompt (P, C) in front.
+    Returns B token lists (with `end` where a response has ended within max_new tokens) and B lists of their log-probabilities.
+    Rows that have ended are dropped from the batch; when none is left, it stops. Makes no collective call.
+    """
+    device, config = model.wte.weight.device, model.config
+    ids, lengths = pad(requests, device)  # (B, T), (B,)
+    lengths = lengths + (0 if P is None else len(P))
+    capacity = int(lengths.max()) + max_new
+    if capacity > config.n_positions:
+        raise InputError(f"a request of {int(lengths.max())} tokens and {max_new} new ones exceed the model's {config.n_positions} positions; shorten them")
+    B = len(requests)
+    cache = KVCache(config, B, capacity, device, torch.bfloat16 if device.type == "cuda" else model.wte.weight.dtype)
+    tokens = torch.zeros(B, max_new, dtype=torch.long, device=device)
+    log_probs = torch.zeros(B, max_new, device=device)
+    ended = torch.zeros(B, dtype=torch.bool, device=device)
+    rows = torch.arange(B, device=device)  # the row in each slot of the batch
+    u = None if uniforms is None else torch.as_tensor(uniforms, device=device)
+    ban = RepeatBan(requests, no_repeat) if no_repeat else None
+
+    with precision(device):
+        hidden = model(ids, prefix=P, cache=cache)  # (B, P + T, C)
+        cache.set_lengths(lengths)
+        hidden = hidden[rows, lengths - 1]  # (B, C), each row's last real token
+        for t in range(max_new):
+            logits = model.logits(hidden).float()  # (slots, V)
+            if ban:
+                logits = ban(logits, rows.tolist())
+            tokens[rows, t], log_probs[rows, t] = token, _ = draw(logits, None if u is None else u[rows, t], temperature, top_k, top_p)
+            ended[rows] |= token == end
+            if t + 1 == max_new:
+                break
+            if ban:
+                ban.add(rows.tolist(), token.tolist())
+            if device.type == "cpu" or t % 8 == 7:  # looking makes a GPU wait, so look every few tokens
+                alive = (~ended[rows]).nonzero().squeeze(-1)
+                if len(alive) == 0:
+                    break
+                if len(alive) <= 0.75 * len(rows):  # a smaller batch pays for moving the cache
+                    cache.keep(alive)
+                    rows, token = rows[alive], token[alive]
+            hidden = model(token[:, None], cache=cache)[:, 0]  # (slots, C)
+    return _until_end(tokens.tolist(), log_probs.tolist(), end, t + 1)
+
+
+def _until_end(tokens, log_probs, end, n_drawn):
+    """Cut each row behind its first `end`."""
+    lengths = [row.index(end) + 1 if end in row[:n_drawn] else n_drawn for row in tokens]
+    return [row[:n] for row, n in zip(tokens, lengths)], [row[:n] for row, n in zip(log_probs, lengths)]
+
+
+def sample_all(model, requests, keys, end, max_new=MAX_NEW, at_once=64, greedy=False, label=None, **how):
+    """`sample` over any number of requests, `at_once` at a time, those of like length together.
+
+    keys: for each request the key of its random numbers (row_uniforms). label: shows a progress bar under this name.
+    Returns the responses and their log-probabilities, in the order of the requests.
+    """
+    order = sorted(range(len(requests)), key=lambda i: -len(requests[i]))
+    responses, log_probs = [None] * len(requests), [None] * len(requests)
+    with tqdm(total=len(requests), desc=label, unit="row", leave=False, disable=None if label and ranks.rank() == 0 else True) as bar:
+        for chunk in (order[i : i + at_once] for i in range(0, len(order), at_once)):
+            uniforms = None if greedy else np.stack([row_uniforms(max_new, *keys[i]) for i in chunk])
+            for i, response, log_p in zip(chunk, *sample(model, [requests[i] for i in chunk], uniforms, end, max_new, **how)):
+                responses[i], log_probs[i] = response, log_p
+            bar.update(len(chunk))
+    return responses, log_probs
+
+
+def to_text(response, tokenizer):
+    """A response's text, without its end-of-text."""
+    return tokenizer.decode([token for token in response if token != tokenizer.eot_token])
+
+
+def in_range(kind, low, high, low_open=False):
+    """An argparse type: a number of a kind from `low` (or above it) to `high`."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or (low_open and value == low):
+            raise argparse.ArgumentTypeError(f"must be {'above' if low_open else 'at least'} {low} and at most {high}, not {text}")
+        return value
+
+    parse.__name__ = "number" if kind is float else "whole number"  # argparse names it in its own message
+    return parse
+
+
+def add_decoding_options(parser):
+    parser.add_argument("--max-new", type=in_range(int, 1, 100_000), default=MAX_NEW, metavar="N", help=f"tokens of a response at most (default {MAX_NEW})")
+    parser.add_argument("--temperature", type=in_range(float, 0, 100, low_open=True), default=1.0)
+    parser.add_argument("--top-k", type=in_range(int, 0, 10**6), default=0, help="only the K likeliest tokens (0: all)")
+    parser.add_argument("--top-p", type=in_range(float, 0, 1, low_open=True), default=1.0, help="only the likeliest tokens that hold this much probability")
+    parser.add_argument("--greedy", action="store_true", help="the likeliest token each time")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="sample.py", description="Let a model respond to an instruction, or to a file of them.")
+    parser.add_argument("model", help="a run or checkpoint directory, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a hub id owner/name")
+    parser.add_argument("--instruction", help="one instruction")
+    parser.add_argument("--input", default="", help="the context that the instruction is about")
+    parser.add_argument("--file", help="JSON lines with 'instruction' and perhaps 'input'")
+    parser.add_argument("--prompt", metavar="FILE", help="a soft prompt to stand in front: prompt.safetensors or a directory with it")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line, with the tokens and their log-probabilities")
+    parser.add_argument("--seed", type=in_range(int, 0, 2**32), default=10)
+    parser.add_argument("--no-repeat-ngram", type=in_range(int, 0, 100), default=0, metavar="N", help="no N-gram twice in request and response (0: off)")
+    add_decoding_options(parser)
+    args = parser.parse_args(argv)
+    if (args.instruction is None) == (args.file is None):
+        raise InputError("give either --instruction TEXT or --file FILE")
+
+    device = ranks.start()
+    rows = read_rows(args.file, needs_output=False) if args.file else [Row(0, args.instruction, args.input, ())]
+    model, tokenizer = load_model(args.model, device)
+    P = None if args.prompt is None else load_prompt(args.prompt, model.config.n_embd).to(device)
+    requests, shortened = zip(*(request_tokens(row, tokenizer) for row in rows))
+    if sum(shortened):
+        print(f"{sum(shortened)} of {len(rows)} requests were shortened to fit", file=sys.stderr)
+    responses, log_probs = sample_all(
+        model, requests, [(args.seed, "sample", row.index) for row in rows], tokenizer.eot_token, args.max_new, greedy=args.greedy,
+        label="sampling" if len(rows) > 1 else None, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, no_repeat=args.no_repeat_ngram, P=P,
+    )  # fmt: skip
+    for row, response, log_p in zip(rows, responses, log_probs):
+        text = to_text(response, tokenizer)
+        if args.json:
+            record = {"instruction": row.instruction, "input": row.input, "text": text, "ids": response, "log_probs": log_p, "ended": response[-1] == tokenizer.eot_token}
+            print(json.dumps(record, ensure_ascii=False))
+        else:
+            print(text if len(rows) == 1 else f"### {row.instruction}\n{text}\n")
+
+
+if __name__ == "__main__":
+    command(main, CheckpointError)
