@@ -5,9 +5,10 @@ import json
 import statistics
 from pathlib import Path
 
+from data import ranks  # before torch: data/__init__.py says why
+
 from rouge_score.rouge_scorer import RougeScorer
 
-from data import ranks
 from data.files import InputError, command, write_atomic
 from data.prepare import PUBLIC_SETS, data_directory
 from data.rows import is_text_list, read_jsonl, read_rows, request_tokens
@@ -40,7 +41,9 @@ def evaluate(model, tokenizer, rows, key, label=None, **how):
     responses, _ = sample_all(model, [tokens for tokens, _ in requests], [(*key, row.index) for row in mine], tokenizer.eot_token, label=label, **how)
     texts = [to_text(response, tokenizer) for response in responses]
     scores = rouge_l(texts, [row.references for row in mine])
-    results = [{"index": row.index, "text": text, "rouge_l": score, "shortened": cut} for row, text, score, (_, cut) in zip(mine, texts, scores, requests)]
+    results = [
+        {"index": row.index, "text": text, "rouge_l": score, "shortened": cut} for row, text, score, (_, cut) in zip(mine, texts, scores, requests)
+    ]
     return sorted(ranks.gather(results), key=lambda result: result["index"])
 
 
@@ -59,7 +62,9 @@ def evaluate_models(models, sets, seeds, device, no_repeat=0, **how):
         for set_name, rows in sets.items():
             ban = no_repeat[set_name] if isinstance(no_repeat, dict) else no_repeat
             for seed in seeds:
-                results = evaluate(model, tokenizer, rows, (seed, "evaluate", set_name.rsplit("/")[-1]), f"{label} on {set_name}", no_repeat=ban, **how)
+                results = evaluate(
+                    model, tokenizer, rows, (seed, "evaluate", set_name.rsplit("/")[-1]), f"{label} on {set_name}", no_repeat=ban, **how
+                )
                 scores.setdefault(label, {}).setdefault(set_name, []).append(mean_rouge_l(results))
                 cut = sum(result["shortened"] for result in results)
                 if cut and seed == seeds[0]:
@@ -115,12 +120,19 @@ def named_once(labels):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="evaluate.py", description="ROUGE-L of models and runs on data sets, over seeds; or of a file of responses.")
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description="ROUGE-L of models and runs on data sets, over seeds; or of a file of responses."
+    )
     parser.add_argument("models", nargs="*", metavar="RUN|MODEL", help="run or checkpoint directories, official names, hub ids owner/name")
     parser.add_argument("--data", nargs="+", default=["dolly"], metavar="SET|DIR", help=f"{', '.join(PUBLIC_SETS)}, or directories with test.jsonl")
     parser.add_argument("--seeds", nargs="+", type=in_range(int, 0, 2**32), default=[10, 20, 30, 40, 50])
     parser.add_argument("--rows", type=in_range(int, 1, 10**9), help="only the first N rows of each set")
-    parser.add_argument("--no-repeat-ngram", type=in_range(int, 0, 100), metavar="N", help=f"no N-gram twice in request and response (default: {BANNED_NGRAM} on the five public sets, as in the published numbers; else 0, off)")
+    parser.add_argument(
+        "--no-repeat-ngram",
+        type=in_range(int, 0, 100),
+        metavar="N",
+        help=f"no N-gram twice in request and response (default: {BANNED_NGRAM} on the five public sets, as in the published numbers; else 0, off)",
+    )
     parser.add_argument("--batch", type=in_range(int, 1, 10**6), default=64, help="rows sampled at once (default 64)")
     parser.add_argument("--json", default="out/evaluation.json", metavar="FILE", help="where the scores go too (default out/evaluation.json)")
     parser.add_argument("--score", metavar="RESPONSES", help="score these responses (JSON lines with 'text') instead of a model's")
@@ -140,7 +152,8 @@ def main(argv=None):
     paths = [ranks.on_first(data_directory, name) / "test.jsonl" for name in args.data]
     sets = dict(zip(named_once(args.data), (read_rows(path, args.rows) for path in paths)))
     ban = {
-        label: (BANNED_NGRAM if name in PUBLIC_SETS else 0) if args.no_repeat_ngram is None else args.no_repeat_ngram for label, name in zip(sets, args.data)
+        label: (BANNED_NGRAM if name in PUBLIC_SETS else 0) if args.no_repeat_ngram is None else args.no_repeat_ngram
+        for label, name in zip(sets, args.data)
     }
     scores = evaluate_models(
         dict(zip(named_once(args.models), args.models)), sets, args.seeds, device, ban,

@@ -20,7 +20,7 @@ def kl(first, second):
 
 
 def directed_kl(trained, target, direction):
-    """"reverse": KL(trained || target), as in the paper's equations; "forward": KL(target || trained), as in Table 5."""
+    """ "reverse": KL(trained || target), as in the paper's equations; "forward": KL(target || trained), as in Table 5."""
     return kl(trained, target) if direction == "reverse" else kl(target, trained)
 
 

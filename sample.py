@@ -6,11 +6,12 @@ import sys
 import zlib
 from collections import defaultdict
 
+from data import ranks  # before torch: data/__init__.py says why
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import ranks
 from data.files import InputError, command, model_directory
 from data.rows import Row, load_tokenizer, pad, read_rows, request_tokens
 from model import CheckpointError, KVCache, load
@@ -24,7 +25,9 @@ def load_model(name, device, dropout=None):
     directory = ranks.on_first(model_directory, str(name))
     model, tokenizer = load(directory, dropout).to(device).eval(), load_tokenizer(directory)
     if model.config.vocab_size != tokenizer.n_vocab:
-        raise InputError(f"{directory}: the model has {model.config.vocab_size} tokens and its tokenizer {tokenizer.n_vocab}; put the model's vocab.json and merges.txt there")
+        raise InputError(
+            f"{directory}: the model has {model.config.vocab_size} tokens and its tokenizer {tokenizer.n_vocab}; put the model's vocab.json and merges.txt there"
+        )
     return model, tokenizer
 
 
@@ -103,7 +106,9 @@ def sample(model, requests, uniforms, end, max_new=MAX_NEW, temperature=1.0, top
     lengths = lengths + (0 if P is None else len(P))
     capacity = int(lengths.max()) + max_new
     if capacity > config.n_positions:
-        raise InputError(f"a request of {int(lengths.max())} tokens and {max_new} new ones exceed the model's {config.n_positions} positions; shorten them")
+        raise InputError(
+            f"a request of {int(lengths.max())} tokens and {max_new} new ones exceed the model's {config.n_positions} positions; shorten them"
+        )
     B = len(requests)
     cache = KVCache(config, B, capacity, device, torch.bfloat16 if device.type == "cuda" else model.wte.weight.dtype)
     tokens = torch.zeros(B, max_new, dtype=torch.long, device=device)
@@ -180,10 +185,14 @@ def in_range(kind, low, high, low_open=False):
 
 
 def add_decoding_options(parser):
-    parser.add_argument("--max-new", type=in_range(int, 1, 100_000), default=MAX_NEW, metavar="N", help=f"tokens of a response at most (default {MAX_NEW})")
+    parser.add_argument(
+        "--max-new", type=in_range(int, 1, 100_000), default=MAX_NEW, metavar="N", help=f"tokens of a response at most (default {MAX_NEW})"
+    )
     parser.add_argument("--temperature", type=in_range(float, 0, 100, low_open=True), default=1.0)
     parser.add_argument("--top-k", type=in_range(int, 0, 10**6), default=0, help="only the K likeliest tokens (0: all)")
-    parser.add_argument("--top-p", type=in_range(float, 0, 1, low_open=True), default=1.0, help="only the likeliest tokens that hold this much probability")
+    parser.add_argument(
+        "--top-p", type=in_range(float, 0, 1, low_open=True), default=1.0, help="only the likeliest tokens that hold this much probability"
+    )
     parser.add_argument("--greedy", action="store_true", help="the likeliest token each time")
 
 
@@ -196,7 +205,9 @@ def main(argv=None):
     parser.add_argument("--prompt", metavar="FILE", help="a soft prompt to stand in front: prompt.safetensors or a directory with it")
     parser.add_argument("--json", action="store_true", help="one JSON object a line, with the tokens and their log-probabilities")
     parser.add_argument("--seed", type=in_range(int, 0, 2**32), default=10)
-    parser.add_argument("--no-repeat-ngram", type=in_range(int, 0, 100), default=0, metavar="N", help="no N-gram twice in request and response (0: off)")
+    parser.add_argument(
+        "--no-repeat-ngram", type=in_range(int, 0, 100), default=0, metavar="N", help="no N-gram twice in request and response (0: off)"
+    )
     add_decoding_options(parser)
     args = parser.parse_args(argv)
     if (args.instruction is None) == (args.file is None):
@@ -216,7 +227,14 @@ def main(argv=None):
     for row, response, log_p in zip(rows, responses, log_probs):
         text = to_text(response, tokenizer)
         if args.json:
-            record = {"instruction": row.instruction, "input": row.input, "text": text, "ids": response, "log_probs": log_p, "ended": response[-1] == tokenizer.eot_token}
+            record = {
+                "instruction": row.instruction,
+                "input": row.input,
+                "text": text,
+                "ids": response,
+                "log_probs": log_p,
+                "ended": response[-1] == tokenizer.eot_token,
+            }
             print(json.dumps(record, ensure_ascii=False))
         else:
             print(text if len(rows) == 1 else f"### {row.instruction}\n{text}\n")

@@ -34,6 +34,9 @@ def command(main, *expected):
         os._exit(2) if torch.distributed.is_initialized() else sys.exit(2)  # never wait for a peer on the way out
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    if torch.distributed.is_torchelastic_launched():
+        sys.stdout.flush()
+        os._exit(0)  # gloo's threads, taken down at the interpreter's end, abort the process once in a while
 
 
 def write_atomic(path, content):
@@ -118,7 +121,9 @@ def model_directory(name):
         return directory / "best" if (directory / "best").is_dir() else directory
     repository = f"openai-community/{name}" if name in OFFICIAL_MODELS else name
     if not HUB_ID.fullmatch(repository) or ".." in repository:
-        raise InputError(f"model {name!r}: no such directory; give a checkpoint directory, one of {', '.join(OFFICIAL_MODELS)}, or a hub id owner/name")
+        raise InputError(
+            f"model {name!r}: no such directory; give a checkpoint directory, one of {', '.join(OFFICIAL_MODELS)}, or a hub id owner/name"
+        )
     return _in_hub_cache(repository) or _downloaded(repository, name)
 
 

@@ -13,9 +13,7 @@ from data.rows import read_jsonl, read_rows
 HOME = Path(__file__).parent
 
 # set: repository on the Hugging Face hub, and how many rows there must be (design of the paper's experiments)
-PUBLIC_SETS = {
-    "dolly": ("datasets/MiniLLM/dolly", {"train": 11_435, "dev": 1_000, "test": 500}),
-}
+PUBLIC_SETS = {"dolly": ("datasets/MiniLLM/dolly", {"train": 11_435, "dev": 1_000, "test": 500})}
 RAW_DOLLY = "databricks-dolly-15k.jsonl"  # the raw release, whose split is not the paper's
 DEV_ROWS, TEST_ROWS = 1_000, 500
 
@@ -48,12 +46,17 @@ def prepare(name, source=None, target=None):
             splits, note = _split_raw(folder / RAW_DOLLY), "; NOT the paper's split, but one of the raw release"
             break
     else:
-        raise InputError(f"{source}: has neither raw.jsonl and valid.jsonl, nor train.jsonl, dev.jsonl and valid.jsonl, nor {RAW_DOLLY}; name their folder")
+        raise InputError(
+            f"{source}: has neither raw.jsonl and valid.jsonl, nor train.jsonl, dev.jsonl and valid.jsonl, nor {RAW_DOLLY}; name their folder"
+        )
     for split in wanted:
         if not splits[split]:
             raise InputError(f"{folder}: leaves no rows for {split}; check its files")
     for split in ("test", "dev", "train"):  # training rows last: then the set is whole
-        lines = [{"instruction": r.instruction, "input": r.input, "output": r.references[0] if len(r.references) == 1 else r.references} for r in splits[split]]
+        lines = [
+            {"instruction": r.instruction, "input": r.input, "output": r.references[0] if len(r.references) == 1 else r.references}
+            for r in splits[split]
+        ]
         write_atomic(target / f"{split}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     counts = {split: len(rows) for split, rows in splits.items()}
     if counts != wanted and not note:
@@ -94,7 +97,9 @@ def data_directory(name):
             print(prepare(name), flush=True)
         return HOME / name
     if not name or not Path(name).is_dir():
-        raise InputError(f"data {name!r}: no such directory; give one with train.jsonl, dev.jsonl and test.jsonl, or one of {', '.join(PUBLIC_SETS)}, demo")
+        raise InputError(
+            f"data {name!r}: no such directory; give one with train.jsonl, dev.jsonl and test.jsonl, or one of {', '.join(PUBLIC_SETS)}, demo"
+        )
     return Path(name)
 
 

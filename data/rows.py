@@ -40,7 +40,9 @@ def load_tokenizer(directory=None):
         try:
             return tiktoken.get_encoding("gpt2")
         except Exception as error:  # tiktoken lets its HTTP client's errors through
-            raise InputError(f"tokenizer 'gpt2': can't be downloaded ({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that holds it") from error
+            raise InputError(
+                f"tokenizer 'gpt2': can't be downloaded ({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that holds it"
+            ) from error
     vocab_path, merges_path = Path(directory) / "vocab.json", Path(directory) / "merges.txt"
     try:
         vocab = json.loads(vocab_path.read_text(encoding="utf-8"))

@@ -167,6 +167,7 @@ def test_the_same_seeds_give_the_same_scores_and_others_do_not(world, capsys):
 RANK = """
 import json, sys
 from data import ranks
+from data.files import command
 from data.rows import read_rows
 from evaluate import evaluate, main
 from sample import load_model
@@ -174,8 +175,9 @@ from sample import load_model
 home, *arguments = sys.argv[1:]
 model, tokenizer = load_model(f"{home}/model", ranks.start())
 results = evaluate(model, tokenizer, read_rows(f"{home}/near/test.jsonl"), (10, "evaluate", "near"), max_new=20)
-json.dump(results, open(f"{home}/rank-{ranks.rank()}-of-{ranks.world()}.json", "w"))
-main(arguments)
+with open(f"{home}/rank-{ranks.rank()}-of-{ranks.world()}.json", "w") as file:
+    json.dump(results, file)
+command(lambda: main(arguments))
 """
 
 

@@ -1,0 +1,922 @@
+"""Presets, stages and what a run leaves behind: skipped when complete, gone on with when interrupted, refused when made otherwise.
+
+The data is a demo world of a few dozen rows in a temporary folder, the models have one layer.
+"""
+
+import contextlib
+import io
+import json
+import math
+import random
+import re
+import socket
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import data.prepare
+import train
+from data.demo import TOKENIZER_DIR, make_document, make_rows
+from data.files import InputError, model_directory
+from data.rows import fill_template, load_tokenizer, read_rows
+from helpers import ROOT, hf_config, run_command, tiny_tokenizer, write_checkpoint, write_rows
+from model import Config, load
+from prompt import load_prompt
+
+CPU = torch.device("cpu")
+TOKENIZER = load_tokenizer(TOKENIZER_DIR)
+STUDENT = Config(n_layer=1, n_embd=16, n_head=2, vocab_size=TOKENIZER.n_vocab, n_positions=512)
+TEACHER = Config(n_layer=1, n_embd=24, n_head=3, vocab_size=TOKENIZER.n_vocab, n_positions=512)
+
+
+def write_world(directory):
+    rng, used = random.Random(1), set()
+    for name, count in {"train": 36, "dev": 8, "test": 3, **{f"{name}/test": 3 for name in train.HELD_OUT}}.items():
+        write_rows(directory / f"{name}.jsonl", make_rows(rng, count, used))
+    write_rows(directory / "pretrain.jsonl", [{"text": make_document(rng, used)} for _ in range(60)])
+    return directory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world(tmp_path_factory):
+    """`--data demo` is a small world in a temporary folder for all tests here."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.prepare, "HOME", home)
+        yield write_world(home / "demo")
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("models") / "small", STUDENT, TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("models") / "wide", TEACHER, TOKENIZER)
+
+
+def settings(**values):
+    usual = {"method": "sft", "student": "small", "data": "demo", "global_batch": 16, "lr": 1e-3, "epochs": 1, "schedule": "constant", "max_new": 8}
+    return train.Settings(**{**usual, **values})
+
+
+def promptkd_settings(student, teacher, **values):
+    return settings(**{"method": "promptkd", "student": str(student), "teacher": str(teacher), "prompt_lr": 0.05, "lr": 0.01, **train.PROMPT, **values})
+
+
+def main(out, *options):
+    """train.main in this process. Returns what it said."""
+    screen = io.StringIO()
+    with contextlib.redirect_stdout(screen):
+        train.main([*map(str, options), "--out", str(out)])
+    return screen.getvalue()
+
+
+def metrics(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def record(directory):
+    return json.loads((directory / "run.json").read_text())
+
+
+def files(directory):
+    """All files below a directory: {path: (content, time of the last change)}."""
+    return {path.relative_to(directory): (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def steps_seen(monkeypatch):
+    """Steps that train nothing: a list of each step's examples."""
+    seen = []
+
+    def step(run, examples, t):
+        seen.append(examples)
+        run.clock["student"] = 1.0
+        return {"loss": 0.0, "grad_norm": 0.0, "response_tokens": 1}
+
+    for method in ("sft", "pretrain"):
+        monkeypatch.setitem(train.STEPS, method, step)
+    return seen
+
+
+@pytest.fixture
+def no_validation(monkeypatch):
+    monkeypatch.setattr(train, "validate", lambda run, rows, examples: {"val_loss": 1.0, "val_rouge_l": 1.0})
+
+
+# ---- presets: the table of the paper's Appendix A, at 8 GPUs ------------------------------------------------------------------------
+
+SHAPES = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20), "gpt2-xl": (48, 1600, 25)}
+
+APPENDIX_A = [
+    # stage, model, global batch, learning rate, schedule, epochs, best by
+    ("sft", "gpt2", 32, 5e-4, "cosine", 20, "rouge_l"),
+    ("sft", "gpt2-medium", 32, 1e-4, "cosine", 20, "rouge_l"),
+    ("sft", "gpt2-large", 32, 1e-4, "cosine", 10, "rouge_l"),
+    ("sft", "gpt2-xl", 32, 5e-5, "cosine", 10, "rouge_l"),
+    ("teacher", "gpt2-xl", 32, 5e-5, "cosine", 10, "rouge_l"),
+    ("init", "gpt2", 32, 5e-4, "cosine", 3, "loss"),
+    ("init", "gpt2-medium", 32, 1e-4, "cosine", 3, "loss"),
+    ("init", "gpt2-large", 32, 1e-4, "cosine", 3, "loss"),
+    ("promptkd", "gpt2", 256, 5e-5, "constant", 20, "rouge_l"),
+    ("promptkd", "gpt2-medium", 64, 1e-5, "constant", 20, "rouge_l"),
+    ("promptkd", "gpt2-large", 64, 5e-6, "constant", 15, "rouge_l"),
+]
+
+
+def write_config(directory, n_layer, n_embd, n_head, vocab_size=50257):
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(hf_config(Config(n_layer, n_embd, n_head, vocab_size))))
+    return directory
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hugging Face cache with the four official models' configurations and no weights: enough to plan the stages."""
+    for name, shape in SHAPES.items():
+        folder = tmp_path / "hub" / f"models--openai-community--{name}"
+        (write_config(folder / "snapshots" / "abc", *shape) / "model.safetensors").touch()
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("abc")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+
+
+@pytest.mark.parametrize("stage, model, global_batch, lr, schedule, epochs, best_by", APPENDIX_A)
+def test_preset_is_that_of_the_paper(hub, capsys, stage, model, global_batch, lr, schedule, epochs, best_by):
+    values = train.preset(stage, model)
+    s = train.Settings(**{"method": "promptkd" if stage == "promptkd" else "sft", "student": model, "data": "dolly", **values})
+    assert (s.global_batch, s.lr, s.schedule, s.epochs, s.best_by) == (global_batch, lr, schedule, epochs, best_by)
+    assert (s.max_new, s.dropout, s.seed, s.steps) == (256, 0.1, 10, None)
+    if stage == "promptkd":
+        assert (s.warmup, s.prompt_lr, s.prompt_text, s.prompt_init, s.prompt_length) == (100, lr, "Suppose you are a student.", "text", None)
+        assert (s.reg, s.prompt_kl, s.reg_kl) == (1.0, "reverse", "reverse")
+    else:
+        assert s.warmup == 0 and s.prompt_lr is s.reg is None
+    assert capsys.readouterr().out == ""  # nothing to explain for an official size
+
+
+def test_a_stage_gets_the_papers_optimizers_for_student_and_prompt(student, teacher):
+    run = train.build(promptkd_settings(student, teacher), 10, TOKENIZER, 8, CPU)
+    for optimizer in (run.optimizer, run.prompt_optimizer):
+        assert isinstance(optimizer, torch.optim.AdamW)
+        assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.999)} and optimizer.param_groups[0]["weight_decay"] == 1e-2
+    assert {id(w) for group in run.optimizer.param_groups for w in group["params"]} == {id(w) for w in run.student.parameters()}
+    assert [id(w) for group in run.prompt_optimizer.param_groups for w in group["params"]] == [id(run.P)]
+    assert train.CLIP == 1.0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_stages_dropout_is_the_students_own_and_the_teacher_is_frozen(student, teacher, dropout):
+    run = train.build(promptkd_settings(student, teacher, dropout=dropout), 10, TOKENIZER, 8, CPU)
+    modules = [module for module in run.student.modules() if isinstance(module, torch.nn.Dropout)]
+    assert {module.p for module in modules} == {dropout} == {block.attn.dropout for block in run.student.h}
+    assert not any(module.training for module in run.teacher.modules()) and not any(w.requires_grad for w in run.teacher.parameters())
+    assert all(w.requires_grad for w in [run.P, *run.student.parameters()])
+
+
+@pytest.mark.parametrize("init, length", [("text", None), ("text", 3), ("text", 11), ("padding", 4), ("random", 5)])
+def test_a_stages_prompt_is_made_from_the_teachers_embeddings(student, teacher, init, length):
+    run = train.build(promptkd_settings(student, teacher, prompt_init=init, prompt_length=length), 10, TOKENIZER, 8, CPU)
+    tokens = TOKENIZER.encode("Suppose you are a student.")
+    n = length or len(tokens)
+    assert run.P.shape == (n, 24)
+    if init == "random":
+        assert 0.5 < run.P.std() < 1.5
+    else:
+        wanted = [tokens[i % len(tokens)] for i in range(n)] if init == "text" else [TOKENIZER.eot_token] * n
+        assert torch.equal(run.P.detach(), run.teacher.wte.weight[wanted])
+
+
+@pytest.mark.parametrize("shape, size", [((2, 64, 2), "base"), ((12, 896, 14), "base"), ((20, 1024, 16), "medium"), ((40, 1280, 20), "large"), ((44, 1600, 25), "xl")])
+def test_another_size_takes_the_preset_nearest_in_parameter_count_and_says_so(tmp_path, capsys, hub, shape, size):
+    model = write_config(tmp_path / "other", *shape)
+    official = {"base": "gpt2", "medium": "gpt2-medium", "large": "gpt2-large", "xl": "gpt2-xl"}[size]
+    values = train.preset("sft", str(model))
+    said = capsys.readouterr().out
+    assert values == train.preset("sft", official)
+    assert re.search(rf"other has [\d,]+ parameters.* GPT-2 {size}\n", said)
+
+
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_cosine_falls_from_the_peak_to_1e_7(warmup):
+    rates = [train.learning_rate(5e-4, step, 100, "cosine", warmup) for step in range(101)]
+    assert rates[warmup] == pytest.approx(5e-4)
+    assert rates[(100 + warmup) // 2] == pytest.approx((5e-4 + 1e-7) / 2)
+    assert rates[100] == pytest.approx(1e-7)
+    assert all(a > b for a, b in zip(rates[warmup:], rates[warmup + 1 :]))
+
+
+def test_warm_up_is_linear_from_above_0_and_constant_behind_it():
+    rates = [train.learning_rate(1e-5, step, 1000, "constant", 100) for step in range(1000)]
+    assert rates[:100] == pytest.approx([1e-5 * (step + 1) / 100 for step in range(100)])
+    assert set(rates[100:]) == {1e-5}
+
+
+# ---- which stages are run, and under which names -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plan(hub, tmp_path, monkeypatch):
+    """Call train.main without training: gives the stages as (name, Settings, micro-batch). A stage leaves its record and a configuration."""
+    monkeypatch.chdir(tmp_path)
+    stages = []
+
+    def run_stage(name, s, out, micro_batch, device):
+        stages.append(SimpleNamespace(name=name, settings=s, micro_batch=micro_batch))
+        directory = tmp_path / out / name
+        if s.method == "pretrain":
+            write_config(directory / "best", *map(int, s.student.split("x")))
+        else:
+            (directory / "best").mkdir(parents=True, exist_ok=True)
+            (directory / "best" / "config.json").write_bytes((model_directory(s.student) / "config.json").read_bytes())
+        (directory / "run.json").write_text(json.dumps({"name": name, "settings": asdict(s), "hours": 0.1}))
+        return f"{out}/{name}"
+
+    monkeypatch.setattr(train, "run_stage", run_stage)
+    monkeypatch.setattr(train, "data_directory", Path)
+    monkeypatch.setattr(train, "show_demo", lambda models, device: None)
+
+    def planned(*options):
+        stages.clear()
+        train.main(list(options))
+        return list(stages)
+
+    return planned
+
+
+def names(stages):
+    return [stage.name for stage in stages]
+
+
+def test_main_result_runs_teacher_init_and_method(plan):
+    teacher, init, method = plan("--student", "gpt2")
+    assert names([teacher, init, method]) == ["teacher-gpt2-xl", "init-gpt2", "promptkd-gpt2-s10"]
+    assert (teacher.settings.method, teacher.settings.student, teacher.settings.lr, teacher.settings.epochs) == ("sft", "gpt2-xl", 5e-5, 10)
+    assert (init.settings.method, init.settings.student, init.settings.epochs, init.settings.best_by) == ("sft", "gpt2", 3, "loss")
+    assert (method.settings.method, method.settings.student, method.settings.teacher) == ("promptkd", "out/init-gpt2", "out/teacher-gpt2-xl")
+    assert method.settings.global_batch == 256
+    assert {stage.settings.data for stage in (teacher, init, method)} == {"dolly"}
+
+
+def test_models_that_are_fine_tuned_already_skip_their_stages(plan, tmp_path):
+    write_config(tmp_path / "mine", *SHAPES["gpt2-large"])
+    assert [stage.split("-")[0] for stage in names(plan("--sft-teacher", "gpt2-xl", "--student", "gpt2"))] == ["init", "promptkd"]
+    assert [stage.split("-")[0] for stage in names(plan("--teacher", "gpt2-large", "--init", "mine"))] == ["teacher", "promptkd"]
+    (alone,) = plan("--sft-teacher", "gpt2-xl", "--init", "mine")
+    assert alone.name == "promptkd-mine-s10" and alone.settings.lr == 5e-6  # the preset of GPT-2 large
+    assert (alone.settings.student, alone.settings.teacher) == ("mine", "gpt2-xl")
+
+
+def test_without_options_the_demo_runs_with_its_own_sizes_and_presets(plan):
+    stages = plan()
+    assert [stage.name.split("-")[0] for stage in stages] == ["pretrain", "teacher", "pretrain", "init", "promptkd"]
+    assert {stage.settings.data for stage in stages} == {"demo"} and len(set(names(stages))) == 5
+    assert stages[0].settings.student == train.DEMO_TEACHER and stages[2].settings.student == train.DEMO_STUDENT
+    assert stages[-1].settings.teacher == f"out/{stages[1].name}" and stages[-1].settings.student == f"out/{stages[3].name}"
+
+
+def test_sft_is_one_stage_from_the_pre_trained_model(plan):
+    (stage,) = plan("--method", "sft", "--student", "gpt2-medium")
+    assert (stage.name, stage.settings.method, stage.settings.epochs, stage.settings.best_by) == ("sft-gpt2-medium-s10", "sft", 20, "rouge_l")
+
+
+def test_pretraining_takes_its_shape_and_data(plan, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (stage,) = plan("--method", "pretrain", "--shape", "3x48x4", "--data", "texts")
+    assert (stage.name, stage.settings.method, stage.settings.student, stage.settings.best_by) == ("pretrain-3x48x4-texts", "pretrain", "3x48x4", "loss")
+
+
+@pytest.mark.parametrize("option, value, field, wanted, in_name", [
+    ("--lr", "1e-4", "lr", 1e-4, "lr0.0001"),
+    ("--prompt-lr", "0.001", "prompt_lr", 1e-3, "promptlr0.001"),
+    ("--epochs", "7", "epochs", 7, "epochs7"),
+    ("--steps", "9", "steps", 9, "steps9"),
+    ("--global-batch", "64", "global_batch", 64, "globalbatch64"),
+    ("--dropout", "0", "dropout", 0.0, "dropout0"),
+    ("--prompt-length", "5", "prompt_length", 5, "promptlength5"),
+    ("--prompt-init", "random", "prompt_init", "random", "promptinitrandom"),
+    ("--reg", "0", "reg", 0.0, "reg0"),
+    ("--prompt-kl", "forward", "prompt_kl", "forward", "promptklforward"),
+    ("--reg-kl", "forward", "reg_kl", "forward", "regklforward"),
+    ("--seed", "11", "seed", 11, "s11"),
+])  # fmt: skip
+def test_an_override_changes_the_methods_own_stage_and_its_name_alone(plan, option, value, field, wanted, in_name):
+    usual, stages = plan("--student", "gpt2"), plan("--student", "gpt2", option, value)
+    assert stages[:2] == usual[:2]  # teacher and init are shared between ablations and seeds
+    assert getattr(stages[2].settings, field) == wanted != getattr(usual[2].settings, field)
+    assert stages[2].settings == replace(usual[2].settings, **{field: wanted})
+    assert in_name in stages[2].name.replace(".0-", "-") and stages[2].name != usual[2].name
+
+
+def test_different_prompt_texts_have_different_names(plan):
+    stages = [plan("--student", "gpt2", "--prompt-text", text)[2] for text in ("Be brief.", "Be kind.")]
+    assert [stage.settings.prompt_text for stage in stages] == ["Be brief.", "Be kind."]
+    assert len(set(names(stages))) == 2
+
+
+def test_rows_and_micro_batch_go_to_every_stage(plan):
+    stages = plan("--student", "gpt2", "--train-rows", "100", "--dev-rows", "20", "--micro-batch", "3")
+    assert len(stages) == 3
+    for stage in stages:
+        assert (stage.settings.train_rows, stage.settings.dev_rows, stage.micro_batch) == (100, 20, 3)
+        assert "100rows" in stage.name  # another amount is another stage
+
+
+def test_other_data_is_in_the_names_of_all_stages(plan, tmp_path):
+    (tmp_path / "mine").mkdir()
+    stages = plan("--student", "gpt2", "--data", str(tmp_path / "mine"))
+    assert all("-mine" in name for name in names(stages)) and {stage.settings.data for stage in stages} == {str(tmp_path / "mine")}
+
+
+# ---- a whole run ---------------------------------------------------------------------------------------------------------------------
+
+PRETRAIN = ("--method", "pretrain", "--shape", "1x16x2", "--data", "demo", "--steps", 3, "--train-rows", 32, "--dev-rows", 8)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Pre-training, and a PromptKD run of two steps with its result as teacher and as student."""
+    out = tmp_path_factory.mktemp("out")
+    first = main(out, *PRETRAIN)
+    (pretrained,) = out.iterdir()
+    options = ("--data", "demo", "--teacher", pretrained, "--student", pretrained, "--steps", 2, "--dev-rows", 8)
+    second = main(out, *options)
+    return SimpleNamespace(out=out, pretrained=pretrained, options=options, screens=(first, second))
+
+
+def stage_directory(whole, kind):
+    (directory,) = whole.out.glob(f"{kind}-*")
+    return directory
+
+
+KINDS = ["pretrain", "teacher", "init", "promptkd"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stage_leaves_its_record_metrics_and_best_checkpoint_and_no_state(whole, kind):
+    directory = stage_directory(whole, kind)
+    found = record(directory)
+    assert found["name"] == directory.name and found["settings"]["method"] == ("sft" if kind in ("teacher", "init") else kind)
+    assert found["settings"]["data"] == "demo" and found["settings"]["seed"] == 10
+    assert found["versions"]["torch"] == torch.__version__ and found["hours"] > 0
+    model = load(directory / "best")
+    assert found["parameters"] == model.n_parameters() and (model.config.n_layer, model.config.n_embd, model.config.n_head) == (1, 16, 2)
+    assert load_tokenizer(directory / "best").encode("the small dog") == TOKENIZER.encode("the small dog")
+    lines = metrics(directory)
+    assert [line["step"] for line in lines if line["step"]] == list(range(1, found["total_steps"] + 1))
+    by_loss = found["settings"]["best_by"] == "loss"
+    scores = [line["val_loss" if by_loss else "val_rouge_l"] for line in lines if line["step"] and "val_loss" in line]
+    assert found["best"] == (min if by_loss else max)(scores)
+    assert not list(directory.glob("state/*")) and not list(directory.rglob(".*"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_metrics_have_losses_rates_speed_seconds_by_phase_and_memory(whole, kind):
+    lines = [line for line in metrics(stage_directory(whole, kind)) if line["step"]]
+    wanted = {"step", "epoch", "lr", "loss", "grad_norm", "response_tokens", "tokens_per_second", "seconds", "memory_resident_gb"}
+    if kind == "promptkd":
+        wanted |= {"prompt_lr", "prompt_loss", "prompt_kd", "prompt_reg", "kl_prompted_bare", "prompt_grad_norm", "lambda"}
+    for line in lines:
+        assert wanted <= set(line)
+        assert set(line["seconds"]) == ({"sampling", "prompt", "student"} if kind == "promptkd" else {"student"})
+        assert all(seconds >= 0 for seconds in line["seconds"].values())
+        numbers = [value for value in line.values() if not isinstance(value, dict)]
+        assert all(math.isfinite(number) for number in numbers) and line["loss"] > 0 and line["memory_resident_gb"] > 0.01
+    assert "val_loss" in lines[-1] and ("val_rouge_l" in lines[-1]) == (kind in ("teacher", "promptkd"))
+
+
+def test_rates_in_the_metrics_are_those_of_the_schedule(whole):
+    for kind in KINDS:
+        directory = stage_directory(whole, kind)
+        s, total = train.Settings(**record(directory)["settings"]), record(directory)["total_steps"]
+        lines = [line for line in metrics(directory) if line["step"]]
+        assert [line["lr"] for line in lines] == [train.learning_rate(s.lr, t, total, s.schedule, s.warmup) for t in range(total)]
+        if kind == "promptkd":
+            assert [line["prompt_lr"] for line in lines] == [train.learning_rate(s.prompt_lr, t, total, s.schedule, s.warmup) for t in range(total)]
+            assert [line["lambda"] for line in lines] == [1.0, 0.5]
+
+
+def test_promptkd_starts_from_the_stages_before_it_and_keeps_its_prompt(whole):
+    directory = stage_directory(whole, "promptkd")
+    s = record(directory)["settings"]
+    assert (s["teacher"], s["student"]) == (str(stage_directory(whole, "teacher")), str(stage_directory(whole, "init")))
+    P = load_prompt(directory / "best", 16)
+    text = TOKENIZER.encode("Suppose you are a student.")
+    before = load(stage_directory(whole, "teacher") / "best").wte.weight[text]
+    assert P.shape == before.shape and 0 < (P - before).abs().max() < 0.01  # the teacher's words, tuned by two small steps
+    assert not list(whole.out.glob("[!p]*/best/prompt.safetensors"))
+
+
+def test_prompts_harm_is_on_record_from_step_0(whole):
+    before = metrics(stage_directory(whole, "promptkd"))[0]
+    assert before["step"] == 0 and {"val_prompted_loss", "val_bare_loss", "val_loss", "val_rouge_l"} <= set(before)
+    rows = read_rows(data.prepare.HOME / "demo" / "dev.jsonl")
+    init, teacher = (load(stage_directory(whole, kind) / "best").eval() for kind in ("init", "teacher"))
+    assert before["val_loss"] == pytest.approx(plain_loss(init, rows), rel=1e-5)
+    assert before["val_bare_loss"] == pytest.approx(plain_loss(teacher, rows), rel=1e-5)
+    P = teacher.wte.weight[TOKENIZER.encode("Suppose you are a student.")]
+    assert before["val_prompted_loss"] == pytest.approx(plain_loss(teacher, rows, P), rel=1e-5)
+
+
+@torch.no_grad()
+def plain_loss(model, rows, P=None):
+    """Nats a response token, one row at a time."""
+    total = count = 0
+    for row in rows:
+        request = TOKENIZER.encode(fill_template(row.instruction, row.input))
+        response = [*TOKENIZER.encode(row.references[0]), TOKENIZER.eot_token]
+        log_probs = model.logits(model(torch.tensor([request + response]), prefix=P))[0].log_softmax(-1)
+        start = len(log_probs) - len(response) - 1
+        total -= sum(float(log_probs[start + i, token]) for i, token in enumerate(response))
+        count += len(response)
+    return total / count
+
+
+def test_screen_names_the_prompts_share_the_table_and_the_picture(whole):
+    n = len(TOKENIZER.encode("Suppose you are a student."))
+    teacher = load(stage_directory(whole, "teacher") / "best").n_parameters()
+    screen = whole.screens[1]
+    assert f"prompt: {n} × 16 = {16 * n:,} numbers, {100 * 16 * n / teacher:.4f} % of the teacher's {teacher:,} parameters" in screen
+    assert re.search(r"step 2/2 .*val ROUGE-L [\d.]+ .*0:00:00 left", screen)
+    assert re.search(r"\n(teacher|student's init|promptkd) +[\d.]+ ± [\d.]+", screen)
+    assert str(stage_directory(whole, "promptkd") / "curves.png") in screen
+
+
+def test_every_stage_draws_its_curves(whole):
+    pytest.importorskip("matplotlib")
+    for kind in KINDS:
+        assert (stage_directory(whole, kind) / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_call_skips_every_complete_stage_and_changes_no_file(whole, monkeypatch):
+    monkeypatch.setattr(train, "show_demo", lambda models, device: None)
+    before = files(whole.out)
+    screens = main(whole.out, *PRETRAIN), main(whole.out, *whole.options)
+    assert files(whole.out) == before
+    assert screens[0].count("complete, skipped") == 1 and screens[1].count("complete, skipped") == 3
+
+
+def test_other_settings_under_the_same_name_are_refused_by_name_and_nothing_is_touched(whole):
+    before = files(whole.out)
+    with pytest.raises(InputError, match=r"pretrain-1x16x2-demo.*: was made with dev_rows 8, not 4; "):
+        main(whole.out, *PRETRAIN[:-1], 4)
+    assert files(whole.out) == before
+
+
+def test_a_damaged_record_is_refused(tmp_path, student):
+    directory = tmp_path / "stage"
+    directory.mkdir()
+    (directory / "run.json").write_text('{"settings": ')
+    with pytest.raises(InputError, match="run.json: is damaged"):
+        train.run_stage("stage", settings(student=str(student)), tmp_path, 8, CPU)
+
+
+# ---- interrupted and gone on with ------------------------------------------------------------------------------------------------------
+
+
+class Interrupted(BaseException):
+    """Not to be caught by the code, as a kill isn't."""
+
+
+def stop_in_a_step(patch, method):
+    step = train.STEPS[method]
+
+    def stopping(run, examples, t):
+        if t == 3:
+            raise Interrupted
+        return step(run, examples, t)
+
+    patch.setitem(train.STEPS, method, stopping)
+
+
+def stop_between_best_and_state(patch, method):
+    save_state = train.save_state
+
+    def stopping(run, directory, step, *rest):
+        if step == 4:
+            raise Interrupted
+        save_state(run, directory, step, *rest)
+
+    patch.setattr(train, "save_state", stopping)
+
+
+def stop_while_the_state_is_written(patch, method):
+    saved, torch_save = [], torch.save
+
+    def stopping(state, file):
+        saved.append(file)
+        if len(saved) == 2:
+            file.write(b"half of it")
+            raise Interrupted
+        torch_save(state, file)
+
+    patch.setattr(torch, "save", stopping)
+
+
+def stop_while_metrics_are_written(patch, method):
+    write = train.Log.write
+
+    def stopping(self, values):
+        if values["step"] == 3:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(values)[:30])
+            raise Interrupted
+        write(self, values)
+
+    patch.setattr(train.Log, "write", stopping)
+
+
+def stop_before_the_end(patch, method):
+    def stopping(*arguments):
+        raise Interrupted
+
+    patch.setattr(train, "finish", stopping)
+
+
+def options_for(method, student, teacher):
+    """36 rows, 16 a step: two steps an epoch, so validations behind steps 2, 4 and 6."""
+    how = ("--method", method, "--data", "demo", "--steps", 6, "--global-batch", 16, "--dropout", 0.2, "--micro-batch", 5, "--lr", 0.01, "--dev-rows", 4)
+    return (*how, "--student", student) if method == "sft" else (*how, "--prompt-lr", 0.01, "--init", student, "--sft-teacher", teacher)
+
+
+def outcome(directory, run):
+    """Everything that must not depend on interruptions."""
+    unlike = ("tokens_per_second", "seconds", "memory_resident_gb")
+    lines = [{name: value for name, value in line.items() if name not in unlike} for line in metrics(directory)]
+    best = {path.name: path.read_bytes() for path in (directory / "best").iterdir()}
+    final = {name: w.clone() for name, w in run.student.state_dict().items()} | ({} if run.P is None else {"P": run.P.detach().clone()})
+    return SimpleNamespace(lines=lines, best=best, final=final, record={name: value for name, value in record(directory).items() if name != "hours"})
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """The Runs that are built, in order."""
+    runs, build = [], train.build
+    monkeypatch.setattr(train, "build", lambda *arguments: runs.append(build(*arguments)) or runs[-1])
+    monkeypatch.setattr(train, "show_demo", lambda models, device: None)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    return {}
+
+
+@pytest.mark.parametrize("method, stop", [
+    ("sft", stop_in_a_step),
+    ("sft", stop_while_the_state_is_written),
+    ("sft", stop_before_the_end),
+    ("promptkd", stop_in_a_step),
+    ("promptkd", stop_between_best_and_state),
+    ("promptkd", stop_while_metrics_are_written),
+])  # fmt: skip
+def test_an_interrupted_stage_goes_on_from_its_last_state_and_ends_with_the_same_bits(tmp_path, student, teacher, built, uninterrupted, method, stop):
+    options = options_for(method, student, teacher)
+    if method not in uninterrupted:
+        main(tmp_path / "whole", *options)
+        (directory,) = (tmp_path / "whole").iterdir()
+        uninterrupted[method] = outcome(directory, built[-1])
+    wanted = uninterrupted[method]
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        stop(patch, method)
+        main(tmp_path / "out", *options)
+    (directory,) = (tmp_path / "out").iterdir()
+    assert "hours" not in record(directory)
+    screen = main(tmp_path / "out", *options)
+    assert f"going on behind step {6 if stop is stop_before_the_end else 2}" in screen
+    got = outcome(directory, built[-1])
+    assert got.lines == wanted.lines and [line["step"] for line in got.lines] == list(range(0 if method == "promptkd" else 1, 7))
+    assert got.best == wanted.best
+    assert got.record == wanted.record
+    assert set(got.final) == set(wanted.final) and all(torch.equal(got.final[name], w) for name, w in wanted.final.items())
+    assert not list(directory.rglob("*.partial")) and not list(directory.glob("state/*.pt"))
+
+
+def test_runs_with_another_seed_end_elsewhere(tmp_path, student, teacher, built):
+    """So that equal bits above mean something."""
+    ends = []
+    for seed in (10, 11):
+        main(tmp_path, *options_for("sft", student, teacher), "--steps", 2, "--seed", seed)
+        ends.append(built[-1].student.wte.weight.detach().clone())
+    assert not torch.equal(*ends)
+
+
+# ---- the training rows -----------------------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_takes_whole_batches_of_rows_in_an_order_of_its_own(tmp_path, student, steps_seen, no_validation):
+    train.run_stage("stage", settings(student=str(student), epochs=3), tmp_path, 8, CPU)
+    assert record(tmp_path / "stage")["total_steps"] == len(steps_seen) == 3 * (36 // 16)
+    epochs = [[e.index for batch in steps_seen[i : i + 2] for e in batch] for i in (0, 2, 4)]
+    for order in epochs:
+        assert len(order) == len(set(order)) == 32 and set(order) <= set(range(36))
+    assert len({tuple(order) for order in epochs}) == 3 and sorted(epochs[0]) != epochs[0]
+    assert [line["epoch"] for line in metrics(tmp_path / "stage")] == [0.5, 1, 1.5, 2, 2.5, 3]
+
+
+def test_steps_beyond_the_epochs_go_round_again_and_fewer_stop_early(tmp_path, student, steps_seen, no_validation):
+    train.run_stage("more", settings(student=str(student), epochs=1, steps=5), tmp_path, 8, CPU)
+    assert len(steps_seen) == 5 and [len(batch) for batch in steps_seen] == [16] * 5
+    validated = [line["step"] for line in metrics(tmp_path / "more") if "val_loss" in line]
+    assert validated == [2, 4, 5]  # at the end of every epoch, and at the last step
+
+
+def test_training_rows_can_be_fewer_and_a_batch_is_never_more_than_there_are(tmp_path, student, steps_seen, no_validation):
+    train.run_stage("stage", settings(student=str(student), train_rows=10), tmp_path, 8, CPU)
+    assert [sorted(e.index for e in batch) for batch in steps_seen] == [list(range(10))]
+
+
+def test_a_row_whose_request_is_over_the_limit_is_left_out_and_counted(tmp_path, capsys, student, steps_seen, no_validation):
+    rows = [{"instruction": f"say {word}", "output": word} for word in "one two three four".split()]
+    rows[2]["input"] = "a long story " * 150
+    for name in ("train", "dev"):
+        write_rows(tmp_path / "mine" / f"{name}.jsonl", rows)
+    train.run_stage("stage", settings(student=str(student), data=str(tmp_path / "mine")), tmp_path, 8, CPU)
+    assert sorted(e.index for e in steps_seen[0]) == [0, 1, 3]
+    assert "train.jsonl: 1 of 4 rows have a request over the limit and are left out" in capsys.readouterr().out
+
+
+def test_an_examples_response_is_the_rows_first_reference_and_its_end(tmp_path, student, steps_seen, no_validation):
+    train.run_stage("stage", settings(student=str(student), global_batch=36), tmp_path, 8, CPU)
+    rows = read_rows(data.prepare.HOME / "demo" / "train.jsonl")
+    for e in steps_seen[0]:
+        assert TOKENIZER.decode(e.request) == fill_template(rows[e.index].instruction, rows[e.index].input)
+        assert TOKENIZER.decode(e.response) == rows[e.index].references[0] + "<|endoftext|>"
+
+
+# ---- pre-training ----------------------------------------------------------------------------------------------------------------------
+
+
+def packed_text(steps, block):
+    """The stream of an epoch's blocks, each of which must start with the token that the block before it ended with."""
+    examples = [e for batch in steps for e in batch]
+    assert all(len(e.request) == 1 and len(e.response) == block for e in examples)
+    for before, behind in zip(examples, examples[1:]):
+        assert behind.request[0] == before.response[-1]
+    return [examples[0].request[0], *(token for e in examples for token in e.response)]
+
+
+def test_pretraining_predicts_every_token_of_the_packed_texts_once(tmp_path, steps_seen, no_validation):
+    s = settings(method="pretrain", student="1x16x2", global_batch=4, block=32, epochs=2, best_by="loss")
+    train.run_stage("stage", s, tmp_path, 8, CPU)
+    documents = [json.loads(line)["text"] for line in (data.prepare.HOME / "demo" / "pretrain.jsonl").read_text().splitlines()]
+    n_tokens = sum(len(TOKENIZER.encode(text)) + 1 for text in documents)
+    orders = []
+    for half in (steps_seen[: len(steps_seen) // 2], steps_seen[len(steps_seen) // 2 :]):
+        stream = packed_text(half, 32)
+        assert n_tokens - 4 * 32 - 33 < len(stream) <= n_tokens  # but for less than a block and less than a batch of blocks
+        texts = TOKENIZER.decode(stream).split("<|endoftext|>")
+        assert set(texts[:-1]) <= set(documents) and any(text.startswith(texts[-1]) for text in documents)
+        assert len(set(texts)) == len(texts)
+        orders.append(texts)
+    assert orders[0] != orders[1]
+
+
+def test_pretraining_on_a_set_without_texts_packs_its_rows_in_gpt2s_tokens(tmp_path, shared, monkeypatch, steps_seen, no_validation):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "gpt2-bpe" / "tiktoken-cache"))
+    rows = [{"instruction": f"say {word}", "input": "", "output": word} for word in "one two three four five".split()]
+    for name in ("train", "dev"):
+        write_rows(tmp_path / "mine" / f"{name}.jsonl", rows)
+    s = settings(method="pretrain", student="1x8x2", data=str(tmp_path / "mine"), block=16, global_batch=100, best_by="loss", train_rows=4)
+    train.run_stage("stage", s, tmp_path, 8, CPU)
+    text = load_tokenizer().decode(packed_text(steps_seen, 16))
+    pieces = text.split("<|endoftext|>")
+    assert set(pieces[:-1]) < {fill_template(row["instruction"]) + row["output"] for row in rows[:4]} and len(pieces) == 4
+    assert load(tmp_path / "stage" / "best").config.vocab_size == 50257
+
+
+def test_pretraining_starts_from_an_initialisation_that_hangs_on_the_seed(tmp_path, steps_seen, no_validation):
+    models = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train.run_stage(name, settings(method="pretrain", student="1x16x2", best_by="loss", seed=seed, steps=1), tmp_path, 8, CPU)
+        models.append(load(tmp_path / name / "best").wte.weight)
+    assert torch.equal(models[0], models[1]) and not torch.equal(models[0], models[2])
+
+
+# ---- validation and the best checkpoint ------------------------------------------------------------------------------------------------
+
+
+def test_validation_draws_the_same_random_numbers_each_time(tmp_path, student, monkeypatch):
+    """Steps that change no weight leave all validations alike, word for word; another seed's are others."""
+    seen, evaluate = [], train.evaluate
+
+    def recorded(*arguments, **how):
+        results = evaluate(*arguments, **how)
+        seen.append([row["text"] for row in results])
+        return results
+
+    def idle(run, examples, t):
+        torch.rand(t + 1)
+        run.clock["student"] = 1.0
+        return {"loss": 0.0, "grad_norm": 0.0, "response_tokens": 1}
+
+    monkeypatch.setattr(train, "evaluate", recorded)
+    monkeypatch.setitem(train.STEPS, "sft", idle)
+    for name, seed in (("a", 10), ("b", 11)):
+        train.run_stage(name, settings(student=str(student), epochs=3, seed=seed), tmp_path, 8, CPU)
+        scores = [(line["val_loss"], line["val_rouge_l"]) for line in metrics(tmp_path / name) if "val_loss" in line]
+        assert len(scores) == 3 and len(set(scores)) == 1
+    assert seen[0] == seen[1] == seen[2] != seen[3] == seen[4] == seen[5]
+    assert len(seen[0]) == 8 and len(set(seen[0])) > 4  # all validation rows, and no two alike by a stuck generator
+
+
+@pytest.mark.parametrize("best_by, scores, best", [
+    ("rouge_l", [(2.0, 3.0), (1.5, 9.0), (1.0, 9.0), (0.5, 4.0)], 1),  # of two equal ones the first
+    ("loss", [(2.0, 3.0), (1.5, 9.0), (1.0, 1.0), (1.7, 4.0)], 2),
+])  # fmt: skip
+def test_best_checkpoint_is_the_best_by_rouge_l_or_by_loss(tmp_path, student, monkeypatch, best_by, scores, best):
+    weights = []
+
+    def validate(run, rows, examples):
+        weights.append(run.student.wte.weight.detach().clone())
+        return dict(zip(("val_loss", "val_rouge_l"), scores[len(weights) - 1]))
+
+    monkeypatch.setattr(train, "validate", validate)
+    train.run_stage("stage", settings(student=str(student), epochs=4, best_by=best_by, lr=0.01), tmp_path, 8, CPU)
+    kept = load(tmp_path / "stage" / "best").wte.weight
+    assert [torch.equal(kept, w) for w in weights] == [n == best for n in range(4)]
+    assert record(tmp_path / "stage")["best"] == scores[best][best_by == "rouge_l"]
+
+
+def test_prompt_in_best_is_the_one_of_that_step(tmp_path, student, teacher, monkeypatch):
+    prompts = []
+
+    def validate(run, rows, examples):
+        prompts.append(run.P.detach().clone())
+        return {"val_loss": 1.0, "val_rouge_l": [0.0, 5.0, 7.0, 6.0][len(prompts) - 1], "val_prompted_loss": 1.0}
+
+    monkeypatch.setattr(train, "validate", validate)
+    monkeypatch.setattr(train, "validation_loss", lambda *arguments: 1.0)
+    train.run_stage("stage", promptkd_settings(student, teacher, epochs=3), tmp_path, 8, CPU)
+    kept = load_prompt(tmp_path / "stage" / "best", 24)
+    assert [torch.equal(kept, P) for P in prompts] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("cost, warned", [(0.3, True), (0.05, False), (-0.2, False)])
+def test_a_prompt_that_harms_the_teacher_is_warned_of_before_it_is_tuned(tmp_path, capsys, student, teacher, monkeypatch, cost, warned):
+    monkeypatch.setattr(train, "validation_loss", lambda run, model, examples, P=None: 2.0 if P is None else 2.0 + cost)
+    train.run_stage("stage", promptkd_settings(student, teacher, steps=1, dev_rows=2), tmp_path, 16, CPU)
+    said = capsys.readouterr().out
+    assert ("warning: the prompt costs the teacher 0.30 nats" in said) == warned == ("warning" in said)
+    if warned:
+        assert said.index("warning") < said.index("step 1/1")
+
+
+# ---- two ranks -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_two_ranks_train_as_one_does(tmp_path, student, teacher, built):
+    """The whole command under torchrun: the same metrics and weights as in one process, bar rounding, and each file written once."""
+    options = ("--method", "promptkd", "--data", "demo", "--init", student, "--sft-teacher", teacher, "--steps", 3, "--global-batch", 16, "--dropout", 0)
+    options += ("--micro-batch", 3, "--lr", 0.01)
+    script = tmp_path / "two.py"
+    script.write_text(
+        f"import data.prepare, os, pathlib, train\nfrom data.files import command\ndata.prepare.HOME = pathlib.Path({str(data.prepare.HOME)!r})\n"
+        "train.show_demo = lambda models, device: None\ncommand(train.main)\n"
+        "os._exit(0)  # gloo's threads abort the interpreter's own way out once in a while\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    done = run_command(
+        "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}",
+        script, *options, "--out", tmp_path / "two", PYTHONPATH=str(ROOT),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    main(tmp_path / "one", *options)
+    (two,), (one,) = (list((tmp_path / name).iterdir()) for name in ("two", "one"))
+    assert two.name == one.name and record(two)["ranks"] == 2
+    unlike = ("tokens_per_second", "seconds", "memory_resident_gb")
+    for a, b in zip(metrics(two), metrics(one), strict=True):
+        assert {k: v for k, v in a.items() if k not in unlike} == pytest.approx({k: v for k, v in b.items() if k not in unlike}, rel=1e-3, abs=1e-6)
+    assert done.stdout.count("step 3/3") == 1  # one of them speaks
+    models = [load(directory / "best").state_dict() for directory in (two, one)]
+    for name, w in models[0].items():
+        # The keys' biases change no attention weight: their gradient is rounding alone, which AdamW scales up to full steps.
+        real = torch.ones_like(w, dtype=torch.bool)
+        if name.endswith("c_attn.bias"):
+            real[len(w) // 3 : 2 * len(w) // 3] = False
+        assert w[real].allclose(models[1][name][real], atol=1e-4), name
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, error", [
+    (["--method", "pretrain"], "error: --method pretrain needs --shape"),
+    (["--method", "sft", "--data", "nowhere", "--student", "MODEL"], "error: data 'nowhere': no such directory"),
+])  # fmt: skip
+def test_a_command_that_cannot_run_ends_with_status_2_and_one_line(tmp_path, student, options, error):
+    options = [student if option == "MODEL" else option for option in options]
+    done = run_command("train.py", *options, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert done.stderr.startswith(error) and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("option, value", [
+    ("--reg", "-1"), ("--reg", "nan"), ("--epochs", "0"), ("--steps", "1.5"), ("--lr", "0"), ("--lr", "fast"), ("--dropout", "1"), ("--prompt-length", "0"),
+    ("--prompt-init", "zeros"), ("--prompt-kl", "both"), ("--micro-batch", "0"), ("--method", "guess"), ("--seed", "-1"),
+])  # fmt: skip
+def test_an_option_out_of_range_is_named_with_status_2(tmp_path, capsys, option, value):
+    with pytest.raises(SystemExit) as stopped:
+        main(tmp_path, option, value)
+    assert stopped.value.code == 2
+    assert option in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("shape", ["6x256", "0x16x2", "1x16x3", "axbxc", "1x-16x-2", "1x16x2x1"])
+def test_a_shape_that_is_none_is_refused(tmp_path, shape):
+    with pytest.raises(InputError, match=f"--shape {shape}: must be LAYERSxWIDTHxHEADS"):
+        main(tmp_path, "--method", "pretrain", "--data", "demo", "--shape", shape)
+
+
+def test_teacher_and_student_with_different_tokens_are_refused(tmp_path, student):
+    other = write_checkpoint(tmp_path / "other", replace(STUDENT, vocab_size=tiny_tokenizer().n_vocab), tiny_tokenizer())
+    with pytest.raises(InputError, match="different tokenizers"):
+        train.run_stage("stage", promptkd_settings(student, other), tmp_path, 8, CPU)
+
+
+def test_an_empty_prompt_text_is_refused(tmp_path, student, teacher):
+    with pytest.raises(InputError, match="--prompt-text is empty"):
+        main(tmp_path, "--data", "demo", "--init", student, "--sft-teacher", teacher, "--prompt-text", "")
+
+
+def test_too_little_text_to_pack_is_refused(tmp_path):
+    with pytest.raises(InputError, match="too little to train on"):
+        train.run_stage("stage", settings(method="pretrain", student="1x16x2", block=100_000, best_by="loss"), tmp_path, 8, CPU)
+
+
+def test_a_bad_training_row_is_named_and_nothing_is_trained(tmp_path, student, steps_seen):
+    write_rows(tmp_path / "mine" / "train.jsonl", [{"instruction": "say one", "output": "one"}, {"instruction": "say two"}])
+    write_rows(tmp_path / "mine" / "dev.jsonl", [{"instruction": "say one", "output": "one"}])
+    with pytest.raises(InputError, match=r"train.jsonl, line 2: 'output'"):
+        train.run_stage("stage", settings(student=str(student), data=str(tmp_path / "mine")), tmp_path, 8, CPU)
+    assert steps_seen == []
+
+
+# ---- mishaps -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_that_could_not_start_leaves_no_record_to_be_refused_by(tmp_path, student):
+    with pytest.raises(InputError, match="nowhere"):
+        train.run_stage("stage", settings(student="nowhere"), tmp_path, 8, CPU)
+    assert not (tmp_path / "stage" / "run.json").exists()
+    train.run_stage("stage", settings(student=str(student), steps=1, dev_rows=2), tmp_path, 8, CPU)
+
+
+def test_a_metrics_line_cut_behind_an_inner_brace_does_not_stop_going_on(tmp_path, student):
+    s = settings(student=str(student), epochs=2, dev_rows=2)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        stop_in_a_step(patch, "sft")
+        train.run_stage("stage", s, tmp_path, 8, CPU)
+    path = tmp_path / "stage" / "metrics.jsonl"
+    line = path.read_text().splitlines()[-1]
+    path.write_text(path.read_text() + line[: line.index("}") + 1])
+    train.run_stage("stage", s, tmp_path, 8, CPU)
+    assert [line["step"] for line in metrics(tmp_path / "stage")] == [1, 2, 3, 4]
+
+
+def test_a_training_that_diverges_is_stopped_and_not_complete(tmp_path, student):
+    with pytest.raises(InputError, match="has diverged: lower --lr"):
+        train.run_stage("stage", settings(student=str(student), lr=1e30, epochs=3, dev_rows=2, best_by="loss"), tmp_path, 8, CPU)
+    assert "hours" not in record(tmp_path / "stage")
+
+
+def test_validation_rows_that_are_all_over_the_limit_are_refused(tmp_path, student):
+    write_rows(tmp_path / "mine" / "train.jsonl", [{"instruction": "say one", "output": "one"}])
+    write_rows(tmp_path / "mine" / "dev.jsonl", [{"instruction": "x " * 600, "output": "one"}])
+    with pytest.raises(InputError, match="every validation row"):
+        train.run_stage("stage", settings(student=str(student), data=str(tmp_path / "mine"), best_by="loss"), tmp_path, 8, CPU)
+
+
+def test_training_rows_limit_the_texts_of_pretraining(tmp_path, steps_seen, no_validation):
+    s = settings(method="pretrain", student="1x16x2", block=32, best_by="loss", train_rows=3, global_batch=1)
+    train.run_stage("stage", s, tmp_path, 8, CPU)
+    texts = [json.loads(line)["text"] for line in (data.prepare.HOME / "demo" / "pretrain.jsonl").read_text().splitlines()[:3]]
+    assert len(steps_seen) == (sum(len(TOKENIZER.encode(text)) + 1 for text in texts) - 1) // 32
+
+
+@pytest.mark.parametrize("options", [
+    ["--method", "sft", "--reg", "0"], ["--method", "sft", "--prompt-lr", "1"], ["--method", "sft", "--sft-teacher", "gpt2-xl"],
+    ["--method", "pretrain", "--shape", "1x16x2", "--student", "gpt2"], ["--shape", "1x16x2"],
+    ["--teacher", "gpt2", "--sft-teacher", "gpt2-xl"], ["--student", "gpt2", "--init", "gpt2"],
+])  # fmt: skip
+def test_an_option_without_effect_is_refused(plan, options):
+    with pytest.raises(InputError, match="has no effect"):
+        plan(*options)
+
+
+def test_stages_made_here_are_named_by_the_model_they_started_from(plan, tmp_path):
+    (tmp_path / "mine").mkdir()
+    names_of = [stage.name for stage in plan("--student", "gpt2", "--data", "mine", "--train-rows", "9")]
+    assert names_of == ["teacher-gpt2-xl-mine-9rows", "init-gpt2-mine-9rows", "promptkd-gpt2-mine-9rows-s10"]
+    (again,) = plan("--sft-teacher", "out/teacher-gpt2-xl-mine-9rows", "--init", "out/init-gpt2-mine-9rows/best", "--data", "mine")
+    assert again.name == "promptkd-gpt2-mine-s10"

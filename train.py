@@ -1,0 +1,722 @@
+"""PromptKD (Kim, Jang and Yang, Findings of EMNLP 2024): Algorithm 1, the stages before it, and the loop around them.
+
+python train.py                                        the demo: offline, CPU or GPU, minutes
+torchrun --nproc_per_node=8 train.py --student gpt2    the paper's main result, every stage of it
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import sys
+import time
+import zlib
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from data import ranks  # before torch: data/__init__.py says why
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from data.demo import TOKENIZER_DIR
+from data.files import InputError, command, model_directory, write_atomic
+from data.prepare import data_directory
+from data.rows import Example, epoch_order, load_tokenizer, micro_batches, packed_blocks, read_jsonl, read_rows, tokenizer_files, training_examples
+from evaluate import evaluate, evaluate_models, mean_rouge_l, say, table
+from losses import cross_entropy, kl, prompt_loss, student_loss
+from model import GPT, CheckpointError, Config, read_config, save
+from prompt import freeze, initial_prompt, save_prompt, teacher_hidden
+from sample import MAX_NEW, in_range, load_model, precision, sample_all
+
+# ---- presets: the paper's Appendix A, read with the released scripts ----------------------------------------------------------
+
+SIZES = {"base": 124e6, "medium": 355e6, "large": 774e6, "xl": 1_558e6}  # GPT-2's parameter counts
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides a stage's result. The global batch is the preset's; ranks and micro-batches divide it."""
+
+    method: str  # promptkd, sft or pretrain
+    student: str  # the model that is trained, by name; for pretrain its shape
+    data: str
+    global_batch: int
+    lr: float
+    epochs: int
+    schedule: str  # "cosine" to 1e-7, or "constant"
+    warmup: int = 0  # steps
+    beta2: float = 0.999  # AdamW's
+    teacher: str | None = None
+    seed: int = 10
+    best_by: str = "rouge_l"  # or "loss"
+    steps: int | None = None  # optimizer steps at most; None: what the epochs come to
+    dropout: float = 0.1  # of the student's training forward
+    train_rows: int | None = None
+    dev_rows: int | None = None
+    max_new: int = MAX_NEW
+    block: int = 512  # tokens of a packed row in pre-training
+    prompt_lr: float | None = None  # promptkd only, from here on
+    prompt_text: str | None = None
+    prompt_length: int | None = None  # None: the text's own tokens
+    prompt_init: str | None = None
+    reg: float | None = None
+    prompt_kl: str | None = None
+    reg_kl: str | None = None
+
+
+#            size: (global batch, learning rate, epochs)
+PRESETS = {
+    "sft": {"base": (32, 5e-4, 20), "medium": (32, 1e-4, 20), "large": (32, 1e-4, 10), "xl": (32, 5e-5, 10)},
+    "init": {"base": (32, 5e-4, 3), "medium": (32, 1e-4, 3), "large": (32, 1e-4, 3), "xl": (32, 5e-5, 3)},
+    "promptkd": {"base": (256, 5e-5, 20), "medium": (64, 1e-5, 20), "large": (64, 5e-6, 15), "xl": (64, 5e-6, 15)},
+}
+PRETRAIN = {"global_batch": 32, "lr": 1e-3, "epochs": 3, "schedule": "cosine", "warmup": 50, "beta2": 0.95, "best_by": "loss", "dropout": 0.0}
+PROMPT = {"prompt_text": "Suppose you are a student.", "prompt_init": "text", "reg": 1.0, "prompt_kl": "reverse", "reg_kl": "reverse"}
+
+# The demo's models and presets: a few million parameters, rows of a few dozen words.
+DEMO_TEACHER, DEMO_STUDENT = "3x128x4", "2x64x4"
+DEMO_PRETRAIN = PRETRAIN | {"global_batch": 8, "lr": 2e-3, "epochs": 1, "warmup": 100, "block": 128}
+DEMO_SFT = {"global_batch": 16, "schedule": "cosine", "warmup": 20, "dropout": 0.0, "max_new": 40}
+DEMO = {
+    DEMO_TEACHER: DEMO_PRETRAIN,
+    DEMO_STUDENT: DEMO_PRETRAIN,
+    "teacher": DEMO_SFT | {"lr": 1e-3, "epochs": 5},
+    "init": DEMO_SFT | {"lr": 2e-3, "epochs": 3, "best_by": "loss"},
+    "sft": DEMO_SFT | {"lr": 2e-3, "epochs": 10},
+    "promptkd": PROMPT
+    | {"global_batch": 64, "lr": 2e-3, "prompt_lr": 1e-4, "epochs": 4, "schedule": "constant", "warmup": 20, "dropout": 0.0, "max_new": 40},
+}
+HELD_OUT = ("wording", "words", "longer", "combined")  # the demo's sets beside its test set
+
+WEIGHT_DECAY, CLIP, LEAST_LR = 1e-2, 1.0, 1e-7
+
+
+def preset(kind, name):
+    """The paper's preset of a stage for a model: that of the GPT-2 nearest in parameter count."""
+    with torch.device("meta"):
+        n_parameters = GPT(read_config(ranks.on_first(model_directory, name))).n_parameters()
+    size = min(SIZES, key=lambda size: abs(math.log(n_parameters / SIZES[size])))
+    if abs(n_parameters / SIZES[size] - 1) > 0.05:
+        say(f"{name} has {n_parameters:,} parameters; its {kind} stage takes the preset of GPT-2 {size}")
+    global_batch, lr, epochs = PRESETS["sft" if kind == "teacher" else kind][size]
+    values = {"global_batch": global_batch, "lr": lr, "epochs": epochs, "schedule": "cosine"}
+    if kind == "init":
+        values["best_by"] = "loss"
+    if kind == "promptkd":
+        values |= PROMPT | {"prompt_lr": lr, "schedule": "constant", "warmup": 100}
+    return values
+
+
+def learning_rate(peak, step, total, schedule, warmup):
+    """The rate at a step from 0: a linear warm-up, then constant, or a cosine down to 1e-7."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
+    return LEAST_LR + (peak - LEAST_LR) * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+
+
+# ---- a run, and one step of each method ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What a step works on: the student q with parameters θ, the frozen teacher p, the soft prompt P."""
+
+    settings: Settings
+    total: int  # T, optimizer steps
+    micro_batch: int
+    device: torch.device
+    tokenizer: object
+    student: torch.nn.Module  # bare, for sampling and targets
+    wrapped: torch.nn.Module  # the same under DDP, for the passes with gradients
+    optimizer: torch.optim.Optimizer
+    teacher: torch.nn.Module | None = None
+    P: torch.Tensor | None = None
+    prompt_optimizer: torch.optim.Optimizer | None = None
+    clock: dict | None = None  # seconds by phase
+
+
+def response_logits(model, hidden, batch):
+    """The head at the positions that predict response tokens only: hidden (B, T, C) -> (N, V)."""
+    return model.logits(hidden[batch.where])
+
+
+def window(run, examples):
+    """The global batch as this rank's micro-batches, and the number of response tokens in all of it, over all ranks.
+
+    The window, not the micro-batch, is what the losses are averaged over.
+    """
+    batches = micro_batches(examples, run.micro_batch, run.device)
+    n_tokens = ranks.add_up(torch.tensor(sum(len(b.targets) for b in batches), device=run.device))
+    return batches, max(1, int(n_tokens))
+
+
+def backward(run, loss_of, batches, n_tokens):
+    """Student gradients of the sum of per-token losses over the window, divided by its number of tokens.
+
+    loss_of: batch -> (N,) through run.wrapped. Ranks exchange gradients at the last micro-batch only; DDP averages them over
+    the ranks, which is undone. Returns the loss, over all ranks.
+    """
+    total = torch.zeros((), device=run.device)
+    for batch in batches:
+        last = batch is batches[-1]
+        with nullcontext() if last or run.wrapped is run.student else run.wrapped.no_sync(), precision(run.device):
+            loss = loss_of(batch).sum() / n_tokens
+            (loss * ranks.world()).backward()
+        total += loss.detach()
+    return ranks.add_up(total)
+
+
+def update(optimizer):
+    """Clip the gradients at norm 1, step, and clear them. Returns the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], CLIP)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def phase(run, name):
+    """Seconds since the last phase ended go to this one."""
+    if run.device.type == "cuda":
+        torch.cuda.synchronize()
+    now = time.perf_counter()
+    run.clock[name] = now - run.clock.pop("since")
+    run.clock["since"] = now
+
+
+def sft_step(run, examples, t):
+    """Cross-entropy on the rows' own responses. Pre-training is the same, on packed rows."""
+    batches, n_tokens = window(run, examples)
+    run.student.train()
+    loss = backward(run, lambda b: cross_entropy(response_logits(run.student, run.wrapped(b.ids), b), b.targets), batches, n_tokens)
+    norm = update(run.optimizer)
+    phase(run, "student")
+    return {"loss": loss, "grad_norm": norm, "response_tokens": n_tokens}
+
+
+def rollout(run, examples, t):
+    """Responses y ~ q_θ(y | x) to the requests of the whole window at once; no gradient. The student does not change inside a window."""
+    run.student.eval()
+    keys = [(run.settings.seed, "rollout", t, e.index) for e in examples]
+    responses, _ = sample_all(run.student, [e.request for e in examples], keys, run.tokenizer.eot_token, run.settings.max_new)
+    phase(run, "sampling")
+    return [replace(e, response=y) for e, y in zip(examples, responses)]
+
+
+def promptkd_step(run, examples, t):
+    """Algorithm 1 of PromptKD, one iteration t of T. The equation numbers are the paper's."""
+    s, q, p = run.settings, run.student, run.teacher
+    examples = rollout(run, examples, t)  # y ~ q_θ(y | x)
+    batches, n_tokens = window(run, examples)
+    lam = 1 - t / run.total  # λ, from exactly 1 towards 0
+
+    # Prompt tuning: a student-friendly teacher. Gradient to P only.
+    q.eval()
+    sums = torch.zeros(4, device=run.device)
+    for b in batches:
+        with precision(run.device):
+            with torch.no_grad():
+                q_logits = response_logits(q, q(b.ids), b)  # q(y | x), without dropout
+                p_logits = response_logits(p, teacher_hidden(p, b.ids), b)  # p(y | x)
+            pP_logits = response_logits(p, teacher_hidden(p, b.ids, run.P), b)  # p(y | P, x)
+            L_P, L_kd, L_reg = prompt_loss(pP_logits, q_logits, p_logits, lam, s.reg, s.prompt_kl, s.reg_kl)  # (1), (2), (3)
+            (L_P.sum() / n_tokens).backward()
+            drift = L_reg if s.reg_kl == "reverse" else kl(pP_logits.detach(), p_logits)  # KL(p(y | P, x) || p(y | x))
+        sums += torch.stack([L.detach().sum() for L in (L_P, L_kd, L_reg, drift)]) / n_tokens
+    ranks.add_up(run.P.grad)
+    prompt_norm = update(run.prompt_optimizer)
+    phase(run, "prompt")
+
+    # Distillation from the teacher behind the prompt just updated. Gradient to θ only.
+    def L_theta(b):
+        with torch.no_grad():
+            pP_logits = response_logits(p, teacher_hidden(p, b.ids, run.P), b)  # p(y | P, x)
+        return student_loss(response_logits(q, run.wrapped(b.ids), b), pP_logits)  # (4)
+
+    q.train()
+    loss = backward(run, L_theta, batches, n_tokens)
+    norm = update(run.optimizer)
+    phase(run, "student")
+    prompt_losses = dict(zip(("prompt_loss", "prompt_kd", "prompt_reg", "kl_prompted_bare"), ranks.add_up(sums)))
+    return {"loss": loss, **prompt_losses, "grad_norm": norm, "prompt_grad_norm": prompt_norm, "lambda": lam, "response_tokens": n_tokens}
+
+
+STEPS = {"pretrain": sft_step, "sft": sft_step, "promptkd": promptkd_step}
+
+
+# ---- validation ---------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def validation_loss(run, model, examples, P=None):
+    """Cross-entropy of a model (behind the prompt P) over the response tokens of examples, without dropout, over all ranks."""
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=run.device)
+    for b in micro_batches(examples[ranks.rank() :: ranks.world()], run.micro_batch, run.device):
+        with precision(run.device):
+            loss = cross_entropy(response_logits(model, teacher_hidden(model, b.ids, P), b), b.targets)
+        sums += torch.stack([loss.sum(), torch.ones_like(loss).sum()])
+    loss, n_tokens = ranks.add_up(sums).tolist()
+    return loss / max(1, n_tokens)
+
+
+def validate(run, rows, examples):
+    """The student's loss on the validation rows, ROUGE-L of its responses, sampled with the same random numbers every time, and the
+    loss of the prompted teacher."""
+    values = {"val_loss": validation_loss(run, run.student, examples)}
+    if run.settings.best_by == "rouge_l":
+        key = (run.settings.seed, "validate")
+        values["val_rouge_l"] = mean_rouge_l(evaluate(run.student, run.tokenizer, rows, key, "validation", max_new=run.settings.max_new))
+    if run.P is not None:
+        values["val_prompted_loss"] = validation_loss(run, run.teacher, examples, run.P)
+    return values
+
+
+# ---- a stage: its data, its models, the loop, and what it leaves behind ---------------------------------------------------------
+
+
+def open_data(s):
+    """A stage's tokenizer, validation rows, and a function that gives an epoch's training examples in their order."""
+    directory = ranks.on_first(data_directory, s.data)
+    rows, dev_rows = read_rows(directory / "train.jsonl", s.train_rows), read_rows(directory / "dev.jsonl", s.dev_rows)
+    if s.method == "pretrain":
+        tokenizer = load_tokenizer(TOKENIZER_DIR if s.data == "demo" else None)
+        documents = pretraining_documents(directory, rows, tokenizer, s.train_rows)
+
+        def epoch_examples(epoch):
+            return [Example(i, block[:1], block[1:]) for i, block in enumerate(packed_blocks(documents, s.block, s.seed, epoch).tolist())]
+    else:
+        tokenizer = load_tokenizer(ranks.on_first(model_directory, s.student))
+        examples = training_examples(rows, tokenizer)
+        if len(examples) < len(rows):
+            say(f"{directory / 'train.jsonl'}: {len(rows) - len(examples)} of {len(rows)} rows have a request over the limit and are left out")
+
+        def epoch_examples(epoch):
+            return [examples[i] for i in epoch_order(len(examples), s.seed, epoch)]
+
+    if not epoch_examples(0):
+        raise InputError(f"{directory / 'train.jsonl'}: too little to train on; give more or shorter rows")
+    return tokenizer, dev_rows, epoch_examples
+
+
+def pretraining_documents(directory, rows, tokenizer, limit=None):
+    """Token lists to pack: the texts of the data set's `pretrain.jsonl`, or else its training rows."""
+    path = directory / "pretrain.jsonl"
+    if not path.is_file():
+        return [e.request + e.response for e in training_examples(rows, tokenizer)]
+    documents = []
+    for number, value in enumerate(read_jsonl(path)[:limit], start=1):
+        if not isinstance(value.get("text"), str):
+            raise InputError(f"{path}, line {number}: 'text' must be a text")
+        documents.append([*tokenizer.encode_ordinary(value["text"]), tokenizer.eot_token])
+    return documents
+
+
+def build(s, total, tokenizer, micro_batch, device):
+    """The Run of a stage: models, prompt and optimizers, before the first step."""
+    if s.method == "pretrain":
+        student = GPT(config_of_shape(s.student, tokenizer.n_vocab, s.dropout)).initialise(s.seed).to(device)
+    else:
+        student, _ = load_model(s.student, device, s.dropout)
+    wrapped = student
+    if torch.distributed.is_initialized():
+        wrapped = DistributedDataParallel(student, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+    run = Run(s, total, micro_batch, device, tokenizer, student, wrapped, adamw(student.parameters(), s.beta2))
+    if s.teacher is not None:
+        teacher, teacher_tokenizer = load_model(s.teacher, device)
+        if words(teacher_tokenizer) != words(tokenizer):
+            raise InputError(f"teacher {s.teacher} and student {s.student} have different tokenizers; a KL over the vocabulary needs one for both")
+        run.teacher = freeze(teacher)
+    if s.method == "promptkd":
+        text = tokenizer.encode_ordinary(s.prompt_text)
+        if not text:
+            raise InputError("--prompt-text is empty; give a sentence")
+        P = initial_prompt(run.teacher.wte.weight, s.prompt_init, s.prompt_length or len(text), text, tokenizer.eot_token, s.seed)
+        run.P = P.to(device).requires_grad_()
+        run.prompt_optimizer = adamw([run.P], s.beta2)
+    return run
+
+
+def adamw(parameters, beta2):
+    """AdamW with weight decay on matrices, not on biases and LayerNorm."""
+    parameters = list(parameters)
+    groups = [{"params": [p for p in parameters if p.ndim > 1]}, {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, beta2), weight_decay=WEIGHT_DECAY, fused=True)
+
+
+def set_rate(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def words(tokenizer):
+    return [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab)]
+
+
+def config_of_shape(shape, vocab_size, dropout):
+    try:
+        n_layer, n_embd, n_head = (int(n) for n in shape.split("x"))
+        fits = min(n_layer, n_embd, n_head) > 0 and n_embd % n_head == 0
+    except ValueError:
+        fits = False
+    if not fits:
+        raise InputError(f"--shape {shape}: must be LAYERSxWIDTHxHEADS with a width that the heads divide, as in 6x256x8")
+    return Config(n_layer, n_embd, n_head, vocab_size, dropout=dropout)
+
+
+def run_stage(name, s, out, micro_batch, device):
+    """Train one stage in `out/name`, or go on with it where it stopped, or skip it where it is complete. Returns its directory."""
+    directory = Path(out) / name
+    record = ranks.on_first(open_record, directory, {"name": name, "settings": asdict(s)})
+    if "hours" in record:
+        say(f"{directory}: complete, skipped")
+        return str(directory)
+
+    if device.type == "cuda":  # the memory reported is this stage's
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    tokenizer, dev_rows, epoch_examples = open_data(s)
+    dev_examples = training_examples(dev_rows, tokenizer)
+    if not dev_examples:
+        raise InputError(f"data {s.data}: every validation row's request is over the limit; give shorter ones in dev.jsonl")
+    n_rows = len(epoch_examples(0))
+    global_batch = min(s.global_batch, n_rows)
+    if global_batch < ranks.world():
+        raise InputError(f"a global batch of {global_batch} rows can't be divided among {ranks.world()} ranks; start fewer, or raise --global-batch")
+    per_epoch = n_rows // global_batch
+    total = s.steps or per_epoch * s.epochs
+    run = build(s, total, tokenizer, micro_batch, device)
+    ranks.on_first(write_atomic, directory / "run.json", json.dumps(record, indent=1) + "\n")
+    longest = max(len(e.request) + len(e.response) for e in [*epoch_examples(0), *dev_examples]) + (0 if run.P is None else len(run.P))
+    for name, model in (("student", run.student), ("teacher", run.teacher)):
+        if model is not None and longest > model.config.n_positions:
+            raise InputError(f"the {name} has {model.config.n_positions} positions and the longest row takes {longest}; take a model with more")
+    first, best, hours = load_state(run, directory)
+    log = Log(directory / "metrics.jsonl", first)
+
+    record |= {"parameters": run.student.n_parameters(), "total_steps": total, "ranks": ranks.world(), "device": device.type}
+    going_on = f", going on behind step {first:,}" if first else ""
+    say(f"\n{directory}: {s.method}, {record['parameters']:,} parameters, {n_rows:,} rows, {total:,} steps of {global_batch}{going_on}")
+    if run.P is not None:
+        share = run.P.numel() / run.teacher.n_parameters()
+        say(
+            f"prompt: {len(run.P)} × {run.P.shape[1]} = {run.P.numel():,} numbers, {100 * share:.4f} % of the teacher's {run.teacher.n_parameters():,} parameters"
+        )
+        record |= {"prompt_numbers": run.P.numel(), "prompt_share": share}
+    if run.P is not None and first == 0:
+        values = {"step": 0, **validate(run, dev_rows, dev_examples), "val_bare_loss": validation_loss(run, run.teacher, dev_examples)}
+        log.write(values)
+        say(f"before: {describe(values)}")
+        if (harm := values["val_prompted_loss"] - values["val_bare_loss"]) > 0.1:
+            say(
+                f"warning: the prompt costs the teacher {harm:.2f} nats a token before it is tuned, and the student will follow; try another --prompt-text"
+            )
+
+    begin = shown = time.perf_counter()
+    for t in range(first, total):
+        epoch, k = divmod(t, per_epoch)
+        if k == 0 or t == first:
+            examples = epoch_examples(epoch)
+        mine = examples[k * global_batch : (k + 1) * global_batch][ranks.rank() :: ranks.world()]
+        torch.manual_seed(zlib.crc32(repr((s.seed, t, ranks.rank())).encode()))  # dropout; nothing to save for going on
+        run.clock = {"since": time.perf_counter()}
+        line = {"step": t + 1, "epoch": (t + 1) / per_epoch, "lr": set_rate(run.optimizer, learning_rate(s.lr, t, total, s.schedule, s.warmup))}
+        if run.P is not None:
+            line["prompt_lr"] = set_rate(run.prompt_optimizer, learning_rate(s.prompt_lr, t, total, s.schedule, s.warmup))
+        line |= {name: float(value) for name, value in STEPS[s.method](run, mine, t).items()}
+        del run.clock["since"]
+        if not math.isfinite(line["loss"] + line["grad_norm"]):
+            raise InputError(f"{directory}: loss {line['loss']} and gradient norm {line['grad_norm']} at step {t + 1}; the training has diverged: lower --lr")
+        tokens_per_second = line["response_tokens"] / sum(run.clock.values())
+        line |= {"tokens_per_second": tokens_per_second, "seconds": run.clock, **memory(device)}
+        validating = k + 1 == per_epoch or t + 1 == total
+        if validating:
+            line |= validate(run, dev_rows, dev_examples)
+            score = line["val_rouge_l"] if s.best_by == "rouge_l" else -line["val_loss"]
+            if best is None or score > best:
+                best = score
+                save_checkpoint(run, directory / "best")
+        log.write(line)
+        elapsed = time.perf_counter() - begin
+        if validating:
+            save_state(run, directory, t + 1, best, hours + elapsed / 3600)
+        if validating or time.perf_counter() - shown > 5:
+            shown = time.perf_counter()
+            say(
+                f"step {t + 1:,}/{total:,}  {describe(line)}  {tokens_per_second:,.0f} tokens/s  {clock_time(elapsed / (t + 1 - first) * (total - t - 1))} left"
+            )
+
+    record |= {"best": abs(best), "hours": hours + (time.perf_counter() - begin) / 3600}
+    picture = ranks.on_first(finish, directory, record)
+    say(f"{directory}: done in {clock_time(3600 * record['hours'])}, best {s.best_by} {abs(best):.2f}; {picture}")
+    return str(directory)
+
+
+def save_state(run, directory, step, best, hours):
+    """What going on needs, under its name only when whole."""
+    if ranks.rank() == 0:
+        state = {"step": step, "best": best, "hours": hours, "student": run.student.state_dict(), "optimizer": run.optimizer.state_dict()}
+        if run.P is not None:
+            state |= {"P": run.P.detach(), "prompt_optimizer": run.prompt_optimizer.state_dict()}
+        path = directory / "state" / "state.pt"
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_suffix(".partial")
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    ranks.barrier()
+
+
+def load_state(run, directory):
+    """Take up the saved state. Returns its step, best score and hours; (0, None, 0.0) where there is none."""
+    path = directory / "state" / "state.pt"
+    if not path.is_file():
+        return 0, None, 0.0
+    state = torch.load(path, map_location=run.device, weights_only=True)
+    run.student.load_state_dict(state["student"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    if run.P is not None:
+        run.P.data.copy_(state["P"])
+        run.prompt_optimizer.load_state_dict(state["prompt_optimizer"])
+    return state["step"], state["best"], state["hours"]
+
+
+def save_checkpoint(run, directory):
+    """A Hugging Face directory of the student, with its tokenizer and, in PromptKD, the soft prompt."""
+    if ranks.rank() == 0:
+        save(run.student, directory)
+        for file, text in zip(("vocab.json", "merges.txt"), tokenizer_files(run.tokenizer)):
+            write_atomic(directory / file, text)
+        if run.P is not None:
+            save_prompt(run.P, directory)
+    ranks.barrier()
+
+
+def open_record(directory, described):
+    """A stage's run.json, as found, or as it is to begin. Raises InputError where the one found has other settings."""
+    path = directory / "run.json"
+    if not path.is_file():
+        return described | {"versions": {"python": platform.python_version(), "torch": torch.__version__}}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found = record["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: is damaged; remove {directory} to start this stage anew") from error
+    for name, value in described["settings"].items():
+        if found.get(name) != value:
+            raise InputError(f"{directory}: was made with {name} {found.get(name)!r}, not {value!r}; choose another --out, or remove it")
+    return record
+
+
+def finish(directory, record):
+    """Mark the stage as complete, drop its state, and draw the curves. Returns where the picture lies."""
+    write_atomic(directory / "run.json", json.dumps(record, indent=1) + "\n")
+    (directory / "state" / "state.pt").unlink(missing_ok=True)
+    return draw_curves(directory)
+
+
+def memory(device):
+    """Peak memory in GB: allocated and reserved on a GPU (the paper's Table 2), resident on a CPU."""
+    if device.type == "cuda":
+        return {"memory_allocated_gb": torch.cuda.max_memory_allocated() / 1e9, "memory_reserved_gb": torch.cuda.max_memory_reserved() / 1e9}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"memory_resident_gb": peak / 1e9}
+
+
+class Log:
+    """metrics.jsonl, cut back to the step that a run goes on from."""
+
+    def __init__(self, path, step):
+        self.path = path
+        if ranks.rank() == 0:
+            lines = path.read_text().splitlines(keepends=True) if path.is_file() and step else []
+            write_atomic(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+
+    def write(self, values):
+        if ranks.rank() == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(values) + "\n")
+
+
+def describe(values):
+    """The values that a person follows, in one line."""
+    shown = {"loss": "loss", "prompt_kd": "L_kd", "prompt_reg": "L_reg", "kl_prompted_bare": "KL(prompted||bare)", "val_loss": "val loss", "val_rouge_l": "val ROUGE-L",
+             "val_bare_loss": "teacher's val loss bare", "val_prompted_loss": "prompted"}  # fmt: skip
+    return "  ".join(f"{label} {values[name]:.{1 if name == 'val_rouge_l' else 3}f}" for name, label in shown.items() if name in values)
+
+
+def clock_time(seconds):
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def draw_curves(directory):
+    """curves.png: losses, and validation ROUGE-L, over steps. Says where it lies, or why there is none."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return "no picture without matplotlib"
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    series = {"loss": "loss", "prompt_kd": "prompt: L_kd", "prompt_reg": "prompt: L_reg", "val_loss": "validation loss"}
+    for name, label in series.items():
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if points:
+            left.plot(*zip(*points), label=label, linewidth=1, marker="o" if name == "val_loss" else None)
+    left.set(xlabel="optimizer step", ylabel="nats a token", title=directory.name)
+    left.legend()
+    points = [(line["step"], line["val_rouge_l"]) for line in lines if "val_rouge_l" in line]
+    if points:
+        right.plot(*zip(*points), marker="o")
+    right.set(xlabel="optimizer step", ylabel="ROUGE-L", title="validation" if points else "no validation by ROUGE-L in this stage")
+    figure.savefig(directory / "curves.png", dpi=120)
+    pyplot.close(figure)
+    return str(directory / "curves.png")
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------------------
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Train a student by PromptKD, with the stages that it needs; without options, the demo."
+    )
+    positive, rate = in_range(int, 1, 10**9), in_range(float, 0, 10, low_open=True)
+    parser.add_argument("--method", choices=sorted(STEPS), default="promptkd")
+    parser.add_argument(
+        "--student", metavar="MODEL", help="pre-trained student: gpt2, gpt2-medium, gpt2-large, a directory or a hub id (default: the demo's)"
+    )
+    parser.add_argument("--teacher", metavar="MODEL", help="pre-trained teacher (default gpt2-xl)")
+    parser.add_argument("--sft-teacher", metavar="MODEL", help="a teacher that is fine-tuned already; its stage is skipped")
+    parser.add_argument("--init", metavar="MODEL", help="a student that is fine-tuned already; its stage is skipped")
+    parser.add_argument(
+        "--data", metavar="SET|DIR", help="dolly, demo, or a directory with train.jsonl and dev.jsonl (default dolly; without a student demo)"
+    )
+    parser.add_argument("--out", default="out", metavar="DIR", help="where the runs go (default out)")
+    parser.add_argument("--seed", type=in_range(int, 0, 2**32), default=10)
+    parser.add_argument("--shape", metavar="LxWxH", help="for --method pretrain: layers, width and heads, as 6x256x8")
+    parser.add_argument("--prompt-text", metavar="TEXT", help=f"default: {PROMPT['prompt_text']!r}")
+    parser.add_argument("--prompt-length", type=in_range(int, 1, 512), metavar="N", help="tokens of the soft prompt (default: the text's own)")
+    parser.add_argument("--prompt-init", choices=("text", "padding", "random"))
+    parser.add_argument("--reg", type=in_range(float, 0, 1e6), help="weight of the regularisation, equation 2 (default 1; 0: off)")
+    parser.add_argument("--prompt-kl", choices=("reverse", "forward"), help="direction of equation 1 (default reverse)")
+    parser.add_argument("--reg-kl", choices=("reverse", "forward"), help="direction of equation 2 (default reverse)")
+    over = parser.add_argument_group("over the preset of the method's stage")
+    over.add_argument("--lr", type=rate)
+    over.add_argument("--prompt-lr", type=rate)
+    over.add_argument("--epochs", type=positive)
+    over.add_argument("--steps", type=positive, help="optimizer steps, instead of what the epochs come to")
+    over.add_argument("--global-batch", type=positive, metavar="ROWS")
+    over.add_argument("--dropout", type=in_range(float, 0, 0.99))
+    every = parser.add_argument_group("for every stage")
+    every.add_argument("--micro-batch", type=positive, metavar="ROWS", help="rows of one forward on one rank (default 8; the demo 64)")
+    every.add_argument("--train-rows", type=positive, metavar="N", help="only the first N training rows")
+    every.add_argument("--dev-rows", type=positive, metavar="N", help="only the first N validation rows")
+    return parser.parse_args(argv)
+
+
+OVERRIDES = (
+    "lr",
+    "prompt_lr",
+    "epochs",
+    "steps",
+    "global_batch",
+    "dropout",
+    "prompt_text",
+    "prompt_length",
+    "prompt_init",
+    "reg",
+    "prompt_kl",
+    "reg_kl",
+)
+
+
+def label_of(name):
+    """A model's short name, for naming what is made from it: gpt2-xl, or of a stage before, that of the model that it started from."""
+    path = Path(name)
+    if path.is_dir():
+        path = path.resolve().parent if path.name == "best" else path.resolve()
+    if path.name.startswith(("pretrain-", "init-", "teacher-")) and (path / "run.json").is_file():
+        return label_of(json.loads((path / "run.json").read_text(encoding="utf-8"))["settings"]["student"])
+    return path.name
+
+
+def main(argv=None):
+    args = parse(argv)
+    device, started = ranks.start(), time.perf_counter()
+    data = args.data or ("dolly" if args.student or args.teacher or args.init or args.sft_teacher else "demo")
+    demo = data == "demo"
+    data_label = ("" if data == "dolly" else f"-{Path(data).name}") + (f"-{args.train_rows}rows" if args.train_rows else "")
+    given = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
+    micro_batch = args.micro_batch or (64 if demo else 8)
+    ranks.on_first(data_directory, data)  # before any model is downloaded
+
+    def stage(kind, model, teacher=None):
+        """Run one stage on a model: its preset, under the options given if it is the method's own."""
+        if kind == "pretrain":
+            values = DEMO.get(model, PRETRAIN) if demo else PRETRAIN
+        else:
+            values = DEMO[kind] if demo else preset(kind, model)
+        method = "sft" if kind in ("teacher", "init") else kind
+        values = {
+            "method": method,
+            "student": model,
+            "teacher": teacher,
+            "data": data,
+            "train_rows": args.train_rows,
+            "dev_rows": args.dev_rows,
+            **values,
+        }
+        name = f"{kind}-{label_of(model)}{data_label}"
+        if kind == args.method:
+            values |= given | {"seed": args.seed}
+            for option, value in given.items():
+                value = f"{zlib.crc32(value.encode()):08x}" if option == "prompt_text" else value
+                name += f"-{option.replace('_', '')}{value}"
+            name += f"-s{args.seed}" if kind != "pretrain" or args.seed != 10 else ""
+        return run_stage(name, Settings(**values), args.out, micro_batch, device)
+
+    idle = {"pretrain": ["student", "teacher", "sft_teacher", "init"], "sft": ["shape", "teacher", "sft_teacher", "init"], "promptkd": ["shape"]}[args.method]
+    idle += [name for name in OVERRIDES if name.startswith(("prompt", "reg"))] if args.method != "promptkd" else []
+    idle += [name for name, other in (("teacher", args.sft_teacher), ("student", args.init)) if other]
+    for name in idle:
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} has no effect here (method {args.method}); leave it out")
+    if args.method == "pretrain":
+        if args.shape is None:
+            raise InputError("--method pretrain needs --shape LAYERSxWIDTHxHEADS, as in --shape 6x256x8")
+        stage("pretrain", args.shape)
+    elif args.method == "sft":
+        stage("sft", args.student or (stage("pretrain", DEMO_STUDENT) if demo else "gpt2"))
+    else:
+        teacher = args.sft_teacher or stage("teacher", args.teacher or (stage("pretrain", DEMO_TEACHER) if demo else "gpt2-xl"))
+        init = args.init or stage("init", args.student or (stage("pretrain", DEMO_STUDENT) if demo else "gpt2"))
+        student = stage(args.method, init, teacher)
+        if demo:
+            show_demo({"teacher": teacher, "student's init": init, args.method: student}, device)
+            say(f"Curves: {Path(student) / 'curves.png'}. All of it took {clock_time(time.perf_counter() - started)}.")
+    ranks.stop()
+
+
+def show_demo(models, device):
+    """The demo's table: models on the test set and on the sets unlike what they were trained on."""
+    home = ranks.on_first(data_directory, "demo")
+    sets = {"test": read_rows(home / "test.jsonl")} | {name: read_rows(home / name / "test.jsonl") for name in HELD_OUT}
+    say("\n" + table(evaluate_models(models, sets, [10, 20, 30], device, max_new=DEMO["promptkd"]["max_new"])))
+    say("Mean ± standard deviation over three sampling seeds. The sets behind `test` have wordings, words, lengths and combinations of tasks")
+    say("that no fine-tuning row has. Both models were pre-trained on packed text in which many rows stand behind sentences like")
+    say(f"{PROMPT['prompt_text']!r}, so that the prompt, before it is tuned, costs the teacher little.")
+
+
+if __name__ == "__main__":
+    command(main, CheckpointError)
