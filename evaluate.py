@@ -33,7 +33,7 @@ def evaluate(model, tokenizer, rows, key, label=None, **how):
     """A model's responses to rows and their ROUGE-L, sampled and scored by all ranks together, each a part.
 
     key: what the random numbers hang on before the row's index, as (seed, "evaluate", set). Returns for every row, in order,
-    on every rank: {"index", "text", "rouge_l"}, and how many requests were shortened to fit.
+    on every rank: {"index", "text", "rouge_l", "shortened": whether its request was cut to fit}.
     """
     mine = rows[ranks.rank() :: ranks.world()]
     requests = [request_tokens(row, tokenizer) for row in mine]
@@ -134,7 +134,7 @@ def main(argv=None):
         help=f"no N-gram twice in request and response (default: {BANNED_NGRAM} on the five public sets, as in the published numbers; else 0, off)",
     )
     parser.add_argument("--batch", type=in_range(int, 1, 10**6), default=64, help="rows sampled at once (default 64)")
-    parser.add_argument("--json", default="out/evaluation.json", metavar="FILE", help="where the scores go too (default out/evaluation.json)")
+    parser.add_argument("--json", metavar="FILE", help="where the scores go too (default out/evaluation.json; with --score nowhere)")
     parser.add_argument("--score", metavar="RESPONSES", help="score these responses (JSON lines with 'text') instead of a model's")
     parser.add_argument("--references", metavar="TEST", help="with --score: the data file (JSON lines with 'output') that they respond to")
     add_decoding_options(parser)
@@ -144,17 +144,19 @@ def main(argv=None):
             raise InputError("--score RESPONSES.jsonl goes with --references TEST.jsonl, and without models")
         scores = score_file(args.score, args.references)
         print(f"ROUGE-L {statistics.fmean(scores):.4f} over {len(scores)} rows")
-        return write_atomic(args.json, json.dumps({"rouge_l": statistics.fmean(scores), "rows": scores}) + "\n")
+        if args.json:
+            write_atomic(args.json, json.dumps({"rouge_l": statistics.fmean(scores), "rows": scores}) + "\n")
+        return
     if not args.models:
         raise InputError("name at least one run or model, as in: evaluate.py gpt2 --data dolly")
 
     device = ranks.start()
     paths = [ranks.on_first(data_directory, name) / "test.jsonl" for name in args.data]
-    sets = dict(zip(named_once(args.data), (read_rows(path, args.rows) for path in paths)))
-    ban = {
-        label: (BANNED_NGRAM if name in PUBLIC_SETS else 0) if args.no_repeat_ngram is None else args.no_repeat_ngram
-        for label, name in zip(sets, args.data)
-    }
+    labels = named_once(args.data)
+    sets = dict(zip(labels, (read_rows(path, args.rows) for path in paths)))
+    ban = {label: BANNED_NGRAM if name in PUBLIC_SETS else 0 for label, name in zip(labels, args.data)}
+    if args.no_repeat_ngram is not None:
+        ban = dict.fromkeys(ban, args.no_repeat_ngram)
     scores = evaluate_models(
         dict(zip(named_once(args.models), args.models)), sets, args.seeds, device, ban,
         max_new=args.max_new, at_once=args.batch, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, greedy=args.greedy,
@@ -163,8 +165,9 @@ def main(argv=None):
         print(table(scores))
         print(f"seeds {' '.join(map(str, args.seeds))}; repeated n-grams banned: " + ", ".join(f"{name} {n or 'no'}" for name, n in ban.items()))
         settings = {name: value for name, value in vars(args).items() if name not in ("models", "score", "references", "json")}
-        write_atomic(args.json, json.dumps({"scores": scores, "settings": settings, "no_repeat_ngram": ban}, indent=1) + "\n")
-        print(f"also in {args.json}")
+        path = args.json or "out/evaluation.json"
+        write_atomic(path, json.dumps({"scores": scores, "settings": settings, "no_repeat_ngram": ban}, indent=1) + "\n")
+        print(f"also in {path}")
     ranks.stop()
 
 

@@ -206,11 +206,12 @@ def read_config(directory, dropout=None):
         raise CheckpointError(f"{path}: no such file; a checkpoint directory has config.json and model.safetensors") from error
     except KeyError as error:
         raise CheckpointError(f"{path}: field {error} is missing; this is no GPT-2") from error
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: can't be read as a JSON object ({error})") from error
     for name, size in sizes.items():
-        if type(size) is not int or size < 1:
-            raise CheckpointError(f"{path}: field '{name}' must be a whole number above 0, not {size!r}")
+        most = 1_000 if name == "n_layer" else 1_000_000
+        if type(size) is not int or not 0 < size <= most:
+            raise CheckpointError(f"{path}: field '{name}' must be a whole number above 0 and up to {most:,}, not {size!r}")
     if sizes["n_embd"] % sizes["n_head"]:
         raise CheckpointError(f"{path}: n_embd {sizes['n_embd']} can't be divided among n_head {sizes['n_head']}")
     # What GPT-2 fixes and this code relies on
@@ -241,7 +242,8 @@ def _read_tensors(directory):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles fail in many ways
         raise CheckpointError(f"{path}: is cut short, damaged, or holds more than tensors ({type(error).__name__}); fetch it again") from error
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
+    plain = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
+    if not plain or not all(v.layout == torch.strided and v.device.type == "cpu" for v in state.values()):
         raise CheckpointError(f"{path}: is no dictionary of tensors")
     return path, state
 
@@ -270,7 +272,10 @@ def save(model, directory):
 def save_tensors(tensors, path):
     """Write a safetensors file, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial, metadata={"format": "pt"})
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        save_file(tensors, partial, metadata={"format": "pt"})
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

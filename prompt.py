@@ -57,7 +57,7 @@ def load_prompt(path, width):
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: is cut short or damaged ({error})") from error
     P = tensors.get("prompt")
-    if P is None or P.ndim != 2 or not P.is_floating_point() or not torch.isfinite(P).all():
+    if P is None or P.ndim != 2 or len(P) == 0 or not P.is_floating_point() or not torch.isfinite(P).all():
         raise CheckpointError(f"{path}: has no finite floating-point tensor 'prompt' of two dimensions")
     if P.shape[1] != width:
         raise CheckpointError(f"{path}: tensor 'prompt' is {P.shape[1]} wide and the model {width}; take the teacher that it was tuned for")

@@ -80,8 +80,7 @@ class RepeatBan:
     def __call__(self, logits, rows):
         for slot, row in enumerate(rows):
             text = self.text[row]
-            if len(text) >= self.n - 1:
-                logits[slot, self.next[row].get(tuple(text[len(text) - self.n + 1 :]), [])] = -torch.inf
+            logits[slot, self.next[row].get(tuple(text[len(text) - self.n + 1 :]), [])] = -torch.inf
         return logits
 
     def add(self, rows, tokens):
@@ -227,15 +226,8 @@ def main(argv=None):
     for row, response, log_p in zip(rows, responses, log_probs):
         text = to_text(response, tokenizer)
         if args.json:
-            record = {
-                "instruction": row.instruction,
-                "input": row.input,
-                "text": text,
-                "ids": response,
-                "log_probs": log_p,
-                "ended": response[-1] == tokenizer.eot_token,
-            }
-            print(json.dumps(record, ensure_ascii=False))
+            ended = response[-1] == tokenizer.eot_token
+            print(json.dumps({"instruction": row.instruction, "input": row.input, "text": text, "ids": response, "log_probs": log_p, "ended": ended}))
         else:
             print(text if len(rows) == 1 else f"### {row.instruction}\n{text}\n")
 

@@ -23,6 +23,7 @@ class InputError(Exception):
 
 def command(main, *expected):
     """Run a command. An InputError, an OSError or one of the `expected` exceptions ends it with one line and exit status 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a model's text may hold what the terminal can't show
     try:
         main()
     except (InputError, OSError, *expected) as error:

@@ -223,6 +223,8 @@ def test_the_ban_of_6_grams_is_on_for_a_public_set_alone(world, capsys, monkeypa
     main([str(world / "model"), "--data", "dolly", str(world / "far"), "--seeds", "10", "--json", str(world / "ban.json")])
     assert seen == {"dolly": 6, "far": 0} == json.loads((world / "ban.json").read_text())["no_repeat_ngram"]
     assert "banned: dolly 6, far no" in capsys.readouterr().out
+    main([str(world / "model"), "--data", "dolly", "dolly", str(world / "far"), "--seeds", "10", "--json", str(world / "twice.json")])
+    assert json.loads((world / "twice.json").read_text())["no_repeat_ngram"] == {"dolly": 6, "far": 0}
 
 
 def test_shortened_requests_are_counted(world, capsys):
@@ -256,6 +258,13 @@ def test_a_file_of_responses_is_scored_row_by_row(tmp_path, capsys):
     assert capsys.readouterr().out == "ROUGE-L 55.5556 over 3 rows\n"
     content = json.loads((tmp_path / "out" / "s.json").read_text())
     assert content["rows"] == pytest.approx([200 / 3, 100, 0]) and content["rouge_l"] == pytest.approx(500 / 9)
+
+
+def test_scoring_a_file_writes_nothing_unasked(tmp_path, monkeypatch):
+    write_rows(tmp_path / "responses.jsonl", TEXTS), write_rows(tmp_path / "test.jsonl", OUTPUTS)
+    monkeypatch.chdir(tmp_path)
+    main(["--score", "responses.jsonl", "--references", "test.jsonl"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["responses.jsonl", "test.jsonl"]
 
 
 @pytest.mark.parametrize("texts, outputs, words", [

@@ -157,6 +157,7 @@ DAMAGES = {
     "empty": (lambda path: path.write_bytes(b""), "cut short or damaged"),
     "another tensor": (prompt_file(P=torch.ones(7, 32)), "'prompt'"),
     "one dimension": (prompt_file(prompt=torch.ones(32)), "'prompt'"),
+    "no rows": (prompt_file(prompt=torch.ones(0, 32)), "'prompt'"),
     "integers": (prompt_file(prompt=torch.ones(7, 32, dtype=torch.long)), "'prompt'"),
     "NaN": (prompt_file(prompt=torch.full((7, 32), float("nan"))), "finite"),
     "another width": (prompt_file(prompt=torch.ones(7, 48)), "'prompt' is 48 wide and the model 32"),

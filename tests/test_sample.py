@@ -393,6 +393,13 @@ def wrong(talker, tmp_path):
     }  # fmt: skip
 
 
+def test_half_a_surrogate_pair_in_a_request_is_no_obstacle(talker, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"instruction": "a\ud800b"}, {"instruction": "Write."}])
+    for option in ([], ["--json"]):
+        done = run_command("sample.py", talker, "--file", path, "--max-new", 3, *option, PYTHONIOENCODING="ascii")
+        assert done.returncode == 0 and "Traceback" not in done.stderr and "Write." in done.stdout
+
+
 def test_wrong_input_gives_one_line_and_status_2(wrong, capsys):
     for arguments, words in wrong.values():
         with pytest.raises(SystemExit) as exit:
