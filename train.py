@@ -370,6 +370,24 @@ def config_of_shape(shape, vocab_size, dropout):
     return Config(n_layer, n_embd, n_head, vocab_size, dropout=dropout)
 
 
+def check_positions(run, examples):
+    """Raise InputError where a row is longer than a model can read."""
+    longest = max(len(e.request) + len(e.response) for e in examples) + (0 if run.P is None else len(run.P))
+    for name, model in (("student", run.student), ("teacher", run.teacher)):
+        if model is not None and longest > model.config.n_positions:
+            raise InputError(f"the {name} has {model.config.n_positions} positions and the longest row takes {longest}; take a model with more")
+
+
+def check_prompt(run, dev_rows, dev_examples):
+    """Validation before the first step, for the log. Warns of a prompt that harms the teacher: one that does is hardly ever repaired."""
+    values = {"step": 0, **validate(run, dev_rows, dev_examples), "val_bare_loss": validation_loss(run, run.teacher, dev_examples)}
+    say(f"before: {describe(values)}")
+    if (harm := values["val_prompted_loss"] - values["val_bare_loss"]) > 0.1:
+        cost = f"the prompt costs the teacher {harm:.2f} nats a token before it is tuned"
+        say(f"warning: {cost}, and the student will follow; try another --prompt-text")
+    return values
+
+
 def run_stage(name, s, out, micro_batch, device):
     """Train one stage in `out/name`, or go on with it where it stopped, or skip it where it is complete. Returns its directory."""
     directory = Path(out) / name
@@ -385,38 +403,27 @@ def run_stage(name, s, out, micro_batch, device):
     dev_examples = training_examples(dev_rows, tokenizer)
     if not dev_examples:
         raise InputError(f"data {s.data}: every validation row's request is over the limit; give shorter ones in dev.jsonl")
-    n_rows = len(epoch_examples(0))
-    global_batch = min(s.global_batch, n_rows)
+    examples = epoch_examples(0)
+    global_batch = min(s.global_batch, len(examples))
     if global_batch < ranks.world():
         raise InputError(f"a global batch of {global_batch} rows can't be divided among {ranks.world()} ranks; start fewer, or raise --global-batch")
-    per_epoch = n_rows // global_batch
+    per_epoch = len(examples) // global_batch
     total = s.steps or per_epoch * s.epochs
     run = build(s, total, tokenizer, micro_batch, device)
+    check_positions(run, [*examples, *dev_examples])
     ranks.on_first(write_atomic, directory / "run.json", json.dumps(record, indent=1) + "\n")
-    longest = max(len(e.request) + len(e.response) for e in [*epoch_examples(0), *dev_examples]) + (0 if run.P is None else len(run.P))
-    for name, model in (("student", run.student), ("teacher", run.teacher)):
-        if model is not None and longest > model.config.n_positions:
-            raise InputError(f"the {name} has {model.config.n_positions} positions and the longest row takes {longest}; take a model with more")
     first, best, hours = load_state(run, directory)
     log = Log(directory / "metrics.jsonl", first)
 
     record |= {"parameters": run.student.n_parameters(), "total_steps": total, "ranks": ranks.world(), "device": device.type}
     going_on = f", going on behind step {first:,}" if first else ""
-    say(f"\n{directory}: {s.method}, {record['parameters']:,} parameters, {n_rows:,} rows, {total:,} steps of {global_batch}{going_on}")
+    say(f"\n{directory}: {s.method}, {record['parameters']:,} parameters, {len(examples):,} rows, {total:,} steps of {global_batch}{going_on}")
     if run.P is not None:
-        share = run.P.numel() / run.teacher.n_parameters()
-        say(
-            f"prompt: {len(run.P)} × {run.P.shape[1]} = {run.P.numel():,} numbers, {100 * share:.4f} % of the teacher's {run.teacher.n_parameters():,} parameters"
-        )
-        record |= {"prompt_numbers": run.P.numel(), "prompt_share": share}
+        record |= {"prompt_numbers": run.P.numel(), "prompt_share": run.P.numel() / run.teacher.n_parameters()}
+        size = f"{len(run.P)} × {run.P.shape[1]} = {run.P.numel():,} numbers"
+        say(f"prompt: {size}, {100 * record['prompt_share']:.4f} % of the teacher's {run.teacher.n_parameters():,} parameters")
     if run.P is not None and first == 0:
-        values = {"step": 0, **validate(run, dev_rows, dev_examples), "val_bare_loss": validation_loss(run, run.teacher, dev_examples)}
-        log.write(values)
-        say(f"before: {describe(values)}")
-        if (harm := values["val_prompted_loss"] - values["val_bare_loss"]) > 0.1:
-            say(
-                f"warning: the prompt costs the teacher {harm:.2f} nats a token before it is tuned, and the student will follow; try another --prompt-text"
-            )
+        log.write(check_prompt(run, dev_rows, dev_examples))
 
     begin = shown = time.perf_counter()
     for t in range(first, total):
