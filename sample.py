@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import zlib
 from collections import defaultdict
@@ -13,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from data.files import InputError, command, model_directory
-from data.rows import Row, load_tokenizer, pad, read_rows, request_tokens
+from data.rows import Row, load_tokenizer, pad, read_rows, request_tokens, training_examples
 from model import CheckpointError, KVCache, load
 from prompt import load_prompt
 
@@ -92,24 +93,24 @@ class RepeatBan:
 
 
 @torch.no_grad()
-def sample(model, requests, uniforms, end, max_new=MAX_NEW, temperature=1.0, top_k=0, top_p=1.0, no_repeat=0, P=None):
+def sample(model, requests, uniforms, end, max_new=MAX_NEW, temperature=1.0, top_k=0, top_p=1.0, no_repeat=0, P=None, mix=None):
     """Responses to a batch of ragged requests, y ~ q(· | x), decoded together, each row at its own position.
 
     requests: B token lists. uniforms: (B, max_new) from row_uniforms, or None for greedy decoding. end: the end-of-text token.
     no_repeat: n of the n-grams that may not repeat, 0 for none. P: a soft prompt (P, C) in front.
+    mix: (teacher, α): each token is drawn from (1 - α) q(· | x, y_<t) + α p(· | x, y_<t) instead (MiniLLM, section 2.2).
     Returns B token lists (with `end` where a response has ended within max_new tokens) and B lists of their log-probabilities.
     Rows that have ended are dropped from the batch; when none is left, it stops. Makes no collective call.
     """
-    device, config = model.wte.weight.device, model.config
+    device = model.wte.weight.device
+    models, shares = ([model], [1.0]) if mix is None else ([model, mix[0]], [1 - mix[1], mix[1]])
     ids, lengths = pad(requests, device)  # (B, T), (B,)
     lengths = lengths + (0 if P is None else len(P))
     capacity = int(lengths.max()) + max_new
-    if capacity > config.n_positions:
-        raise InputError(
-            f"a request of {int(lengths.max())} tokens and {max_new} new ones exceed the model's {config.n_positions} positions; shorten them"
-        )
+    if capacity > (n_positions := min(m.config.n_positions for m in models)):
+        raise InputError(f"a request of {int(lengths.max())} tokens and {max_new} new ones exceed the model's {n_positions} positions; shorten them")
     B = len(requests)
-    cache = KVCache(config, B, capacity, device, torch.bfloat16 if device.type == "cuda" else model.wte.weight.dtype)
+    caches = [KVCache(m.config, B, capacity, device, torch.bfloat16 if device.type == "cuda" else m.wte.weight.dtype) for m in models]
     tokens = torch.zeros(B, max_new, dtype=torch.long, device=device)
     log_probs = torch.zeros(B, max_new, device=device)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
@@ -118,11 +119,12 @@ def sample(model, requests, uniforms, end, max_new=MAX_NEW, temperature=1.0, top
     ban = RepeatBan(requests, no_repeat) if no_repeat else None
 
     with precision(device):
-        hidden = model(ids, prefix=P, cache=cache)  # (B, P + T, C)
-        cache.set_lengths(lengths)
-        hidden = hidden[rows, lengths - 1]  # (B, C), each row's last real token
+        hidden = [m(ids, prefix=P, cache=cache)[rows, lengths - 1] for m, cache in zip(models, caches)]  # (B, C) each, the row's last real token
+        for cache in caches:
+            cache.set_lengths(lengths)
         for t in range(max_new):
-            logits = model.logits(hidden).float()  # (slots, V)
+            logits = [m.logits(h).float() for m, h in zip(models, hidden)]  # (slots, V) each
+            logits = logits[0] if mix is None else sum(share * z.softmax(-1) for share, z in zip(shares, logits)).log()
             if ban:
                 logits = ban(logits, rows.tolist())
             tokens[rows, t], log_probs[rows, t] = token, _ = draw(logits, None if u is None else u[rows, t], temperature, top_k, top_p)
@@ -136,9 +138,10 @@ def sample(model, requests, uniforms, end, max_new=MAX_NEW, temperature=1.0, top
                 if len(alive) == 0:
                     break
                 if len(alive) <= 0.75 * len(rows):  # a smaller batch pays for moving the cache
-                    cache.keep(alive)
                     rows, token = rows[alive], token[alive]
-            hidden = model(token[:, None], cache=cache)[:, 0]  # (slots, C)
+                    for cache in caches:
+                        cache.keep(alive)
+            hidden = [m(token[:, None], cache=cache)[:, 0] for m, cache in zip(models, caches)]  # (slots, C) each
     return _until_end(tokens.tolist(), log_probs.tolist(), end, t + 1)
 
 
@@ -163,6 +166,40 @@ def sample_all(model, requests, keys, end, max_new=MAX_NEW, at_once=64, greedy=F
                 responses[i], log_probs[i] = response, log_p
             bar.update(len(chunk))
     return responses, log_probs
+
+
+def sample_to_file(model, tokenizer, rows, key, path, max_new, at_once=64):
+    """A model's responses to the training rows, of all ranks, as JSON lines that training reads.
+
+    A line holds the sampled tokens too, as `ids`: text does not tell whether a response was cut off at the limit. The row's own output is
+    kept as `reference`. A sampling that was interrupted goes on; `path` has its name only when it is whole.
+    """
+    partial, at_once = path.with_name(f"{path.name}.partial"), at_once * ranks.world()
+    examples = training_examples(rows, tokenizer)
+    n_done = ranks.on_first(whole_lines, partial)
+    with tqdm(total=len(examples), initial=n_done, desc="sampling", unit="row", disable=None if ranks.rank() == 0 else True) as bar:
+        for start in range(n_done, len(examples), at_once):
+            mine = ranks.share(examples[start : start + at_once])
+            keys = [(*key, e.index) for e in mine]
+            responses, _ = sample_all(model, [e.request for e in mine], keys, tokenizer.eot_token, max_new)
+            sampled = sorted(ranks.gather([(e.index, response) for e, response in zip(mine, responses)]))
+            if ranks.rank() == 0:
+                with open(partial, "a", encoding="utf-8") as file:
+                    for index, response in sampled:
+                        row = rows[index]
+                        line = {"instruction": row.instruction, "input": row.input, "output": to_text(response, tokenizer), "ids": response}
+                        file.write(json.dumps(line | {"reference": row.references[0]}) + "\n")
+            bar.update(len(sampled))
+    ranks.on_first(os.replace, partial, path)
+
+
+def whole_lines(path):
+    """How many lines a file that was being written has. Cuts off a last one that is not whole."""
+    path.touch()
+    with open(path, "rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+    return content.count(b"\n")
 
 
 def to_text(response, tokenizer):

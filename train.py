@@ -1,4 +1,5 @@
-"""PromptKD (Kim, Jang and Yang, Findings of EMNLP 2024): Algorithm 1, the stages before it, and the loop around them.
+"""PromptKD (Kim, Jang and Yang, Findings of EMNLP 2024): Algorithm 1, the methods it is compared with, the stages before them, and the
+loop around them.
 
 python train.py                                        the demo: offline, CPU or GPU, minutes
 torchrun --nproc_per_node=8 train.py --student gpt2    the paper's main result, every stage of it
@@ -10,11 +11,12 @@ import math
 import os
 import platform
 import resource
+import shutil
 import sys
 import time
 import zlib
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 
 from data import ranks  # before torch: data/__init__.py says why
@@ -23,14 +25,14 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from data.demo import TOKENIZER_DIR
-from data.files import InputError, command, model_directory, write_atomic
+from data.files import OFFICIAL_MODELS, InputError, command, model_directory, write_atomic
 from data.prepare import data_directory
-from data.rows import Example, epoch_order, load_tokenizer, micro_batches, packed_blocks, read_jsonl, read_rows, tokenizer_files, training_examples
+from data.rows import Example, epoch_order, load_tokenizer, micro_batches, packed_blocks, read_rows, read_texts, tokenizer_files, training_examples
 from evaluate import evaluate, evaluate_models, mean_rouge_l, say, table
-from losses import cross_entropy, kl, prompt_loss, student_loss
+from losses import cross_entropy, importance_weight, kd_loss, kl, minillm_loss, minillm_returns, prompt_loss, student_loss, whiten
 from model import GPT, CheckpointError, Config, read_config, save
 from prompt import freeze, initial_prompt, save_prompt, teacher_hidden
-from sample import MAX_NEW, in_range, load_model, precision, sample_all
+from sample import MAX_NEW, in_range, load_model, precision, sample_all, sample_to_file
 
 # ---- presets: the paper's Appendix A, read with the released scripts ----------------------------------------------------------
 
@@ -41,25 +43,32 @@ SIZES = {"base": 124e6, "medium": 355e6, "large": 774e6, "xl": 1_558e6}  # GPT-2
 class Settings:
     """All that decides a stage's result. The global batch is the preset's; ranks and micro-batches divide it."""
 
-    method: str  # promptkd, sft or pretrain
+    method: str
     student: str  # the model that is trained, by name; for pretrain its shape
     data: str
     global_batch: int
     lr: float
     epochs: int
-    schedule: str  # "cosine" to 1e-7, or "constant"
+    schedule: str = "cosine"  # to 1e-7, or "constant"
     warmup: int = 0  # steps
     beta2: float = 0.999  # AdamW's
+    weight_decay: float = 1e-2  # AdamW's; not on biases and LayerNorm
     teacher: str | None = None
     seed: int = 10
     best_by: str = "rouge_l"  # or "loss"
-    steps: int | None = None  # optimizer steps at most; None: what the epochs come to
+    steps: int | None = None  # optimizer steps; None: what the epochs come to, most_steps at most
+    most_steps: int | None = None
+    validate_every: int | None = None  # steps; None: once an epoch
     dropout: float = 0.1  # of the student's training forward
     train_rows: int | None = None
     dev_rows: int | None = None
     max_new: int = MAX_NEW
-    block: int = 512  # tokens of a packed row in pre-training
-    prompt_lr: float | None = None  # promptkd only, from here on
+    block: int = 512  # tokens of a packed row of plain text
+    responses: str | None = None  # seqkd: the data directory with the teacher's responses
+    rollout_rows: int | None = None  # minillm: rows sampled at once; None: the global batch
+    inner_epochs: int = 1  # minillm: over each rollout
+    lm_data: str | None = None  # minillm: a corpus of plain text
+    prompt_lr: float | None = None  # promptkd, from here on
     prompt_text: str | None = None
     prompt_length: int | None = None  # None: the text's own tokens
     prompt_init: str | None = None
@@ -72,27 +81,42 @@ class Settings:
 PRESETS = {
     "sft": {"base": (32, 5e-4, 20), "medium": (32, 1e-4, 20), "large": (32, 1e-4, 10), "xl": (32, 5e-5, 10)},
     "init": {"base": (32, 5e-4, 3), "medium": (32, 1e-4, 3), "large": (32, 1e-4, 3), "xl": (32, 5e-5, 3)},
+    "minillm": {"base": (256, 5e-6, 10), "medium": (64, 5e-6, 10), "large": (64, 5e-6, 10), "xl": (64, 5e-6, 10)},
     "promptkd": {"base": (256, 5e-5, 20), "medium": (64, 1e-5, 20), "large": (64, 5e-6, 15), "xl": (64, 5e-6, 15)},
 }
-PRETRAIN = {"global_batch": 32, "lr": 1e-3, "epochs": 3, "schedule": "cosine", "warmup": 50, "beta2": 0.95, "best_by": "loss", "dropout": 0.0}
+PRESETS |= {"teacher": PRESETS["sft"], "kd": PRESETS["sft"], "seqkd": PRESETS["sft"], "gkd": PRESETS["promptkd"]}  # GKD's was never released
+PRETRAIN = {"global_batch": 32, "lr": 1e-3, "epochs": 3, "warmup": 50, "beta2": 0.95, "best_by": "loss", "dropout": 0.0}
 PROMPT = {"prompt_text": "Suppose you are a student.", "prompt_init": "text", "reg": 1.0, "prompt_kl": "reverse", "reg_kl": "reverse"}
+ON_POLICY = {"schedule": "constant", "warmup": 100}
+MINILLM = {"rollout_rows": 256, "inner_epochs": 4, "beta2": 0.95, "weight_decay": 1e-6, "dropout": 0.0, "most_steps": 5000, "validate_every": 100}
+BESIDE = {
+    "init": {"best_by": "loss"},
+    "minillm": ON_POLICY | MINILLM,
+    "gkd": ON_POLICY,
+    "promptkd": ON_POLICY | PROMPT,
+}  # beside the three of PRESETS
 
 # The demo's models and presets: a few million parameters, rows of a few dozen words.
 DEMO_TEACHER, DEMO_STUDENT = "3x128x4", "2x64x4"
 DEMO_PRETRAIN = PRETRAIN | {"global_batch": 8, "lr": 2e-3, "epochs": 1, "warmup": 100, "block": 128}
-DEMO_SFT = {"global_batch": 16, "schedule": "cosine", "warmup": 20, "dropout": 0.0, "max_new": 40}
+DEMO_SFT = {"global_batch": 16, "lr": 2e-3, "epochs": 10, "warmup": 20, "dropout": 0.0, "max_new": 40}
+DEMO_GKD = {"global_batch": 64, "lr": 2e-3, "epochs": 4, "schedule": "constant", "warmup": 20, "dropout": 0.0, "max_new": 40}
 DEMO = {
     DEMO_TEACHER: DEMO_PRETRAIN,
     DEMO_STUDENT: DEMO_PRETRAIN,
     "teacher": DEMO_SFT | {"lr": 1e-3, "epochs": 5},
-    "init": DEMO_SFT | {"lr": 2e-3, "epochs": 3, "best_by": "loss"},
-    "sft": DEMO_SFT | {"lr": 2e-3, "epochs": 10},
-    "promptkd": PROMPT
-    | {"global_batch": 64, "lr": 2e-3, "prompt_lr": 1e-4, "epochs": 4, "schedule": "constant", "warmup": 20, "dropout": 0.0, "max_new": 40},
+    "init": DEMO_SFT | {"epochs": 3, "best_by": "loss"},
+    "sft": DEMO_SFT,
+    "kd": DEMO_SFT,
+    "seqkd": DEMO_SFT,
+    "minillm": DEMO_GKD | MINILLM | {"lr": 1e-3, "epochs": 2, "validate_every": None, "block": 128},
+    "gkd": DEMO_GKD,
+    "promptkd": DEMO_GKD | PROMPT | {"prompt_lr": 1e-4},
 }
 HELD_OUT = ("wording", "words", "longer", "combined")  # the demo's sets beside its test set
 
-WEIGHT_DECAY, CLIP, LEAST_LR = 1e-2, 1.0, 1e-7
+CLIP, LEAST_LR = 1.0, 1e-7
+TEACHER_SHARE = 0.2  # α of MiniLLM's mixed sampling
 
 
 def preset(kind, name):
@@ -102,13 +126,9 @@ def preset(kind, name):
     size = min(SIZES, key=lambda size: abs(math.log(n_parameters / SIZES[size])))
     if abs(n_parameters / SIZES[size] - 1) > 0.05:
         say(f"{name} has {n_parameters:,} parameters; its {kind} stage takes the preset of GPT-2 {size}")
-    global_batch, lr, epochs = PRESETS["sft" if kind == "teacher" else kind][size]
-    values = {"global_batch": global_batch, "lr": lr, "epochs": epochs, "schedule": "cosine"}
-    if kind == "init":
-        values["best_by"] = "loss"
-    if kind == "promptkd":
-        values |= PROMPT | {"prompt_lr": lr, "schedule": "constant", "warmup": 100}
-    return values
+    global_batch, lr, epochs = PRESETS[kind][size]
+    values = {"global_batch": global_batch, "lr": lr, "epochs": epochs, **BESIDE.get(kind, {})}
+    return values | {"prompt_lr": lr} if kind == "promptkd" else values
 
 
 def learning_rate(peak, step, total, schedule, warmup):
@@ -129,6 +149,7 @@ class Run:
 
     settings: Settings
     total: int  # T, optimizer steps
+    global_batch: int  # rows of an optimizer step, over all ranks
     micro_batch: int
     device: torch.device
     tokenizer: object
@@ -138,12 +159,21 @@ class Run:
     teacher: torch.nn.Module | None = None
     P: torch.Tensor | None = None
     prompt_optimizer: torch.optim.Optimizer | None = None
+    rollout_steps: int = 1  # optimizer steps on each rollout
+    rollout: list | None = None  # MiniLLM's rows, of all ranks
+    text: list | None = None  # MiniLLM's plain text, in blocks
     clock: dict | None = None  # seconds by phase
 
 
 def response_logits(model, hidden, batch):
     """The head at the positions that predict response tokens only: hidden (B, T, C) -> (N, V)."""
     return model.logits(hidden[batch.where])
+
+
+@torch.no_grad()
+def target_logits(model, batch, P=None):
+    """The logits (N, V) of a model as it stands at the response tokens, behind the prompt P if there is one; without gradient or dropout."""
+    return response_logits(model, teacher_hidden(model.eval(), batch.ids, P), batch)
 
 
 def window(run, examples):
@@ -159,14 +189,14 @@ def window(run, examples):
 def backward(run, loss_of, batches, n_tokens):
     """Student gradients of the sum of per-token losses over the window, divided by its number of tokens.
 
-    loss_of: batch -> (N,) through run.wrapped. Ranks exchange gradients at the last micro-batch only; DDP averages them over
-    the ranks, which is undone. Returns the loss, over all ranks.
+    loss_of: student's logits (N, V) and batch -> (N,). Ranks exchange gradients at the last micro-batch only; DDP averages them
+    over the ranks, which is undone. Returns the loss, over all ranks.
     """
     total = torch.zeros((), device=run.device)
     for batch in batches:
         last = batch is batches[-1]
         with nullcontext() if last or run.wrapped is run.student else run.wrapped.no_sync(), precision(run.device):
-            loss = loss_of(batch).sum() / n_tokens
+            loss = loss_of(response_logits(run.student, run.wrapped(batch.ids), batch), batch).sum() / n_tokens
             (loss * ranks.world()).backward()
         total += loss.detach()
     return ranks.add_up(total)
@@ -189,21 +219,20 @@ def phase(run, name):
     run.clock["since"] = now
 
 
-def sft_step(run, examples, t):
-    """Cross-entropy on the rows' own responses. Pre-training is the same, on packed rows."""
-    batches, n_tokens = window(run, examples)
+def train_student(run, **terms):
+    """One update of the student on the sum of the terms, each (loss_of, batches, n_tokens) for `backward`. Gradient to θ only."""
     run.student.train()
-    loss = backward(run, lambda b: cross_entropy(response_logits(run.student, run.wrapped(b.ids), b), b.targets), batches, n_tokens)
+    losses = {name: backward(run, *term) for name, term in terms.items()}
     norm = update(run.optimizer)
     phase(run, "student")
-    return {"loss": loss, "grad_norm": norm, "response_tokens": n_tokens}
+    return {**losses, "grad_norm": norm, "response_tokens": terms["loss"][2]}
 
 
-def rollout(run, examples, t):
+def rollout(run, examples, t, mix=None):
     """Responses y ~ q_θ(y | x) to the requests of the whole window at once; no gradient. The student does not change inside a window."""
     run.student.eval()
     keys = [(run.settings.seed, "rollout", t, e.index) for e in examples]
-    responses, _ = sample_all(run.student, [e.request for e in examples], keys, run.tokenizer.eot_token, run.settings.max_new)
+    responses, _ = sample_all(run.student, [e.request for e in examples], keys, run.tokenizer.eot_token, run.settings.max_new, mix=mix)
     phase(run, "sampling")
     return [replace(e, response=y) for e, y in zip(examples, responses)]
 
@@ -211,18 +240,14 @@ def rollout(run, examples, t):
 def promptkd_step(run, examples, t):
     """Algorithm 1 of PromptKD, one iteration t of T. The equation numbers are the paper's."""
     s, q, p = run.settings, run.student, run.teacher
-    examples = rollout(run, examples, t)  # y ~ q_θ(y | x)
-    batches, n_tokens = window(run, examples)
+    batches, n_tokens = window(run, rollout(run, examples, t))  # y ~ q_θ(y | x)
     lam = 1 - t / run.total  # λ, from exactly 1 towards 0
 
     # Prompt tuning: a student-friendly teacher. Gradient to P only.
-    q.eval()
     sums = torch.zeros(4, device=run.device)
     for b in batches:
         with precision(run.device):
-            with torch.no_grad():
-                q_logits = response_logits(q, q(b.ids), b)  # q(y | x), without dropout
-                p_logits = response_logits(p, teacher_hidden(p, b.ids), b)  # p(y | x)
+            q_logits, p_logits = target_logits(q, b), target_logits(p, b)  # q(y | x), p(y | x)
             pP_logits = response_logits(p, teacher_hidden(p, b.ids, run.P), b)  # p(y | P, x)
             L_P, L_kd, L_reg = prompt_loss(pP_logits, q_logits, p_logits, lam, s.reg, s.prompt_kl, s.reg_kl)  # (1), (2), (3)
             (L_P.sum() / n_tokens).backward()
@@ -233,20 +258,85 @@ def promptkd_step(run, examples, t):
     phase(run, "prompt")
 
     # Distillation from the teacher behind the prompt just updated. Gradient to θ only.
-    def L_theta(b):
-        with torch.no_grad():
-            pP_logits = response_logits(p, teacher_hidden(p, b.ids, run.P), b)  # p(y | P, x)
-        return student_loss(response_logits(q, run.wrapped(b.ids), b), pP_logits)  # (4)
+    def L_theta(q_logits, b):
+        return student_loss(q_logits, target_logits(p, b, run.P))  # (4)
 
-    q.train()
-    loss = backward(run, L_theta, batches, n_tokens)
-    norm = update(run.optimizer)
-    phase(run, "student")
+    values = train_student(run, loss=(L_theta, batches, n_tokens))
     prompt_losses = dict(zip(("prompt_loss", "prompt_kd", "prompt_reg", "kl_prompted_bare"), ranks.add_up(sums)))
-    return {"loss": loss, **prompt_losses, "grad_norm": norm, "prompt_grad_norm": prompt_norm, "lambda": lam, "response_tokens": n_tokens}
+    return {**values, **prompt_losses, "prompt_grad_norm": prompt_norm, "lambda": lam}
 
 
-STEPS = {"pretrain": sft_step, "sft": sft_step, "promptkd": promptkd_step}
+def gkd_step(run, examples, t):
+    """GKD (Agarwal et al. 2024) as the paper runs it: PromptKD without the prompt."""
+    batches, n_tokens = window(run, rollout(run, examples, t))  # y ~ q_θ(y | x)
+
+    def L_theta(q_logits, b):
+        return student_loss(q_logits, target_logits(run.teacher, b))  # KL(q(y | x) || p(y | x))
+
+    return train_student(run, loss=(L_theta, batches, n_tokens))
+
+
+def sft_step(run, examples, t):
+    """Cross-entropy on the rows' own responses. Pre-training is the same, on packed rows."""
+    return train_student(run, loss=(lambda q_logits, b: cross_entropy(q_logits, b.targets), *window(run, examples)))
+
+
+def against_teacher(run):
+    """KD's loss, for `backward`."""
+    return lambda q_logits, b: kd_loss(q_logits, target_logits(run.teacher, b), b.targets)
+
+
+def kd_step(run, examples, t):
+    """KD (Hinton et al. 2015), cross-entropy and forward KL to the teacher on the rows' own responses. SeqKD (Kim and Rush 2016) is the
+    same on responses that the teacher gave."""
+    return train_student(run, loss=(against_teacher(run), *window(run, examples)))
+
+
+@dataclass(frozen=True)
+class Sampled(Example):
+    """A row of MiniLLM's rollout: (log q(y_t), w_t, R_t) for each of its response's tokens, under the q that sampled it."""
+
+    tokens: list = ()
+
+
+def minillm_step(run, examples, t):
+    """MiniLLM (Gu et al. 2024): several optimizer steps on each rollout, by policy gradient and the exact KL of the single step; and
+    KD's loss on plain text, where there is some."""
+    s, n = run.settings, run.global_batch
+    if t % run.rollout_steps == 0:
+        run.rollout = minillm_rollout(run, examples, t)
+    inner_epoch, k = divmod(t, len(run.rollout) // n)
+    order = epoch_order(len(run.rollout), s.seed, inner_epoch)
+    rows = [run.rollout[i] for i in order[k * n : (k + 1) * n]]
+
+    def L_theta(q_logits, b):
+        log_q, w, R = torch.tensor([v for e in b.examples for v in e.tokens], dtype=torch.float64, device=run.device).float().view(-1, 3).T
+        return minillm_loss(q_logits, target_logits(run.teacher, b), b.targets, log_q, w, R)
+
+    terms = {"loss": (L_theta, *window(run, ranks.share(rows)))}
+    if run.text:
+        blocks = [run.text[(t * n + i) % len(run.text)] for i in range(n)]
+        terms["lm_loss"] = (against_teacher(run), *window(run, ranks.share(blocks)))
+    return train_student(run, **terms)
+
+
+@torch.no_grad()
+def minillm_rollout(run, examples, t):
+    """Responses from student and teacher mixed, token by token, to these requests of all ranks, scored. Sampled once for all inner epochs."""
+    rows = []
+    for b in micro_batches(rollout(run, examples, t, mix=(run.teacher, TEACHER_SHARE)), run.micro_batch, run.device):
+        with precision(run.device):
+            log_q, log_p = (-cross_entropy(target_logits(model, b), b.targets).cpu() for model in (run.student, run.teacher))
+        lengths = [len(e.response) for e in b.examples]
+        rows += zip(b.examples, log_q.split(lengths), log_p.split(lengths))
+    rows = sorted(ranks.gather(rows), key=lambda row: row[0].index)
+    R = whiten(torch.cat([minillm_returns(log_p, log_q) for _, log_q, log_p in rows])).split([len(log_q) for _, log_q, _ in rows])
+    values = [torch.stack([log_q, importance_weight(log_p, log_q, TEACHER_SHARE), R_of]).T.tolist() for (_, log_q, log_p), R_of in zip(rows, R)]
+    phase(run, "scoring")
+    return [Sampled(e.index, e.request, e.response, tokens) for (e, _, _), tokens in zip(rows, values)]
+
+
+STEPS = {"pretrain": sft_step, "sft": sft_step, "kd": kd_step, "seqkd": kd_step, "minillm": minillm_step, "gkd": gkd_step, "promptkd": promptkd_step}
 
 
 # ---- validation ---------------------------------------------------------------------------------------------------------------
@@ -255,11 +345,10 @@ STEPS = {"pretrain": sft_step, "sft": sft_step, "promptkd": promptkd_step}
 @torch.no_grad()
 def validation_loss(run, model, examples, P=None):
     """Cross-entropy of a model (behind the prompt P) over the response tokens of examples, without dropout, over all ranks."""
-    model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=run.device)
-    for b in micro_batches(examples[ranks.rank() :: ranks.world()], run.micro_batch, run.device):
+    for b in micro_batches(ranks.share(examples), run.micro_batch, run.device):
         with precision(run.device):
-            loss = cross_entropy(response_logits(model, teacher_hidden(model, b.ids, P), b), b.targets)
+            loss = cross_entropy(target_logits(model, b, P), b.targets)
         sums += torch.stack([loss.sum(), torch.ones_like(loss).sum()])
     loss, n_tokens = ranks.add_up(sums).tolist()
     return loss / max(1, n_tokens)
@@ -283,41 +372,48 @@ def validate(run, rows, examples):
 def open_data(s):
     """A stage's tokenizer, validation rows, and a function that gives an epoch's training examples in their order."""
     directory = ranks.on_first(data_directory, s.data)
-    rows, dev_rows = read_rows(directory / "train.jsonl", s.train_rows), read_rows(directory / "dev.jsonl", s.dev_rows)
+    path = Path(s.responses or directory) / "train.jsonl"
+    rows, dev_rows = read_rows(path, s.train_rows), read_rows(directory / "dev.jsonl", s.dev_rows)
     if s.method == "pretrain":
         tokenizer = load_tokenizer(TOKENIZER_DIR if s.data == "demo" else None)
-        documents = pretraining_documents(directory, rows, tokenizer, s.train_rows)
+        if (texts := directory / "pretrain.jsonl").is_file():
+            documents = [[*tokenizer.encode_ordinary(text), tokenizer.eot_token] for text in read_texts(texts, s.train_rows)]
+        else:
+            documents = [e.request + e.response for e in training_examples(rows, tokenizer)]
 
         def epoch_examples(epoch):
-            return [Example(i, block[:1], block[1:]) for i, block in enumerate(packed_blocks(documents, s.block, s.seed, epoch).tolist())]
+            return packed_examples(documents, s, epoch)
     else:
         tokenizer = load_tokenizer(ranks.on_first(model_directory, s.student))
         examples = training_examples(rows, tokenizer)
         if len(examples) < len(rows):
-            say(f"{directory / 'train.jsonl'}: {len(rows) - len(examples)} of {len(rows)} rows have a request over the limit and are left out")
+            say(f"{path}: {len(rows) - len(examples)} of {len(rows)} rows have a request over the limit and are left out")
 
         def epoch_examples(epoch):
             return [examples[i] for i in epoch_order(len(examples), s.seed, epoch)]
 
-    if not epoch_examples(0):
-        raise InputError(f"{directory / 'train.jsonl'}: too little to train on; give more or shorter rows")
     return tokenizer, dev_rows, epoch_examples
 
 
-def pretraining_documents(directory, rows, tokenizer, limit=None):
-    """Token lists to pack: the texts of the data set's `pretrain.jsonl`, or else its training rows."""
-    path = directory / "pretrain.jsonl"
-    if not path.is_file():
-        return [e.request + e.response for e in training_examples(rows, tokenizer)]
-    documents = []
-    for number, value in enumerate(read_jsonl(path)[:limit], start=1):
-        if not isinstance(value.get("text"), str):
-            raise InputError(f"{path}, line {number}: 'text' must be a text")
-        documents.append([*tokenizer.encode_ordinary(value["text"]), tokenizer.eot_token])
-    return documents
+def packed_examples(documents, s, epoch=0):
+    """Token lists as rows of `block` tokens to predict, all but the first."""
+    return [Example(i, block[:1], block[1:]) for i, block in enumerate(packed_blocks(documents, s.block, s.seed, epoch).tolist())]
 
 
-def build(s, total, tokenizer, micro_batch, device):
+def open_text(s, tokenizer, n_rows):
+    """Blocks of the plain text of MiniLLM's last term: `n_rows`, or all that it gives."""
+    documents, n_tokens = [], 0
+    for text in read_texts(s.lm_data):
+        documents.append([*tokenizer.encode_ordinary(text), tokenizer.eot_token])
+        n_tokens += len(documents[-1])
+        if n_tokens > n_rows * s.block:
+            break
+    if n_tokens <= s.block:
+        raise InputError(f"{s.lm_data}: has {n_tokens} tokens, and a block is of {s.block}; give a longer text")
+    return packed_examples(documents, s)
+
+
+def build(s, total, global_batch, tokenizer, micro_batch, device):
     """The Run of a stage: models, prompt and optimizers, before the first step."""
     if s.method == "pretrain":
         student = GPT(config_of_shape(s.student, tokenizer.n_vocab, s.dropout)).initialise(s.seed).to(device)
@@ -326,7 +422,7 @@ def build(s, total, tokenizer, micro_batch, device):
     wrapped = student
     if torch.distributed.is_initialized():
         wrapped = DistributedDataParallel(student, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-    run = Run(s, total, micro_batch, device, tokenizer, student, wrapped, adamw(student.parameters(), s.beta2))
+    run = Run(s, total, global_batch, micro_batch, device, tokenizer, student, wrapped, adamw(student.parameters(), s))
     if s.teacher is not None:
         teacher, teacher_tokenizer = load_model(s.teacher, device)
         if words(teacher_tokenizer) != words(tokenizer):
@@ -338,15 +434,17 @@ def build(s, total, tokenizer, micro_batch, device):
             raise InputError("--prompt-text is empty; give a sentence")
         P = initial_prompt(run.teacher.wte.weight, s.prompt_init, s.prompt_length or len(text), text, tokenizer.eot_token, s.seed)
         run.P = P.to(device).requires_grad_()
-        run.prompt_optimizer = adamw([run.P], s.beta2)
+        run.prompt_optimizer = adamw([run.P], s)
+    if s.lm_data is not None:
+        run.text = open_text(s, tokenizer, total * global_batch)
     return run
 
 
-def adamw(parameters, beta2):
+def adamw(parameters, s):
     """AdamW with weight decay on matrices, not on biases and LayerNorm."""
     parameters = list(parameters)
     groups = [{"params": [p for p in parameters if p.ndim > 1]}, {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, beta2), weight_decay=WEIGHT_DECAY, fused=True)
+    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, s.beta2), weight_decay=s.weight_decay, fused=True)
 
 
 def set_rate(optimizer, lr):
@@ -372,7 +470,7 @@ def config_of_shape(shape, vocab_size, dropout):
 
 def check_positions(run, examples):
     """Raise InputError where a row is longer than a model can read."""
-    longest = max(len(e.request) + len(e.response) for e in examples) + (0 if run.P is None else len(run.P))
+    longest = max(len(e.request) + len(e.response) for e in [*examples, *(run.text or [])]) + (0 if run.P is None else len(run.P))
     for name, model in (("student", run.student), ("teacher", run.teacher)):
         if model is not None and longest > model.config.n_positions:
             raise InputError(f"the {name} has {model.config.n_positions} positions and the longest row takes {longest}; take a model with more")
@@ -388,10 +486,13 @@ def check_prompt(run, dev_rows, dev_examples):
     return values
 
 
-def run_stage(name, s, out, micro_batch, device):
-    """Train one stage in `out/name`, or go on with it where it stopped, or skip it where it is complete. Returns its directory."""
+def run_stage(name, s, out, micro_batch, device, paper=None):
+    """Train one stage in `out/name`, or go on with it where it stopped, or skip it where it is complete. Returns its directory.
+
+    paper: which of the paper's rows this is, for run.json.
+    """
     directory = Path(out) / name
-    record = ranks.on_first(open_record, directory, {"name": name, "settings": asdict(s)})
+    record = ranks.on_first(open_record, directory, {"name": name, "paper": paper, "settings": asdict(s)})
     if "hours" in record:
         say(f"{directory}: complete, skipped")
         return str(directory)
@@ -400,20 +501,24 @@ def run_stage(name, s, out, micro_batch, device):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     tokenizer, dev_rows, epoch_examples = open_data(s)
-    dev_examples = training_examples(dev_rows, tokenizer)
+    dev_examples, examples = training_examples(dev_rows, tokenizer), epoch_examples(0)
+    if not examples:
+        raise InputError(f"data {s.data}: train.jsonl is too little to train on; give more or shorter rows")
     if not dev_examples:
         raise InputError(f"data {s.data}: every validation row's request is over the limit; give shorter ones in dev.jsonl")
-    examples = epoch_examples(0)
     global_batch = min(s.global_batch, len(examples))
     if global_batch < ranks.world():
         raise InputError(f"a global batch of {global_batch} rows can't be divided among {ranks.world()} ranks; start fewer, or raise --global-batch")
-    per_epoch = len(examples) // global_batch
-    total = s.steps or per_epoch * s.epochs
-    run = build(s, total, tokenizer, micro_batch, device)
+    rollout_rows = min(max(global_batch, s.rollout_rows or 0), len(examples))
+    rollout_steps = s.inner_epochs * (rollout_rows // global_batch)  # optimizer steps on each rollout: 1, but for MiniLLM
+    per_epoch = len(examples) // rollout_rows * rollout_steps
+    total = s.steps or min(per_epoch * s.epochs, s.most_steps or math.inf)
+    run = build(s, total, global_batch, tokenizer, micro_batch, device)
+    run.rollout_steps = rollout_steps
     check_positions(run, [*examples, *dev_examples])
     ranks.on_first(write_atomic, directory / "run.json", json.dumps(record, indent=1) + "\n")
-    first, best, hours = load_state(run, directory)
-    log = Log(directory / "metrics.jsonl", first)
+    done = load_state(run, directory)
+    first, log = done["step"], Log(directory / "metrics.jsonl", done["step"])
 
     record |= {"parameters": run.student.n_parameters(), "total_steps": total, "ranks": ranks.world(), "device": device.type}
     going_on = f", going on behind step {first:,}" if first else ""
@@ -425,52 +530,85 @@ def run_stage(name, s, out, micro_batch, device):
     if run.P is not None and first == 0:
         log.write(check_prompt(run, dev_rows, dev_examples))
 
-    begin = shown = time.perf_counter()
+    begin, hours, shown, at = time.perf_counter(), done["hours"], 0.0, 0
     for t in range(first, total):
         epoch, k = divmod(t, per_epoch)
-        if k == 0 or t == first:
-            examples = epoch_examples(epoch)
-        mine = examples[k * global_batch : (k + 1) * global_batch][ranks.rank() :: ranks.world()]
-        torch.manual_seed(zlib.crc32(repr((s.seed, t, ranks.rank())).encode()))  # dropout; nothing to save for going on
-        run.clock = {"since": time.perf_counter()}
-        line = {"step": t + 1, "epoch": (t + 1) / per_epoch, "lr": set_rate(run.optimizer, learning_rate(s.lr, t, total, s.schedule, s.warmup))}
-        if run.P is not None:
-            line["prompt_lr"] = set_rate(run.prompt_optimizer, learning_rate(s.prompt_lr, t, total, s.schedule, s.warmup))
-        line |= {name: float(value) for name, value in STEPS[s.method](run, mine, t).items()}
-        del run.clock["since"]
+        if epoch != at:
+            examples, at = epoch_examples(epoch), epoch
+        start = k // rollout_steps * rollout_rows
+        line = {"step": t + 1, "epoch": (t + 1) / per_epoch, **step(run, ranks.share(examples[start : start + rollout_rows]), t)}
         if not math.isfinite(line["loss"] + line["grad_norm"]):
-            raise InputError(f"{directory}: loss {line['loss']} and gradient norm {line['grad_norm']} at step {t + 1}; the training has diverged: lower --lr")
-        tokens_per_second = line["response_tokens"] / sum(run.clock.values())
-        line |= {"tokens_per_second": tokens_per_second, "seconds": run.clock, **memory(device)}
-        validating = k + 1 == per_epoch or t + 1 == total
+            raise InputError(
+                f"{directory}: loss {line['loss']} and gradient norm {line['grad_norm']} at step {t + 1}; the training has diverged: lower --lr"
+            )
+        validating = (t + 1) % (s.validate_every or per_epoch) == 0 or t + 1 == total
         if validating:
             line |= validate(run, dev_rows, dev_examples)
             score = line["val_rouge_l"] if s.best_by == "rouge_l" else -line["val_loss"]
-            if best is None or score > best:
-                best = score
+            if done["best"] is None or score > done["best"]:
+                done |= {"best": score, "best_step": t + 1}
                 save_checkpoint(run, directory / "best")
         log.write(line)
         elapsed = time.perf_counter() - begin
+        done |= {"step": t + 1, "hours": hours + elapsed / 3600}
         if validating:
-            save_state(run, directory, t + 1, best, hours + elapsed / 3600)
+            save_state(run, directory, done)
         if validating or time.perf_counter() - shown > 5:
-            shown = time.perf_counter()
-            say(
-                f"step {t + 1:,}/{total:,}  {describe(line)}  {tokens_per_second:,.0f} tokens/s  {clock_time(elapsed / (t + 1 - first) * (total - t - 1))} left"
-            )
+            shown, left = time.perf_counter(), clock_time(elapsed / (t + 1 - first) * (total - t - 1))
+            say(f"step {t + 1:,}/{total:,}  {describe(line)}  {line['tokens_per_second']:,.0f} tokens/s  {left} left")
 
-    record |= {"best": abs(best), "hours": hours + (time.perf_counter() - begin) / 3600}
+    record |= {"best": abs(done["best"]), "best_step": done["best_step"], "hours": done["hours"]}
     picture = ranks.on_first(finish, directory, record)
-    say(f"{directory}: done in {clock_time(3600 * record['hours'])}, best {s.best_by} {abs(best):.2f}; {picture}")
+    say(f"{directory}: done in {clock_time(3600 * record['hours'])}, best {s.best_by} {record['best']:.2f}; {picture}")
     return str(directory)
 
 
-def save_state(run, directory, step, best, hours):
-    """What going on needs, under its name only when whole."""
+def step(run, rows, t):
+    """One optimizer step on this rank's rows, and what metrics.jsonl says of it."""
+    s = run.settings
+    torch.manual_seed(zlib.crc32(repr((s.seed, t, ranks.rank())).encode()))  # dropout; nothing to save for going on
+    run.clock = {"since": time.perf_counter()}
+    values = {"lr": set_rate(run.optimizer, learning_rate(s.lr, t, run.total, s.schedule, s.warmup))}
+    if run.P is not None:
+        values["prompt_lr"] = set_rate(run.prompt_optimizer, learning_rate(s.prompt_lr, t, run.total, s.schedule, s.warmup))
+    values |= {name: float(value) for name, value in STEPS[s.method](run, rows, t).items()}
+    del run.clock["since"]
+    return values | {"tokens_per_second": values["response_tokens"] / sum(run.clock.values()), "seconds": run.clock, **memory(run.device)}
+
+
+def sample_responses(name, s, out, device):
+    """SeqKD's data: the responses of a teacher to the training requests, sampled once, as a data directory. Returns it.
+
+    s: what they hang on, {"student": the teacher, "data", "train_rows", "max_new", "seed"}.
+    """
+    directory = Path(out) / name
+    record = ranks.on_first(open_record, directory, {"name": name, "settings": {"method": "responses", **s}})
+    if "hours" in record:
+        say(f"{directory}: complete, skipped")
+        return str(directory)
+    begin, source = time.perf_counter(), ranks.on_first(data_directory, s["data"])
+    model, tokenizer = load_model(s["student"], device)
+    rows = read_rows(source / "train.jsonl", s["train_rows"])
+    ranks.on_first(write_atomic, directory / "run.json", json.dumps(record, indent=1) + "\n")
+    say(f"\n{directory}: sampling the responses of {s['student']} to {len(rows):,} requests")
+    sample_to_file(freeze(model), tokenizer, rows, (s["seed"], "responses"), directory / "train.jsonl", s["max_new"])
     if ranks.rank() == 0:
-        state = {"step": step, "best": best, "hours": hours, "student": run.student.state_dict(), "optimizer": run.optimizer.state_dict()}
+        for file in ("dev.jsonl", "test.jsonl"):
+            if (source / file).is_file():
+                shutil.copyfile(source / file, directory / file)
+        write_atomic(directory / "run.json", json.dumps(record | {"hours": (time.perf_counter() - begin) / 3600}, indent=1) + "\n")
+    ranks.barrier()
+    return str(directory)
+
+
+def save_state(run, directory, done):
+    """What going on needs, under its name only when whole. done: step, best score and its step, and hours so far."""
+    if ranks.rank() == 0:
+        state = {"done": done, "student": run.student.state_dict(), "optimizer": run.optimizer.state_dict()}
         if run.P is not None:
             state |= {"P": run.P.detach(), "prompt_optimizer": run.prompt_optimizer.state_dict()}
+        if run.rollout is not None:
+            state["rollout"] = [astuple(row) for row in run.rollout]
         path = directory / "state" / "state.pt"
         path.parent.mkdir(exist_ok=True)
         partial = path.with_suffix(".partial")
@@ -483,17 +621,19 @@ def save_state(run, directory, step, best, hours):
 
 
 def load_state(run, directory):
-    """Take up the saved state. Returns its step, best score and hours; (0, None, 0.0) where there is none."""
+    """Take up the saved state. Returns its step, best score and its step, and hours so far."""
     path = directory / "state" / "state.pt"
     if not path.is_file():
-        return 0, None, 0.0
+        return {"step": 0, "best": None, "best_step": None, "hours": 0.0}
     state = torch.load(path, map_location=run.device, weights_only=True)
     run.student.load_state_dict(state["student"])
     run.optimizer.load_state_dict(state["optimizer"])
     if run.P is not None:
         run.P.data.copy_(state["P"])
         run.prompt_optimizer.load_state_dict(state["prompt_optimizer"])
-    return state["step"], state["best"], state["hours"]
+    if "rollout" in state:
+        run.rollout = [Sampled(*row) for row in state["rollout"]]
+    return state["done"]
 
 
 def save_checkpoint(run, directory):
@@ -555,7 +695,7 @@ class Log:
 
 def describe(values):
     """The values that a person follows, in one line."""
-    shown = {"loss": "loss", "prompt_kd": "L_kd", "prompt_reg": "L_reg", "kl_prompted_bare": "KL(prompted||bare)", "val_loss": "val loss", "val_rouge_l": "val ROUGE-L",
+    shown = {"loss": "loss", "lm_loss": "LM loss", "prompt_kd": "L_kd", "prompt_reg": "L_reg", "kl_prompted_bare": "KL(prompted||bare)", "val_loss": "val loss", "val_rouge_l": "val ROUGE-L",
              "val_bare_loss": "teacher's val loss bare", "val_prompted_loss": "prompted"}  # fmt: skip
     return "  ".join(f"{label} {values[name]:.{1 if name == 'val_rouge_l' else 3}f}" for name, label in shown.items() if name in values)
 
@@ -596,7 +736,8 @@ def draw_curves(directory):
 
 def parse(argv):
     parser = argparse.ArgumentParser(
-        prog="train.py", description="Train a student by PromptKD, with the stages that it needs; without options, the demo."
+        prog="train.py",
+        description="Train a student by PromptKD or a method it is compared with, and the stages that it needs; without options, the demo.",
     )
     positive, rate = in_range(int, 1, 10**9), in_range(float, 0, 10, low_open=True)
     parser.add_argument("--method", choices=sorted(STEPS), default="promptkd")
@@ -612,6 +753,7 @@ def parse(argv):
     parser.add_argument("--out", default="out", metavar="DIR", help="where the runs go (default out)")
     parser.add_argument("--seed", type=in_range(int, 0, 2**32), default=10)
     parser.add_argument("--shape", metavar="LxWxH", help="for --method pretrain: layers, width and heads, as 6x256x8")
+    parser.add_argument("--lm-data", metavar="FILE", help="for --method minillm: plain text for its last term, JSON lines with 'text' or a text file")
     parser.add_argument("--prompt-text", metavar="TEXT", help=f"default: {PROMPT['prompt_text']!r}")
     parser.add_argument("--prompt-length", type=in_range(int, 1, 512), metavar="N", help="tokens of the soft prompt (default: the text's own)")
     parser.add_argument("--prompt-init", choices=("text", "padding", "random"))
@@ -632,20 +774,14 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-OVERRIDES = (
-    "lr",
-    "prompt_lr",
-    "epochs",
-    "steps",
-    "global_batch",
-    "dropout",
-    "prompt_text",
-    "prompt_length",
-    "prompt_init",
-    "reg",
-    "prompt_kl",
-    "reg_kl",
-)
+OVERRIDES = ("lr", "prompt_lr", "epochs", "steps", "global_batch", "dropout", "lm_data", "prompt_text", "prompt_length", "prompt_init", "reg",
+             "prompt_kl", "reg_kl")  # fmt: skip
+
+
+def record_of(name):
+    """The run.json of a model that is a run of ours, {} of any other."""
+    path = Path(name) if Path(name).name != "best" else Path(name).resolve().parent
+    return json.loads((path / "run.json").read_text(encoding="utf-8")) if (path / "run.json").is_file() else {}
 
 
 def label_of(name):
@@ -653,65 +789,90 @@ def label_of(name):
     path = Path(name)
     if path.is_dir():
         path = path.resolve().parent if path.name == "best" else path.resolve()
-    if path.name.startswith(("pretrain-", "init-", "teacher-")) and (path / "run.json").is_file():
-        return label_of(json.loads((path / "run.json").read_text(encoding="utf-8"))["settings"]["student"])
+    if path.name.startswith(("pretrain-", "init-", "teacher-")) and (record := record_of(path)):
+        return label_of(record["settings"]["student"])
     return path.name
+
+
+def paper_row(kind, values, given):
+    """Which of the paper's rows a stage is: "promptkd base", or None where anything differs from the paper's."""
+    sizes = {name: name.removeprefix("gpt2-") if name != "gpt2" else "base" for name in OFFICIAL_MODELS}
+
+    def size_of(model):
+        return sizes.get(model) or (record_of(model).get("paper") or "").removeprefix("init ")
+
+    as_the_paper = set(given) == ({"lm_data"} if kind == "minillm" else set()) and values["data"] == "dolly"
+    as_the_paper &= not (values["train_rows"] or values["dev_rows"]) and size_of(values["student"]) in SIZES
+    as_the_paper &= values["teacher"] is None or record_of(values["teacher"]).get("paper") == "teacher xl"
+    as_the_paper &= kind not in ("minillm", "gkd", "promptkd") or values["student"] not in sizes
+    return f"{kind} {size_of(values['student'])}" if as_the_paper else None
+
+
+def check_idle(args):
+    """Raise InputError where an option was given that the method does not use."""
+    idle = [name for name in OVERRIDES if name.startswith(("prompt", "reg"))] if args.method != "promptkd" else []
+    idle += ["shape"] if args.method != "pretrain" else ["student"]
+    idle += ["teacher", "sft_teacher"] if args.method in ("pretrain", "sft") else ["teacher"] if args.sft_teacher else []
+    idle += ["init"] if args.method in ("pretrain", "sft", "kd", "seqkd") else ["student"] if args.init else []
+    idle += ["lm_data"] if args.method != "minillm" else []
+    for name in idle:
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} has no effect here (method {args.method}); leave it out")
 
 
 def main(argv=None):
     args = parse(argv)
     device, started = ranks.start(), time.perf_counter()
+    check_idle(args)
     data = args.data or ("dolly" if args.student or args.teacher or args.init or args.sft_teacher else "demo")
     demo = data == "demo"
     data_label = ("" if data == "dolly" else f"-{Path(data).name}") + (f"-{args.train_rows}rows" if args.train_rows else "")
     given = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
-    micro_batch = args.micro_batch or (64 if demo else 8)
     ranks.on_first(data_directory, data)  # before any model is downloaded
 
-    def stage(kind, model, teacher=None):
+    def stage(kind, model, teacher=None, responses=None):
         """Run one stage on a model: its preset, under the options given if it is the method's own."""
+        name, own = f"{kind}-{label_of(model)}{data_label}", given if kind == args.method else {}
         if kind == "pretrain":
             values = DEMO.get(model, PRETRAIN) if demo else PRETRAIN
         else:
             values = DEMO[kind] if demo else preset(kind, model)
-        method = "sft" if kind in ("teacher", "init") else kind
-        values = {
-            "method": method,
-            "student": model,
-            "teacher": teacher,
-            "data": data,
-            "train_rows": args.train_rows,
-            "dev_rows": args.dev_rows,
-            **values,
-        }
-        name = f"{kind}-{label_of(model)}{data_label}"
         if kind == args.method:
-            values |= given | {"seed": args.seed}
-            for option, value in given.items():
-                value = f"{zlib.crc32(value.encode()):08x}" if option == "prompt_text" else value
+            values |= {"seed": args.seed}
+            for option, value in own.items():
+                value = f"{zlib.crc32(value.encode()):08x}" if option == "prompt_text" else Path(value).stem if option == "lm_data" else value
                 name += f"-{option.replace('_', '')}{value}"
             name += f"-s{args.seed}" if kind != "pretrain" or args.seed != 10 else ""
-        return run_stage(name, Settings(**values), args.out, micro_batch, device)
+        values = {"method": "sft" if kind in ("teacher", "init") else kind, "student": model, "teacher": teacher, "data": data,
+                  "responses": responses, "train_rows": args.train_rows, "dev_rows": args.dev_rows, **values, **own}  # fmt: skip
+        return run_stage(name, Settings(**values), args.out, args.micro_batch or (64 if demo else 8), device, paper_row(kind, values, own))
 
-    idle = {"pretrain": ["student", "teacher", "sft_teacher", "init"], "sft": ["shape", "teacher", "sft_teacher", "init"], "promptkd": ["shape"]}[args.method]
-    idle += [name for name in OVERRIDES if name.startswith(("prompt", "reg"))] if args.method != "promptkd" else []
-    idle += [name for name, other in (("teacher", args.sft_teacher), ("student", args.init)) if other]
-    for name in idle:
-        if getattr(args, name) is not None:
-            raise InputError(f"--{name.replace('_', '-')} has no effect here (method {args.method}); leave it out")
     if args.method == "pretrain":
         if args.shape is None:
             raise InputError("--method pretrain needs --shape LAYERSxWIDTHxHEADS, as in --shape 6x256x8")
         stage("pretrain", args.shape)
-    elif args.method == "sft":
-        stage("sft", args.student or (stage("pretrain", DEMO_STUDENT) if demo else "gpt2"))
     else:
-        teacher = args.sft_teacher or stage("teacher", args.teacher or (stage("pretrain", DEMO_TEACHER) if demo else "gpt2-xl"))
-        init = args.init or stage("init", args.student or (stage("pretrain", DEMO_STUDENT) if demo else "gpt2"))
-        student = stage(args.method, init, teacher)
+        from_init = args.method in ("minillm", "gkd", "promptkd")
+        teacher = responses = None
+        if args.method != "sft":
+            teacher = args.sft_teacher or stage("teacher", args.teacher or (stage("pretrain", DEMO_TEACHER) if demo else "gpt2-xl"))
+        student = args.init or args.student or (stage("pretrain", DEMO_STUDENT) if demo else "gpt2")
+        if from_init and not args.init:
+            student = stage("init", student)
+        if args.method == "seqkd":
+            s = {
+                "student": teacher,
+                "data": data,
+                "train_rows": args.train_rows,
+                "max_new": DEMO["seqkd"]["max_new"] if demo else MAX_NEW,
+                "seed": 10,
+            }
+            responses = sample_responses(f"responses-{label_of(teacher)}{data_label}", s, args.out, device)
+        trained = stage(args.method, student, teacher, responses)
         if demo:
-            show_demo({"teacher": teacher, "student's init": init, args.method: student}, device)
-            say(f"Curves: {Path(student) / 'curves.png'}. All of it took {clock_time(time.perf_counter() - started)}.")
+            models = {"teacher": teacher, "student's init": student if from_init else None, args.method: trained}
+            show_demo({label: model for label, model in models.items() if model}, device)
+            say(f"Curves: {Path(trained) / 'curves.png'}. All of it took {clock_time(time.perf_counter() - started)}.")
     ranks.stop()
 
 

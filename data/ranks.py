@@ -51,6 +51,11 @@ def add_up(tensor):
     return tensor
 
 
+def share(items):
+    """This rank's part of a list that all ranks hold."""
+    return items[rank() :: world()]
+
+
 def gather(items):
     """The lists of all ranks, joined in the order of ranks; every rank gets the whole."""
     if world() == 1:

@@ -122,6 +122,20 @@ def read_jsonl(path):
     return objects
 
 
+def read_texts(path, limit=None):
+    """The documents of a text corpus: the field `text` of JSON lines; or, of a file that is not named .jsonl, what blank lines separate."""
+    if Path(path).suffix != ".jsonl":
+        try:
+            return [text for text in Path(path).read_text(encoding="utf-8-sig").split("\n\n") if text.strip()][:limit]
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: is not UTF-8; convert the file to UTF-8") from error
+    texts = [value.get("text") for value in read_jsonl(path)[:limit]]
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise InputError(f"{path}, line {number}: 'text' must be a text, not {json.dumps(text)[:40]}")
+    return texts
+
+
 def is_text_list(value):
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
@@ -207,6 +221,7 @@ class Batch:
     """Rows of request + response, right-padded. Padding is told from the lengths, never from the tokens: GPT-2 pads with
     end-of-text, which is also a response's last token."""
 
+    examples: list  # the B rows, in order
     ids: torch.Tensor  # (B, T)
     where: tuple  # two (N,) tensors, row and position: the logits there predict the N response tokens
     targets: torch.Tensor  # (N,) the response tokens
@@ -228,7 +243,7 @@ def make_batch(examples, device):
     position = torch.arange(ids.shape[1], device=device)  # (T,)
     is_response = (position >= starts[:, None]) & (position < lengths[:, None])  # (B, T)
     row, place = is_response.nonzero(as_tuple=True)
-    return Batch(ids, (row, place - 1), ids[row, place])
+    return Batch(examples, ids, (row, place - 1), ids[row, place])
 
 
 def micro_batches(examples, size, device):

@@ -1,5 +1,5 @@
 """An independent computation of all that the trainer computes: GPT-2 (Radford et al. 2019), the losses, equations 1 to 4 of
-PromptKD and AdamW, in NumPy and float64, from the papers' formulas.
+PromptKD, MiniLLM (Gu et al. 2024) and AdamW, in NumPy and float64, from the papers' formulas.
 
 One row at a time, without batches, padding or masks, and every loss is a loop over tokens: slow, but plain. Gradients are central
 finite differences. A row is a pair (request, response) of token lists. Weights are a dictionary of arrays under GPT-2's official
@@ -106,6 +106,52 @@ def promptkd_losses(teacher, student, prompt, rows, lam, reg=1.0, prompt_kl="rev
     n = len(L_kd)
     L_kd, L_reg, L_theta = sum(L_kd) / n, sum(L_reg) / n, sum(L_theta) / n
     return {"L_kd": L_kd, "L_reg": L_reg, "L_P": L_kd + reg * lam * L_reg, "L_theta": L_theta}
+
+
+def gkd_loss(teacher, student, rows):
+    losses = [token_kl(q, p) for row in rows for q, p in zip(response_logits(student, row), response_logits(teacher, row))]
+    return sum(losses) / len(losses)
+
+
+def kd_loss(teacher, student, rows):
+    """Half the cross-entropy, half KL(p || q)."""
+    losses = []
+    for row in rows:
+        for q, p, token in zip(response_logits(student, row), response_logits(teacher, row), row[1]):
+            losses.append(0.5 * token_cross_entropy(q, token) + 0.5 * token_kl(p, q))
+    return sum(losses) / len(losses)
+
+
+def token_log_probs(model, row):
+    return [log_softmax(z)[token] for z, token in zip(response_logits(model, row), row[1])]
+
+
+def minillm_returns(log_p, log_q, gamma=0.95, scale=0.5, limit=100.0):
+    """The discounted return of each token of one response, divided by how many tokens are left."""
+    rewards = [min(limit, max(-limit, (a - b) / scale)) for a, b in zip(log_p, log_q)]
+    returns = []
+    for t in range(len(rewards)):
+        total = 0.0
+        for k in range(t, len(rewards)):
+            total += gamma ** (k - t) * rewards[k]
+        returns.append(total / (len(rewards) - t))
+    return returns
+
+
+def minillm_loss(teacher, sampler, student, rows, alpha=0.2, epsilon=0.2):
+    """The policy gradient's surrogate and the single-step KL(q_θ || p), a mean over all tokens of the rows; sampler: the student that sampled them."""
+    log_p, log_q = [token_log_probs(teacher, row) for row in rows], [token_log_probs(sampler, row) for row in rows]
+    returns = [minillm_returns(a, b) for a, b in zip(log_p, log_q)]
+    every = [R for of_row in returns for R in of_row]
+    mean = sum(every) / len(every)
+    deviation = math.sqrt(sum((R - mean) ** 2 for R in every) / len(every) + 1e-8)
+    losses = []
+    for row, a, b, of_row in zip(rows, log_p, log_q, returns):
+        for z, z_p, token, lp, lq, R in zip(response_logits(student, row), response_logits(teacher, row), row[1], a, b, of_row):
+            q, p, A = math.exp(lq), math.exp(lp), (R - mean) / deviation
+            rho = q / ((1 - alpha) * q + alpha * p) * math.exp(log_softmax(z)[token]) / q
+            losses.append(-min(rho * A, min(1 + epsilon, max(1 - epsilon, rho)) * A) + token_kl(z, z_p))
+    return sum(losses) / len(losses)
 
 
 # ---- gradients and updates ----------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import train
 from data import ranks
 from data.rows import Example
 from helpers import ROOT, run_command, stored_weights, tiny_model
-from model import Config
+from model import TRANSPOSED, Config
 from prompt import freeze
 
 V, END, T = 29, 28, 10  # vocabulary, end-of-text, optimizer steps
@@ -61,10 +61,11 @@ def make_run(dtype=torch.float64, dropout=0.0, teacher_dropout=0.0, micro_batch=
     teacher = freeze(tiny_model(replace(TEACHER, dropout=teacher_dropout)).train().to(dtype))
     P = torch.tensor(PROMPT, dtype=dtype, requires_grad=True)
     values = {"method": "promptkd", "student": "tiny", "data": "none", "global_batch": 8, "lr": lr, "epochs": 1, "schedule": "constant", "max_new": 16}
+    s = train.Settings(**{**values, **train.PROMPT, **settings})
     run = train.Run(
-        settings=train.Settings(**{**values, **train.PROMPT, **settings}), total=T, micro_batch=micro_batch, device=torch.device("cpu"),
-        tokenizer=SimpleNamespace(eot_token=END), student=student, wrapped=student, optimizer=train.adamw(student.parameters(), 0.999),
-        teacher=teacher, P=P, prompt_optimizer=train.adamw([P], 0.999), clock={"since": 0.0},
+        settings=s, total=T, global_batch=s.global_batch, micro_batch=micro_batch, device=torch.device("cpu"),
+        tokenizer=SimpleNamespace(eot_token=END), student=student, wrapped=student, optimizer=train.adamw(student.parameters(), s),
+        teacher=teacher, P=P, prompt_optimizer=train.adamw([P], s), clock={"since": 0.0}, text=TEXT,
     )  # fmt: skip
     if torch.distributed.is_initialized():
         run.wrapped = DistributedDataParallel(student)
@@ -112,7 +113,7 @@ def do_step(patch, run, examples=EXAMPLES, t=0, step=None, rollout=True):
 
     patch.setattr(train, "update", recording_update)
     if rollout:
-        patch.setattr(train, "rollout", lambda run, examples, t: examples)
+        patch.setattr(train, "rollout", lambda run, examples, t, mix=None: examples)
     values = (step or train.promptkd_step)(run, examples, t)
     patch.setattr(train, "update", update)
     return {name: float(value) for name, value in values.items()}, updates
@@ -228,6 +229,91 @@ def test_sft_loss_and_gradient_are_the_mean_cross_entropy_over_all_response_toke
     check_student_gradients(student.grads, lambda weights: reference.sft_loss((weights, n_head), rows))
 
 
+def test_kd_is_half_cross_entropy_and_half_forward_kl(monkeypatch, in_float64):
+    values, (student,) = do_step(monkeypatch, make_run(), step=train.kd_step)
+    teacher, rows = (arrays(TEACHER), TEACHER.n_head), rows_of(EXAMPLES)
+    loss_of = lambda weights: reference.kd_loss(teacher, (weights, STUDENT.n_head), rows)  # noqa: E731
+    assert values["loss"] == pytest.approx(loss_of(arrays(STUDENT)), rel=1e-6)
+    check_student_gradients(student.grads, loss_of)
+    assert student.P_grad is None and train.STEPS["seqkd"] is train.STEPS["kd"]
+
+
+def test_gkd_is_reverse_kl_to_the_bare_teacher(monkeypatch, in_float64):
+    values, (student,) = do_step(monkeypatch, make_run(), step=train.gkd_step)
+    teacher, rows = (arrays(TEACHER), TEACHER.n_head), rows_of(EXAMPLES)
+    loss_of = lambda weights: reference.gkd_loss(teacher, (weights, STUDENT.n_head), rows)  # noqa: E731
+    assert values["loss"] == pytest.approx(loss_of(arrays(STUDENT)), rel=1e-6)
+    check_student_gradients(student.grads, loss_of)
+
+
+# ---- MiniLLM ------------------------------------------------------------------------------------------------------------------------
+
+
+def minillm_run(**settings):
+    """A run of four rows an optimizer step, two inner epochs over rollouts of eight rows."""
+    run = make_run(global_batch=4, **settings)
+    run.rollout_steps, run.text = 4, None
+    return run
+
+
+SAMPLED = make_examples((4, 3, 1, 12, 2, 7, 1, 5), seed=8)
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_minillm_gradient_is_that_of_the_reference_with_the_q_that_sampled(monkeypatch, in_float64, steps_before):
+    """steps_before: optimizer steps since the rollout, after which q_θ is another one than the q that sampled it."""
+    run = minillm_run()
+    for t in range(steps_before):
+        do_step(monkeypatch, run, SAMPLED, t, train.minillm_step)
+    run.global_batch = 8  # all rows, whose order no longer matters
+    weights = reference.as_arrays({name: w.T if name.endswith(TRANSPOSED) else w for name, w in run.student.state_dict().items()})
+    if steps_before:
+        run.rollout_steps = 8  # still the same rollout
+    values, (student,) = do_step(monkeypatch, run, SAMPLED, steps_before, train.minillm_step)
+    teacher, sampler, rows = (arrays(TEACHER), TEACHER.n_head), (arrays(STUDENT), STUDENT.n_head), rows_of(SAMPLED)
+
+    def loss_of(weights):
+        return reference.minillm_loss(teacher, sampler, (weights, STUDENT.n_head), rows)
+
+    assert values["loss"] == pytest.approx(loss_of(weights), rel=1e-6)
+    for name, index in some_entries(weights):
+        wanted = reference.central_difference(lambda: loss_of(weights), weights[name], index)
+        grad = student.grads[name].T if name.endswith(TRANSPOSED) else student.grads[name]
+        assert grad[index].item() == pytest.approx(wanted, abs=1e-8, rel=1e-5), (name, index)
+    if steps_before:
+        assert abs(values["loss"] - reference.minillm_loss(teacher, (weights, STUDENT.n_head), (weights, STUDENT.n_head), rows)) > 1e-3
+
+
+def test_minillm_samples_once_a_rollout_and_each_inner_epoch_takes_every_row_once_in_its_own_order(monkeypatch):
+    run, sampled, seen = minillm_run(dtype=torch.float32), [], []
+    monkeypatch.setattr(train, "rollout", lambda run, examples, t, mix: sampled.append((t, mix)) or examples)
+    window = train.window
+    monkeypatch.setattr(train, "window", lambda run, rows: seen.append([e.index for e in rows]) or window(run, rows))
+    for t in range(8):
+        do_step(monkeypatch, run, SAMPLED, t, train.minillm_step, rollout=False)
+    assert sampled == [(0, (run.teacher, 0.2)), (4, (run.teacher, 0.2))]
+    epochs = [seen[i] + seen[i + 1] for i in range(0, 8, 2)]
+    assert all(sorted(epoch) == sorted(e.index for e in SAMPLED) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_minillms_plain_text_adds_kds_loss_on_it(monkeypatch, in_float64):
+    run, plain = minillm_run(), minillm_run()
+    run.text = TEXT
+    for r in (run, plain):
+        r.global_batch, r.rollout_steps = 8, 1
+    values, (with_text,) = do_step(monkeypatch, run, SAMPLED, 0, train.minillm_step)
+    alone, (without,) = do_step(monkeypatch, plain, SAMPLED, 0, train.minillm_step)
+    teacher, rows = (arrays(TEACHER), TEACHER.n_head), rows_of([TEXT[i % 5] for i in range(8)])
+
+    def loss_of(weights):
+        return reference.kd_loss(teacher, (weights, STUDENT.n_head), rows)
+
+    assert values["loss"] == pytest.approx(alone["loss"], rel=1e-9) and "lm_loss" not in alone
+    assert values["lm_loss"] == pytest.approx(loss_of(arrays(STUDENT)), rel=1e-6)
+    check_student_gradients({name: g - without.grads[name] for name, g in with_text.grads.items()}, loss_of)
+
+
 # ---- who is changed, and when -------------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +370,7 @@ def test_many_steps_bring_the_student_to_the_teacher_and_never_move_the_teacher(
 
 def gradients_and_result(patch, run, examples, step):
     """The gradients of every update and the weights after the last, by name."""
+    run.global_batch = len(examples) if ranks.world() == 1 else len(UNEVEN)
     values, updates = do_step(patch, run, examples, t=3, step=step)
     tensors = {f"{u.of} d {name}": g for u in updates for name, g in (u.grads if u.of == "student" else {"P": u.P_grad}).items()}
     tensors |= {f"new {name}": w for name, w in updates[-1].after["student"].items()} | {"new P": updates[-1].after["P"]}
@@ -296,7 +383,8 @@ def check_close(tensors, wanted, tolerance=1e-10):
         assert (tensors[name] - wanted[name]).abs().max() < tolerance, name
 
 
-STEPS = {"promptkd": train.promptkd_step, "sft": train.sft_step}
+STEPS = {method: step for method, step in train.STEPS.items() if method not in ("pretrain", "seqkd")}  # those two are sft's and kd's
+TEXT = make_examples((6,) * 5, seed=6)  # MiniLLM's plain text
 
 
 @pytest.mark.parametrize("method", STEPS)
@@ -319,12 +407,15 @@ def test_rows_of_another_order_give_the_same_update(monkeypatch, in_float64, met
 def test_a_row_without_a_response_changes_nothing(monkeypatch, in_float64, method):
     with_responses = [e for e in EXAMPLES if e.response]
     assert len(with_responses) == len(EXAMPLES) - 1
-    _, tensors = gradients_and_result(monkeypatch, make_run(), with_responses, STEPS[method])
-    _, wanted = gradients_and_result(monkeypatch, make_run(), EXAMPLES, STEPS[method])
-    check_close(tensors, wanted)
+    results = []
+    for examples in (with_responses, EXAMPLES):
+        run = make_run()
+        run.text = None  # of which a step takes as many blocks as rows
+        results.append(gradients_and_result(monkeypatch, run, examples, STEPS[method])[1])
+    check_close(*results)
 
 
-@pytest.mark.parametrize("method", STEPS)
+@pytest.mark.parametrize("method", [method for method in STEPS if method != "minillm"])  # whose rows are sampled, a token at least
 def test_a_window_without_any_response_token_has_loss_and_gradients_of_zero(monkeypatch, method):
     values, updates = do_step(monkeypatch, make_run(), [replace(e, response=[]) for e in EXAMPLES], step=STEPS[method])
     assert values["loss"] == 0 and all(math.isfinite(value) for value in values.values())
@@ -537,7 +628,7 @@ def test_prompt_and_student_are_clipped_each_by_its_own_norm(monkeypatch, in_flo
     assert values["prompt_grad_norm"] == pytest.approx(prompt.P_grad.norm().item(), rel=1e-6) and values["prompt_grad_norm"] > 1
     assert values["grad_norm"] == pytest.approx(math.sqrt(sum(float((g**2).sum()) for g in student.grads.values())), rel=1e-6)
     lr = 1e-1
-    wanted = reference.adamw(PROMPT, reference.clipped([prompt.P_grad.numpy()]), lr, train.WEIGHT_DECAY)
+    wanted = reference.adamw(PROMPT, reference.clipped([prompt.P_grad.numpy()]), lr, 0.01)
     np.testing.assert_allclose(prompt.after["P"].numpy(), wanted, atol=1e-7)
 
 
@@ -545,7 +636,7 @@ def test_prompt_and_student_are_clipped_each_by_its_own_norm(monkeypatch, in_flo
 def test_optimizer_is_adamw_with_decay_on_matrices_and_none_on_biases_and_layer_norm(beta_2):
     """Two steps with given gradients, against the formulas; decay 0.01, first beta 0.9."""
     model, lr = tiny_model(STUDENT).double(), 0.05
-    optimizer = train.adamw(model.parameters(), beta_2)
+    optimizer = train.adamw(model.parameters(), SimpleNamespace(beta2=beta_2, weight_decay=0.01))
     train.set_rate(optimizer, lr)
     start = {name: w.detach().numpy().copy() for name, w in model.named_parameters()}
     rng = np.random.default_rng(7)
@@ -561,7 +652,7 @@ def test_optimizer_is_adamw_with_decay_on_matrices_and_none_on_biases_and_layer_
 
 def test_the_prompt_is_decayed_too():
     P = torch.full((3, 4), 2.0, requires_grad=True)
-    optimizer = train.adamw([P], 0.999)
+    optimizer = train.adamw([P], SimpleNamespace(beta2=0.999, weight_decay=0.01))
     train.set_rate(optimizer, 0.1)
     P.grad = torch.zeros_like(P)
     optimizer.step()

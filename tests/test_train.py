@@ -162,7 +162,7 @@ def test_preset_is_that_of_the_paper(hub, capsys, stage, model, global_batch, lr
 
 
 def test_a_stage_gets_the_papers_optimizers_for_student_and_prompt(student, teacher):
-    run = train.build(promptkd_settings(student, teacher), 10, TOKENIZER, 8, CPU)
+    run = train.build(promptkd_settings(student, teacher), 10, 16, TOKENIZER, 8, CPU)
     for optimizer in (run.optimizer, run.prompt_optimizer):
         assert isinstance(optimizer, torch.optim.AdamW)
         assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.999)} and optimizer.param_groups[0]["weight_decay"] == 1e-2
@@ -173,7 +173,7 @@ def test_a_stage_gets_the_papers_optimizers_for_student_and_prompt(student, teac
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_stages_dropout_is_the_students_own_and_the_teacher_is_frozen(student, teacher, dropout):
-    run = train.build(promptkd_settings(student, teacher, dropout=dropout), 10, TOKENIZER, 8, CPU)
+    run = train.build(promptkd_settings(student, teacher, dropout=dropout), 10, 16, TOKENIZER, 8, CPU)
     modules = [module for module in run.student.modules() if isinstance(module, torch.nn.Dropout)]
     assert {module.p for module in modules} == {dropout} == {block.attn.dropout for block in run.student.h}
     assert not any(module.training for module in run.teacher.modules()) and not any(w.requires_grad for w in run.teacher.parameters())
@@ -182,7 +182,7 @@ def test_a_stages_dropout_is_the_students_own_and_the_teacher_is_frozen(student,
 
 @pytest.mark.parametrize("init, length", [("text", None), ("text", 3), ("text", 11), ("padding", 4), ("random", 5)])
 def test_a_stages_prompt_is_made_from_the_teachers_embeddings(student, teacher, init, length):
-    run = train.build(promptkd_settings(student, teacher, prompt_init=init, prompt_length=length), 10, TOKENIZER, 8, CPU)
+    run = train.build(promptkd_settings(student, teacher, prompt_init=init, prompt_length=length), 10, 16, TOKENIZER, 8, CPU)
     tokens = TOKENIZER.encode("Suppose you are a student.")
     n = length or len(tokens)
     assert run.P.shape == (n, 24)
@@ -227,15 +227,15 @@ def plan(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     stages = []
 
-    def run_stage(name, s, out, micro_batch, device):
-        stages.append(SimpleNamespace(name=name, settings=s, micro_batch=micro_batch))
+    def run_stage(name, s, out, micro_batch, device, paper):
+        stages.append(SimpleNamespace(name=name, settings=s, micro_batch=micro_batch, paper=paper))
         directory = tmp_path / out / name
         if s.method == "pretrain":
             write_config(directory / "best", *map(int, s.student.split("x")))
         else:
             (directory / "best").mkdir(parents=True, exist_ok=True)
             (directory / "best" / "config.json").write_bytes((model_directory(s.student) / "config.json").read_bytes())
-        (directory / "run.json").write_text(json.dumps({"name": name, "settings": asdict(s), "hours": 0.1}))
+        (directory / "run.json").write_text(json.dumps({"name": name, "paper": paper, "settings": asdict(s), "hours": 0.1}))
         return f"{out}/{name}"
 
     monkeypatch.setattr(train, "run_stage", run_stage)
@@ -498,10 +498,10 @@ def stop_in_a_step(patch, method):
 def stop_between_best_and_state(patch, method):
     save_state = train.save_state
 
-    def stopping(run, directory, step, *rest):
-        if step == 4:
+    def stopping(run, directory, done):
+        if done["step"] == 4:
             raise Interrupted
-        save_state(run, directory, step, *rest)
+        save_state(run, directory, done)
 
     patch.setattr(train, "save_state", stopping)
 
