@@ -296,7 +296,7 @@ def kd_step(run, examples, t):
 class Sampled(Example):
     """A row of MiniLLM's rollout: (log q(y_t), w_t, R_t) for each of its response's tokens, under the q that sampled it."""
 
-    tokens: list = ()
+    tokens: list
 
 
 def minillm_step(run, examples, t):
@@ -329,11 +329,12 @@ def minillm_rollout(run, examples, t):
             log_q, log_p = (-cross_entropy(target_logits(model, b), b.targets).cpu() for model in (run.student, run.teacher))
         lengths = [len(e.response) for e in b.examples]
         rows += zip(b.examples, log_q.split(lengths), log_p.split(lengths))
-    rows = sorted(ranks.gather(rows), key=lambda row: row[0].index)
-    R = whiten(torch.cat([minillm_returns(log_p, log_q) for _, log_q, log_p in rows])).split([len(log_q) for _, log_q, _ in rows])
-    values = [torch.stack([log_q, importance_weight(log_p, log_q, TEACHER_SHARE), R_of]).T.tolist() for (_, log_q, log_p), R_of in zip(rows, R)]
+    examples, log_q, log_p = zip(*sorted(ranks.gather(rows), key=lambda row: row[0].index))  # of all ranks
+    R = whiten(torch.cat([minillm_returns(of_p, of_q) for of_p, of_q in zip(log_p, log_q)]))  # (M,), over the M tokens of all rows
+    w = importance_weight(torch.cat(log_p), torch.cat(log_q), TEACHER_SHARE)
+    tokens = torch.stack([torch.cat(log_q), w, R], dim=1).split([len(e.response) for e in examples])
     phase(run, "scoring")
-    return [Sampled(e.index, e.request, e.response, tokens) for (e, _, _), tokens in zip(rows, values)]
+    return [Sampled(e.index, e.request, e.response, of_row.tolist()) for e, of_row in zip(examples, tokens)]
 
 
 STEPS = {"pretrain": sft_step, "sft": sft_step, "kd": kd_step, "seqkd": kd_step, "minillm": minillm_step, "gkd": gkd_step, "promptkd": promptkd_step}
