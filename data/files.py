@@ -63,6 +63,18 @@ def _umask():
     return mask
 
 
+def pyplot():
+    """matplotlib.pyplot, drawing without a screen; None where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def hub_url(repository, file):
     """The address of a file on the Hugging Face hub, or on the mirror that HF_ENDPOINT names."""
     return f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{repository}/resolve/main/{file}"

@@ -1,15 +1,21 @@
 """ROUGE-L of responses, of models, and of a file; the table; and the same scores on any number of ranks."""
 
 import json
+import math
 import socket
 import statistics
+import sys
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data.files import InputError, command
 from data.rows import fill_template, read_rows
-from evaluate import evaluate, format_score, main, mean_rouge_l, named_once, rouge_l, table
+from evaluate import PAPER_SCORES, draw_bars, evaluate, evaluate_models, format_score, leaders, legend, main, mean_rouge_l, named_once, open_sets, rouge_l
+from evaluate import table, with_averages
 from helpers import ROOT, run_command, talker_config, tiny_model, tiny_tokenizer, write_checkpoint, write_rows
 from model import CheckpointError
 from sample import row_uniforms, sample, to_text
@@ -73,12 +79,39 @@ def test_a_score_is_a_mean_and_for_several_seeds_a_spread():
 
 def test_the_table_has_a_row_a_model_a_column_a_set_and_the_average_over_sets():
     scores = {"teacher": {"near": [50.0, 52.0], "far": [20.0, 30.0]}, "init-of-a-student": {"near": [9.0, 9.0], "far": [1.0, 2.0]}}
-    assert table(scores).splitlines() == [
+    assert table(with_averages(scores)).splitlines() == [
         "ROUGE-L                  near         far     average",
         "teacher            51.0 ± 1.4  25.0 ± 7.1  38.0 ± 4.2",  # the averages of the two seeds are 35 and 41
         "init-of-a-student   9.0 ± 0.0   1.5 ± 0.7   5.2 ± 0.4",
     ]
-    assert table({"a": {"near": [50.0]}}).splitlines() == ["ROUGE-L  near  average", "a        50.0     50.0"]
+    assert table(with_averages({"a": {"near": [50.0]}})).splitlines() == ["ROUGE-L  near  average", "a        50.0     50.0"]
+
+
+def test_the_best_of_a_size_and_those_within_the_spread_of_the_difference_lead():
+    scores = {"a": [10.0, 12.0], "b": [8.0, 10.0], "c": [8.0, 9.0], "d": [30.0, 30.0], "alone": [50.0, 51.0], "teacher": [60.0, 61.0]}
+    sizes = {"a": 1, "b": 1, "c": 1, "d": 2, "e": 2, "alone": 3}
+    scores |= {"e": [29.9, 29.9]}
+    # a and b have 11 and 9, their spreads are √2 each and that of the difference 2: not worse by more. c: 2.5 > √(2 + 1/2) = 1.58.
+    assert leaders({label: {"near": s} for label, s in scores.items()}, sizes) == {"near": ["a", "b", "d"]}
+    assert leaders({label: {"near": s[:1]} for label, s in scores.items()}, sizes) == {}
+
+
+def test_marks_stand_beside_the_numbers_and_the_legend_tells_what_they_mean():
+    scores = {"a": {"near": [10.0, 12.0], "far": [1.0, 2.0]}, "longer": {"near": [8.0, 9.0], "far": [1.0, 2.0]}}
+    figures = {"a": {"near": 12.5}, "longer": {"near": 9.2}}  # 1.5 off with a spread of 1.41, and 0.7 with 0.71
+    best = {"near": ["a"]}
+    assert table(scores, figures, best).splitlines() == [
+        "ROUGE-L        near                   far",
+        "a        11.0 ± 1.4 * (12.5 ≠)  1.5 ± 0.7",
+        "longer    8.5 ± 0.7   (9.2)     1.5 ± 0.7",
+    ]
+    assert table(scores, figures, best, markdown=True).splitlines() == [
+        "| ROUGE-L | near | far |", "| :-- | --: | --: |", "| a | **11.0 ± 1.4** (12.5 ≠) | 1.5 ± 0.7 |", "| longer | 8.5 ± 0.7 (9.2) | 1.5 ± 0.7 |",
+    ]  # fmt: skip
+    assert [line.split(":")[0] for line in legend(scores, figures, best, "*")] == ["*", "in brackets"]
+    assert "≠" in legend(scores, figures, best, "*")[1] and "≠" not in legend(scores, {"longer": {"near": 9.2}}, best, "*")[1]
+    one_seed = {"a": {"near": [10.0]}}
+    assert table(one_seed, {"a": {"near": 12.5}}).splitlines()[1] == "a        10.0 (12.5)" and legend(one_seed, {}, {}, "*") == []
 
 
 def test_labels_take_as_many_folders_as_tell_them_apart(tmp_path):
@@ -120,9 +153,10 @@ def world(tmp_path_factory):
 
 
 def run(world, capsys, *arguments, models=("model",), sets=("near", "far")):
-    """The JSON file and the output of the command."""
-    main([str(a) for a in [*(world / name for name in models), "--data", *(world / name for name in sets), *arguments, "--json", world / "scores.json"]])
-    return json.loads((world / "scores.json").read_text()), capsys.readouterr().out
+    """The JSON file and the output of the command, whose directory is new each time."""
+    out = world / f"out-{len(list(world.glob('out-*')))}"
+    main([str(a) for a in [*(world / name for name in models), "--data", *(world / name for name in sets), *arguments, "--out", out]])
+    return json.loads((out / "table1.json").read_text()), capsys.readouterr().out
 
 
 def test_evaluate_gives_each_rows_own_text_and_score(world):
@@ -139,21 +173,24 @@ def test_evaluate_gives_each_rows_own_text_and_score(world):
 
 def test_the_json_file_has_the_score_of_each_seed_and_the_settings(world, capsys):
     content, _ = run(world, capsys, *WHAT, "--batch", 2)
-    assert content.keys() == {"scores", "settings", "no_repeat_ngram"} and content["scores"].keys() == {"model"}
+    assert content.keys() >= {"scores", "settings", "no_repeat_ngram"} and content["scores"].keys() == {"model"}
     for name in ["near", "far"]:
         rows = [json.loads(line) for line in open(world / name / "test.jsonl")]
         means = [statistics.fmean(rouge_l([said(row, name, seed) for row in rows], [row["output"] for row in rows])) for seed in (10, 20)]
         assert content["scores"]["model"][name] == pytest.approx(means)
         assert means[0] > means[1] + 5
+    assert content["averages"]["model"]["average"] == pytest.approx([sum(pair) / 2 for pair in zip(*content["scores"]["model"].values())])
     assert content["no_repeat_ngram"] == {"near": 0, "far": 0}
+    assert content["models"] == {"model": {"name": str(world / "model"), "kind": "", "parameters": tiny_model(talker_config()).n_parameters()}}
     assert content["settings"] | {"seeds": [10, 20], "max_new": 20, "batch": 2, "greedy": False, "temperature": 1.0, "rows": None} == content["settings"]
 
 
-def test_the_output_is_the_table_with_its_seeds_and_ban(world, capsys):
+def test_the_output_is_the_table_with_its_seeds_and_ban_and_lies_in_markdown_too(world, capsys):
     content, out = run(world, capsys, *WHAT)
-    assert out.splitlines() == [
-        *table(content["scores"]).splitlines(), "seeds 10 20; repeated n-grams banned: near no, far no", f"also in {world / 'scores.json'}",
-    ]  # fmt: skip
+    text, note, also = out.rsplit("\n", 3)[:3]
+    assert text == table(with_averages(content["scores"])) and note == "seeds 10 20; repeated n-grams banned: near no, far no"
+    page = next(path for path in world.glob("out-*/table1.md") if str(path) in also).read_text()
+    assert page == "\n\n".join(["### Table 1: ROUGE-L, mean ± standard deviation over seeds", table(with_averages(content["scores"]), markdown=True), note]) + "\n"
 
 
 def test_the_same_seeds_give_the_same_scores_and_others_do_not(world, capsys):
@@ -189,13 +226,13 @@ def test_two_ranks_give_the_results_of_one(world, capsys):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free.getsockname()[1]}"]
-    arguments = [world / "model", "--data", world / "near", world / "far", *WHAT, "--json", world / "two.json"]
+    arguments = [world / "model", "--data", world / "near", world / "far", *WHAT, "--out", world / "two"]
     done = run_command(*launcher, world / "rank.py", world, *arguments, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     for rank in range(2):
         assert json.loads((world / f"rank-{rank}-of-2.json").read_text()) == results
-    assert json.loads((world / "two.json").read_text())["scores"] == scores
-    assert done.stdout.count("ROUGE-L") == 1 and table(scores) in done.stdout
+    assert json.loads((world / "two" / "table1.json").read_text())["scores"] == scores
+    assert done.stdout.count("ROUGE-L") == 1 and table(with_averages(scores)) in done.stdout
 
 
 def test_a_set_draws_the_same_beside_another_of_its_name(world, capsys):
@@ -220,11 +257,11 @@ def test_the_ban_of_6_grams_is_on_for_a_public_set_alone(world, capsys, monkeypa
     monkeypatch.setattr("evaluate.data_directory", lambda name: world / "near" if name == "dolly" else world / "far")
     seen = {}
     monkeypatch.setattr("evaluate.sample_all", lambda m, requests, keys, end, no_repeat, **how: seen.update({keys[0][2]: no_repeat}) or ([[end]] * len(keys), None))
-    main([str(world / "model"), "--data", "dolly", str(world / "far"), "--seeds", "10", "--json", str(world / "ban.json")])
-    assert seen == {"dolly": 6, "far": 0} == json.loads((world / "ban.json").read_text())["no_repeat_ngram"]
+    main([str(world / "model"), "--data", "dolly", str(world / "far"), "--seeds", "10", "--out", str(world / "ban")])
+    assert seen == {"dolly": 6, "far": 0} == json.loads((world / "ban" / "table1.json").read_text())["no_repeat_ngram"]
     assert "banned: dolly 6, far no" in capsys.readouterr().out
-    main([str(world / "model"), "--data", "dolly", "dolly", str(world / "far"), "--seeds", "10", "--json", str(world / "twice.json")])
-    assert json.loads((world / "twice.json").read_text())["no_repeat_ngram"] == {"dolly": 6, "far": 0}
+    main([str(world / "model"), "--data", "dolly", "dolly", str(world / "far"), "--seeds", "10", "--out", str(world / "twice")])
+    assert json.loads((world / "twice" / "table1.json").read_text())["no_repeat_ngram"] == {"dolly": 6, "far": 0}
 
 
 def test_shortened_requests_are_counted(world, capsys):
@@ -239,7 +276,213 @@ def test_models_of_the_same_name_are_told_apart(world, capsys):
         write_checkpoint(world / folder / "best", talker_config(), tiny_tokenizer())
     content, out = run(world, capsys, *WHAT, models=["x/run", "y/run", "model"], sets=["far"])
     assert list(content["scores"]) == ["x/run", "y/run", f"{world.name}/model"]
-    assert len({str(scores) for scores in content["scores"].values()}) == 1 and len(out.splitlines()) == 6
+    assert len({str(scores) for scores in content["scores"].values()}) == 1 and all(f"\n{label} " in out for label in content["scores"])
+
+
+# ---- runs: the order, what is left out, the paper's figures ------------------------------------------------------------------
+
+
+def make_run(home, name, model=True, config=None, hours=0.5, paper=None, metrics=(), **settings):
+    """A run's directory, the model being the tiny one."""
+    directory = home / name
+    directory.mkdir(parents=True)
+    record = {"name": name, "settings": {"data": "dolly", **settings}} | ({"hours": hours} if hours else {}) | ({"paper": paper} if paper else {})
+    (directory / "run.json").write_text(json.dumps(record))
+    if model:
+        write_checkpoint(directory / "best", config or talker_config(), tiny_tokenizer())
+    if metrics:
+        write_rows(directory / "metrics.jsonl", metrics)
+    return directory
+
+
+def fixed_scores(monkeypatch, scores):
+    """Put {label: {set: scores}} in place of an evaluation."""
+
+    def evaluate_models(models, sets, seeds, device, columns, **how):
+        return {label: {column: scores[label][name][: len(seeds)] for column, (name, _) in columns.items()} for label in models}
+
+    monkeypatch.setattr("evaluate.evaluate_models", evaluate_models)
+
+
+def test_rows_are_teacher_then_by_size_and_method_then_other_models(world, tmp_path, capsys, monkeypatch):
+    small = replace(talker_config(), n_layer=1)
+    names = ["promptkd-a-s10", "gkd-a-s10", "pretrain-a", "kd-a-s10", "sft-a-s10", "init-a", "seqkd-a-s10", "minillm-a-s10"]
+    made = [make_run(tmp_path, name) for name in names] + [make_run(tmp_path, "promptkd-b-s10", config=small), make_run(tmp_path, "teacher-c", config=replace(small, n_layer=3))]
+    plain = write_checkpoint(tmp_path / "plain", small, tiny_tokenizer())
+    unfinished = make_run(tmp_path, "sft-b-s10", config=small, hours=None)
+    make_run(tmp_path, "responses-c", model=False), (tmp_path / "evaluation").mkdir()
+    fixed_scores(monkeypatch, defaultdict(lambda: {"far": [1.0]}))
+    main([str(path) for path in [plain, *made, unfinished, tmp_path / "responses-c", tmp_path / "evaluation", "--data", world / "far", "--out", tmp_path / "out"]])
+    out = capsys.readouterr().out.splitlines()
+    assert out[:2] == [f"{tmp_path / name}: has no model (neither best/ nor config.json), left out" for name in ("responses-c", "evaluation")]
+    rows = [line.rsplit(None, 2)[0] for line in out[3:15]]
+    of_a = [f"{kind}-a" + ("-s10" if kind not in ("init", "pretrain") else "") for kind in ("init", "sft", "kd", "seqkd", "minillm", "gkd", "promptkd", "pretrain")]
+    assert rows == ["teacher-c", "sft-b-s10 (unfinished)", "promptkd-b-s10", *of_a, "plain"]
+    with pytest.raises(InputError, match="none of the directories has a model"):
+        main([str(tmp_path / "responses-c"), "--data", str(world / "far")])
+
+
+TABLE_1 = {"dolly": 25.9, "self_inst": 13.1, "vicuna": 16.8, "sinst": 26.8, "uinst": 28.9}
+
+
+@pytest.fixture
+def public(monkeypatch, tmp_path):
+    """The five public sets, of as many rows as the paper's, each its own row many times."""
+    for name, size in {"dolly": 500, "self_inst": 242, "vicuna": 80, "sinst": 1694, "uinst": 10_000}.items():
+        write_rows(tmp_path / "data" / name / "test.jsonl", [{"instruction": "Write.", "output": "a"}] * size)
+    monkeypatch.setattr("evaluate.PUBLIC_SETS", dict.fromkeys(TABLE_1))
+    monkeypatch.setattr("evaluate.data_directory", lambda name: tmp_path / "data" / name if name in TABLE_1 else Path(name))
+
+
+def paper_of(tmp_path, monkeypatch, *options, paper="promptkd base", name="promptkd-gpt2-s10", seeds=2, as_public=True):
+    """The paper's figures, and the table, of a run that has TABLE_1's scores, ± 0.14."""
+    run = tmp_path / name if (tmp_path / name).exists() else make_run(tmp_path, name, paper=paper)
+    fixed_scores(monkeypatch, defaultdict(lambda: {name: [score - 0.1, score + 0.1] for name, score in TABLE_1.items()}))
+    sets = [name if as_public else str(tmp_path / "data" / name) for name in TABLE_1]
+    main([str(run), "--data", *sets, "--seeds", *["10", "20"][:seeds], "--out", str(tmp_path / "out"), *map(str, options)])
+    return next(iter(json.loads((tmp_path / "out" / "table1.json").read_text())["paper"].values()), {})
+
+
+def test_the_papers_figures_stand_beside_a_preset_run_evaluated_as_there(tmp_path, monkeypatch, capsys, public):
+    figures = paper_of(tmp_path, monkeypatch)
+    assert figures == pytest.approx({"dolly": 25.6, "self_inst": 13.1, "vicuna": 16.8, "sinst": 26.8, "uinst": 28.9, "average": 111.2 / 5})
+    row = capsys.readouterr().out.splitlines()[1].split("  ")
+    assert row == ["promptkd-gpt2-s10", "25.9 ± 0.1 (25.6 ≠)", "13.1 ± 0.1 (13.1)", "16.8 ± 0.1 (16.8)", "26.8 ± 0.1 (26.8)", "28.9 ± 0.1 (28.9)", "22.3 ± 0.1 (22.2)"]
+    capsys.readouterr()
+    assert paper_of(tmp_path, monkeypatch, "--no-repeat-ngram", 6) == figures
+    for option in [["--rows", 79], ["--no-repeat-ngram", 0], ["--greedy"], ["--temperature", 0.9], ["--max-new", 128], ["--top-k", 5], ["--top-p", 0.9]]:
+        assert paper_of(tmp_path, monkeypatch, *option) == {}
+    assert paper_of(tmp_path, monkeypatch, as_public=False) == {}
+    assert paper_of(tmp_path, monkeypatch, "--rows", 80) == {"vicuna": 16.8}  # all of them
+
+
+@pytest.mark.parametrize("name, paper, dolly", [
+    ("promptkd-gpt2-lr0.1-s10", None, None), ("teacher-gpt2-xl", "teacher xl", 27.3), ("init-gpt2", "init base", None), ("sft-gpt2-large-s10", "sft large", 24.9),
+    ("kd-gpt2-medium-s10", "kd medium", 25.1), ("seqkd-gpt2-s10", "seqkd base", 23.3), ("minillm-gpt2-s10", "minillm base", 24.2), ("gkd-gpt2-large-s10", "gkd large", 26.9),
+])  # fmt: skip
+def test_each_kind_of_run_has_its_own_figures(tmp_path, monkeypatch, capsys, public, name, paper, dolly):
+    assert paper_of(tmp_path, monkeypatch, name=name, paper=paper).get("dolly") == dolly
+
+
+def test_the_authors_students_have_their_figures_by_hub_id(tmp_path, monkeypatch, capsys, public):
+    plain = write_checkpoint(tmp_path / "plain", talker_config())
+    monkeypatch.setattr("evaluate.model_directory", lambda name: plain)
+    fixed_scores(monkeypatch, defaultdict(lambda: {"dolly": [27.0, 27.1]}))
+    ids = [f"gmkim/GPT-2-{size}-distilled-PromptKD-Dolly-v1.0" for size in ("120M", "340M", "760M")]
+    main([*ids, "owner/other", "--data", "dolly", "--out", str(tmp_path / "out")])
+    figures = json.loads((tmp_path / "out" / "table1.json").read_text())["paper"]
+    assert [figures[name].get("dolly") for name in [*ids, "owner/other"]] == [25.6, 27.3, 26.9, None]
+
+
+def test_the_papers_averages_are_those_of_its_figure_1_and_table_3():
+    averages = {(kind, size): sum(row) / 5 for kind, sizes in PAPER_SCORES.items() for size, row in sizes.items()}
+    assert len(averages) == 19
+    for key, value in {("promptkd", "base"): 22.25, ("promptkd", "medium"): 23.92, ("promptkd", "large"): 25.08}.items():
+        assert averages[key] == pytest.approx(value, abs=0.02)  # the paper's own, from unrounded scores
+
+
+def test_sets_default_to_the_demos_for_its_runs_and_else_to_the_public_ones(tmp_path, monkeypatch, capsys):
+    for name in ["test", "wording", "words", "longer", "combined"]:
+        write_rows(tmp_path / "demo" / ("" if name == "test" else name) / "test.jsonl", [{"instruction": name, "output": "a"}])
+    write_rows(tmp_path / "dolly" / "test.jsonl", [{"instruction": "dolly", "output": "a"}])
+    monkeypatch.setattr("evaluate.PUBLIC_SETS", {"dolly": None})
+    monkeypatch.setattr("evaluate.data_directory", lambda name: tmp_path / name)
+    fixed_scores(monkeypatch, defaultdict(lambda: defaultdict(lambda: [1.0])))
+    a, b = (make_run(tmp_path, f"sft-{data}-s10", data=data) for data in ("demo", "dolly"))
+    plain = write_checkpoint(tmp_path / "plain", talker_config(), tiny_tokenizer())
+    for models, sets in [([a], ["test", "wording", "words", "longer", "combined"]), ([a, plain], ["test", "wording", "words", "longer", "combined"]), ([a, b], ["dolly"]), ([plain], ["dolly"])]:
+        main([*map(str, models), "--out", str(tmp_path / "out")])
+        assert list(next(iter(json.loads((tmp_path / "out" / "table1.json").read_text())["scores"].values()))) == sets
+    assert {name: rows[0].instruction for name, rows in open_sets(["demo"]).items()} == {name: name for name in ["test", "wording", "words", "longer", "combined"]}
+    write_rows(tmp_path / "other" / "words" / "test.jsonl", [{"instruction": "others", "output": "a"}])
+    with pytest.raises(InputError, match="two sets are called 'words'"):
+        open_sets(["demo", str(tmp_path / "other" / "words")])
+
+
+def test_the_demos_table_leaves_no_files(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sets = {"near": read_rows(world / "near" / "test.jsonl")}
+    scores = evaluate_models({"one": world / "model"}, sets, [10], "cpu", max_new=20)
+    assert scores == {"one": {"near": [mean_rouge_l(evaluate(tiny_model(talker_config()), tiny_tokenizer(), sets["near"], (10, "evaluate", "near"), max_new=20))]}}
+    assert not list(tmp_path.iterdir())
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------------------------
+
+
+def test_figure_1_has_a_bar_a_method_and_size_with_its_spread_and_the_teacher_as_a_line(tmp_path, monkeypatch, capsys):
+    from matplotlib.figure import Figure
+
+    drawn, small = [], replace(talker_config(), n_layer=1)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **how: drawn.append(figure))
+    names = {"teacher-c": None, "kd-a-s10": None, "gkd-a-s10": None, "gkd-b-s10": small, "gkd-b-lr1-s10": small}
+    runs = [make_run(tmp_path, name, config=config) for name, config in names.items()]
+    write_rows(tmp_path / "near" / "test.jsonl", [{"instruction": "a", "output": "a"}])
+    scores = {name: {"near": [n, n + 2.0 * n]} for n, name in enumerate(names, start=1)}
+    fixed_scores(monkeypatch, scores)
+    main([*map(str, runs), "--data", str(tmp_path / "near"), "--out", str(tmp_path / "out")])
+    [axes] = drawn[0].axes
+    bars = [container for container in axes.containers if hasattr(container, "patches")]
+    assert {bar.get_label(): [patch.get_height() for patch in bar.patches] for bar in bars} == {"gkd-b-s10": [8], "gkd-b-lr1-s10": [10], "kd": [4], "gkd": [6]}
+    for bar, n in zip(sorted(bars, key=lambda bar: bar.patches[0].get_height()), [2, 3, 4, 5]):
+        [[(_, low), (_, high)]] = bar.errorbar.lines[2][0].get_segments()
+        assert high - low == pytest.approx(2 * n * math.sqrt(2))
+    assert [label.get_text() for label in axes.get_xticklabels()] == [f"{n / 1e3:.0f} thousand" for n in (tiny_model(small).n_parameters(), tiny_model(talker_config()).n_parameters())]
+    [line] = [line for line in axes.lines if line.get_linestyle() == "--"]
+    assert list(line.get_ydata()) == [2, 2] and line.get_label().startswith("teacher")
+    assert axes.get_ylabel() == "ROUGE-L" and axes.get_xlabel() and "near" in axes.get_title() and drawn[0].legends
+
+
+def test_without_matplotlib_everything_else_works(world, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    _, out = run(world, capsys, *WHAT)
+    assert "no picture without matplotlib" in out and not list(world.glob(f"out-{len(list(world.glob('out-*'))) - 1}/*.png"))
+    assert draw_bars(world / "none.png", {("a", "b"): [1.0]}, {}, "t", "x") == "no picture without matplotlib"
+
+
+# ---- Table 2 -----------------------------------------------------------------------------------------------------------------
+
+
+def costs(tmp_path, *names):
+    main(["--cost", *(str(tmp_path / name) for name in names), "--out", str(tmp_path / "out")])
+    return json.loads((tmp_path / "out" / "table2.json").read_text())["costs"]
+
+
+def test_table_2_has_each_runs_peak_and_hours_and_the_papers_beside_preset_runs_of_base(tmp_path, capsys):
+    gpu = [{"step": n, "memory_allocated_gb": a, "memory_reserved_gb": a + 1} for n, a in enumerate([3.0, 6.0, 5.0])]
+    make_run(tmp_path, "gkd-gpt2-s10", model=False, hours=8.0, paper="gkd base", metrics=[{"step": 0}, *gpu])
+    make_run(tmp_path, "gkd-gpt2-large-s10", model=False, hours=None, paper="gkd large", metrics=gpu[:1])
+    make_run(tmp_path, "sft-tiny-s10", model=False, hours=0.25, metrics=[{"step": 1, "memory_resident_gb": 1.5}, {"step": 2, "memory_resident_gb": 1.4}])
+    make_run(tmp_path, "responses-gpt2-xl", model=False, hours=0.125)
+    (tmp_path / "empty").mkdir()
+    made = costs(tmp_path, "gkd-gpt2-s10", "gkd-gpt2-large-s10", "sft-tiny-s10", "responses-gpt2-xl", "empty")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{tmp_path / 'empty'}: has no run.json, left out"
+    assert [line.split() for line in lines[1:6]] == [
+        ["cost", "allocated,", "GB", "reserved,", "GB", "resident,", "GB", "hours"],
+        ["sft-tiny-s10", "-", "-", "1.50", "0.25"],
+        ["gkd-gpt2-s10", "6.00", "(6.23)", "7.00", "(6.93)", "-", "8.00", "(8.48)"],
+        ["gkd-gpt2-large-s10", "(unfinished)", "3.00", "4.00", "-", "-"],
+        ["responses-gpt2-xl", "-", "-", "-", "0.12"],
+    ]
+    assert "in brackets" in lines[6] and "| gkd-gpt2-s10 | 6.00 (6.23) | 7.00 (6.93) | - | 8.00 (8.48) |" in (tmp_path / "out" / "table2.md").read_text()
+    assert made["gkd-gpt2-s10"] == {
+        "measured": {"memory_allocated_gb": 6.0, "memory_reserved_gb": 7.0, "memory_resident_gb": None, "hours": 8.0},
+        "paper": {"memory_allocated_gb": 6.23, "memory_reserved_gb": 6.93, "hours": 8.48},
+    }
+    costs(tmp_path, "responses-gpt2-xl")  # only what there is
+    assert capsys.readouterr().out.splitlines()[0].split() == ["cost", "hours"]
+    with pytest.raises(InputError, match="none of the directories has a run.json"):
+        costs(tmp_path, "empty")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"name": 3, "settings": {}}', '{"name": "a"}', '{"name": "a", "settings": {}, "hours": "long"}'])
+def test_a_damaged_record_is_one_line_of_error(tmp_path, text):
+    make_run(tmp_path, "sft-a-s10")
+    (tmp_path / "sft-a-s10" / "run.json").write_text(text)
+    for option in [["--cost"], []]:
+        with pytest.raises(InputError, match="sft-a-s10/run.json: is "):
+            main([str(tmp_path / "sft-a-s10"), *option, "--data", str(tmp_path), "--out", str(tmp_path / "out")])
 
 
 # ---- responses made elsewhere ------------------------------------------------------------------------------------------------
@@ -294,16 +537,17 @@ def test_a_file_that_does_not_fit_is_one_line_of_error(tmp_path, capsys, texts, 
     (["model", "--data", "nowhere"], "'nowhere': no such directory"),
     (["model", "--data", "model"], "test.jsonl: no such file"),
     (["nonsense", "--data", "near"], "'nonsense': no such directory"),
-    (["near", "--data", "near"], "config.json: no such file"),
+    (["near", "--data", "near"], "none of the directories has a model"),
+    (["model", "--json", "s.json"], "--json goes with --score"),
     (["model", "--data", "near", "--max-new", "280"], "exceed the model's 288 positions"),
 ])  # fmt: skip
 def test_a_wrong_command_is_one_line_of_error(world, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(world)
     with pytest.raises(SystemExit) as exit:
-        command(lambda: main([*arguments, "--json", "never.json"]), CheckpointError)
+        command(lambda: main([*arguments, "--out", "never"]), CheckpointError)
     _, err = capsys.readouterr()
     assert exit.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and words in err
-    assert not (world / "never.json").exists()
+    assert not (world / "never").exists()
 
 
 def test_a_wrong_command_ends_the_process_with_status_2(world):
