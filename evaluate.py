@@ -1,9 +1,12 @@
-"""ROUGE-L of models and runs on data sets (the paper's Table 1 and Figure 1), what the runs cost (Table 2), and ROUGE-L of responses made elsewhere."""
+"""ROUGE-L of models and runs on data sets (the paper's Table 1 and Figure 1; Tables 3 and 5 and Figure 4 by a run's settings; Table 6),
+what the runs cost (Table 2), and ROUGE-L of responses made elsewhere."""
 
 import argparse
+import hashlib
 import json
 import math
 import statistics
+import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +15,7 @@ from data import ranks  # before torch: data/__init__.py says why
 
 import torch
 from rouge_score.rouge_scorer import RougeScorer
+from tqdm import tqdm
 
 from data.files import InputError, command, model_directory, pyplot, write_atomic
 from data.prepare import PUBLIC_SETS, data_directory
@@ -22,6 +26,7 @@ from sample import MAX_NEW, add_decoding_options, in_range, load_model, sample_a
 BANNED_NGRAM = 6  # the published numbers on the five public sets were sampled under this ban (the paper does not say so)
 DEMO_SETS = ("test", "wording", "words", "longer", "combined")  # what `demo` stands for: its test set, and four unlike the training data
 KINDS = ("init", "sft", "kd", "seqkd", "minillm", "gkd", "promptkd")  # the table's order within one size of student
+UNFINISHED = " (unfinished)"  # behind the label of a run that is not complete
 
 # ---- the paper's figures ------------------------------------------------------------------------------------------------------
 
@@ -37,20 +42,13 @@ PAPER_SCORES = {
     "promptkd": {"base": (25.6, 13.1, 16.8, 26.8, 28.9), "medium": (27.3, 15.0, 17.6, 27.1, 32.6), "large": (26.9, 16.4, 17.8, 29.5, 34.8)},
 }
 # The authors' own students
-PUBLISHED = {
-    "gmkim/GPT-2-120M-distilled-PromptKD-Dolly-v1.0": "promptkd base",
-    "gmkim/GPT-2-340M-distilled-PromptKD-Dolly-v1.0": "promptkd medium",
-    "gmkim/GPT-2-760M-distilled-PromptKD-Dolly-v1.0": "promptkd large",
-}
+PUBLISHED = {f"gmkim/GPT-2-{n}M-distilled-PromptKD-Dolly-v1.0": f"promptkd {size}" for n, size in ((120, "base"), (340, "medium"), (760, "large"))}
+COSTS = {"memory_allocated_gb": "allocated, GB", "memory_reserved_gb": "reserved, GB", "hours": "hours", "memory_resident_gb": "resident, GB"}
 # Table 2: GPT-2 XL to base on 8 RTX 3090, by kind of run: GB allocated, GB reserved, hours
 PAPER_COSTS = {
-    "sft": (2.36, 2.75, 0.43),
-    "kd": (5.91, 6.45, 0.85),
-    "seqkd": (5.91, 6.45, 0.86),
-    "minillm": (12.63, 21.45, 7.59),
-    "gkd": (6.23, 6.93, 8.48),
-    "promptkd": (13.47, 14.40, 9.78),
-}
+    "sft": (2.36, 2.75, 0.43), "kd": (5.91, 6.45, 0.85), "seqkd": (5.91, 6.45, 0.86),
+    "minillm": (12.63, 21.45, 7.59), "gkd": (6.23, 6.93, 8.48), "promptkd": (13.47, 14.40, 9.78),
+}  # fmt: skip
 
 # ---- scores -------------------------------------------------------------------------------------------------------------------
 
@@ -88,30 +86,96 @@ def mean_rouge_l(results):
     return statistics.fmean(result["rouge_l"] for result in results)
 
 
-def evaluate_models(models, sets, seeds, device, columns=None, **how):
+def evaluate_models(models, sets, seeds, device, columns=None, keep=None, at_once=64, **decoding):
     """Mean ROUGE-L of every model in every column: {model: {column: [a score for each seed]}}.
 
     models: {label: name of a model}. sets: {label: rows}. columns: {column: (set, n of the n-grams that may not repeat)};
-    None: a column a set, without a ban.
+    None: a column a set, without a ban. keep: a directory where the responses are kept; those that lie there already, made from
+    the same model, rows, seed and decoding, are not sampled again. None: nothing is written.
     """
-    scores = {}
-    for label, name in models.items():
-        model, tokenizer = load_model(name, device)
-        for column, (set_name, ban) in (columns or {name: (name, 0) for name in sets}).items():
-            for seed in seeds:
-                key = (seed, "evaluate", set_name.rsplit("/")[-1])
-                results = evaluate(model, tokenizer, sets[set_name], key, f"{label} on {column}", no_repeat=ban, **how)
-                scores.setdefault(label, {}).setdefault(column, []).append(mean_rouge_l(results))
-                cut = sum(result["shortened"] for result in results)
-                if cut and seed == seeds[0]:
-                    say(f"{label} on {column}: {cut} of {len(results)} requests were shortened to fit")
-    return scores
+    columns = columns or {name: (name, 0) for name in sets}
+    hashes = {label: ranks.on_first(weights_hash, name) for label, name in models.items()} if keep else {}
+    row_hashes = {name: hashlib.sha256(repr(rows).encode()).hexdigest() for name, rows in sets.items()}
+    done, missing = {}, {}  # (label, column, seed): their summary, or what the responses are to be made from
+    for job in ((label, column, seed) for label in models for column in columns for seed in seeds):
+        label, (name, ban), seed = job[0], columns[job[1]], job[2]
+        made_from = dict(weights=hashes.get(label), rows=len(sets[name]), data=row_hashes[name], seed=seed, no_repeat_ngram=ban, **decoding)
+        done[job] = ranks.on_first(kept_summary, response_path(keep, label, name, seed, ban), made_from) if keep else None
+        if done[job] is None:
+            missing[job] = made_from
+
+    loaded, portion = None, at_once * ranks.world()
+    n_rows = sum(made_from["rows"] for made_from in missing.values())
+    with tqdm(total=n_rows, unit="row", disable=None if ranks.rank() == 0 else True) as bar:
+        for (label, column, seed), made_from in missing.items():
+            if loaded != label:
+                model, tokenizer = load_model(models[label], device)
+                loaded = label
+            (name, ban), results = columns[column], []
+            bar.set_description(f"{label} on {column}, seed {seed}")
+            rows = sorted(sets[name], key=lambda row: -len(row.instruction + row.input))  # of like length together
+            for part in (rows[i : i + portion] for i in range(0, len(rows), portion)):
+                results += evaluate(model, tokenizer, part, (seed, "evaluate", name.rsplit("/")[-1]), at_once=at_once, no_repeat=ban, **decoding)
+                bar.update(len(part))
+            results.sort(key=lambda result: result["index"])
+            done[label, column, seed] = summary(results)
+            if keep:
+                ranks.on_first(keep_results, response_path(keep, label, name, seed, ban), results, made_from)
+    for (label, column, seed), (_, shortened) in done.items():
+        if shortened and seed == seeds[0]:
+            say(f"{label} on {column}: {shortened} of {len(sets[columns[column][0]])} requests were shortened to fit")
+    return {label: {column: [done[label, column, seed][0] for seed in seeds] for column in columns} for label in models}
 
 
-def say(*words, **how):
+def summary(results):
+    return mean_rouge_l(results), sum(result["shortened"] for result in results)
+
+
+def response_path(keep, label, set_name, seed, ban):
+    """Where a model's responses are kept: one JSON object a line, of which --score reads `text`."""
+    label = label.removesuffix(UNFINISHED).strip("/")
+    return Path(keep) / label / f"{set_name.strip('/')}-s{seed}{f'-ngram{ban}' if ban else ''}.jsonl"
+
+
+def weights_hash(name):
+    """SHA-256 of a model's weights file; "" where there is none, which loading will tell."""
+    for path in (model_directory(str(name)) / file for file in ("model.safetensors", "pytorch_model.bin")):
+        if path.is_file():
+            digest = hashlib.sha256()
+            with open(path, "rb") as file:
+                while block := file.read(1 << 24):
+                    digest.update(block)
+            return digest.hexdigest()
+    return ""
+
+
+def keep_results(path, results, made_from):
+    """Write responses, and beside them what they were made from, with their own hash: a pair that does not belong together shows."""
+    text = "".join(json.dumps(result) + "\n" for result in results)
+    write_atomic(path, text)
+    write_atomic(path.with_suffix(".json"), json.dumps(made_from | {"responses": hashlib.sha256(text.encode()).hexdigest()}, indent=1) + "\n")
+
+
+def kept_summary(path, made_from):
+    """The summary of responses kept in a file; None where there are none, or others than these, which is said."""
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = {}
+    wanted = made_from | {"responses": hashlib.sha256(path.read_bytes()).hexdigest()}
+    if found == wanted:
+        return summary(read_jsonl(path))
+    others = [name for name, value in wanted.items() if not isinstance(found, dict) or found.get(name) != value]
+    say(f"{path}: was made from other {', '.join(others)}; made anew")
+    return None
+
+
+def say(*words):
     """Print on rank 0."""
     if ranks.rank() == 0:
-        print(*words, flush=True, **how)
+        print(*words, flush=True)
 
 
 # ---- models and sets by their names -------------------------------------------------------------------------------------------
@@ -123,16 +187,9 @@ class Model:
 
     name: str  # as load_model reads it
     size: int  # parameters
+    kind: str = ""  # of a run: teacher, init, sft, promptkd, ...
+    paper: str | None = None  # what it is in the paper, as "promptkd base", if it is anything there
     record: dict | None = None  # a run's run.json
-
-    @property
-    def kind(self):
-        return "" if self.record is None else self.record["name"].split("-")[0]
-
-    @property
-    def paper(self):
-        """What it is in the paper, as "promptkd base", if it is anything there."""
-        return PUBLISHED.get(self.name) if self.record is None else self.record.get("paper")
 
 
 def read_record(directory):
@@ -149,6 +206,14 @@ def read_record(directory):
         if not isinstance(record, dict) or not isinstance(record.get(field), kind):
             raise InputError(f"{path}: is no run's record ('{field}' is wrong); remove {directory} and train it again")
     return record
+
+
+def kind_of(record):
+    return record["name"].split("-")[0]
+
+
+def label_of(label, record):
+    return label if "hours" in record else label + UNFINISHED
 
 
 def table_order(kind, size):
@@ -171,7 +236,10 @@ def open_models(names):
         with torch.device("meta"):
             size = GPT(read_config(ranks.on_first(model_directory, name))).n_parameters()
         record = read_record(name)
-        models[label + (" (unfinished)" if record and "hours" not in record else "")] = Model(name, size, record)
+        if record is None:
+            models[label] = Model(name, size, paper=PUBLISHED.get(name))
+        else:
+            models[label_of(label, record)] = Model(name, size, kind_of(record), record.get("paper"), record)
     return dict(sorted(models.items(), key=lambda item: table_order(item[1].kind, item[1].size)))
 
 
@@ -205,14 +273,12 @@ def with_averages(scores, averages=None):
 
     averages: {name: columns}; None: one over all.
     """
-    return {
-        label: by_column
-        | {
-            name: [statistics.fmean(of_a_seed) for of_a_seed in zip(*(by_column[column] for column in columns))]
-            for name, columns in (averages or {"average": list(by_column)}).items()
-        }
-        for label, by_column in scores.items()
-    }
+    extended = {}
+    for label, by_column in scores.items():
+        extended[label] = dict(by_column)
+        for name, columns in (averages or {"average": list(by_column)}).items():
+            extended[label][name] = [statistics.fmean(of_a_seed) for of_a_seed in zip(*(by_column[column] for column in columns))]
+    return extended
 
 
 def paper_figures(model, columns, sets, averages):
@@ -222,7 +288,7 @@ def paper_figures(model, columns, sets, averages):
     """
     kind, size = (model.paper or " ").split(" ", 1)
     published = dict(zip(PAPER_SETS, PAPER_SCORES.get(kind, {}).get(size, ())))
-    as_there = {column: name for column, (name, ban) in columns.items() if ban == BANNED_NGRAM and len(sets[name]) == PAPER_SETS[name]}
+    as_there = {column: name for column, (name, ban) in columns.items() if ban == BANNED_NGRAM and len(sets[name]) == PAPER_SETS.get(name)}
     figures = {column: published[name] for column, name in as_there.items() if name in published}
     means = {name: statistics.fmean(figures[column] for column in of) for name, of in averages.items() if figures.keys() >= set(of)}
     return figures | means
@@ -249,55 +315,51 @@ def differs(scores, figure):
     return len(scores) > 1 and abs(statistics.fmean(scores) - figure) > spread(scores)
 
 
-def table(scores, figures=None, best=None, markdown=False):
-    """A row for each model and a column for each of its scores, as text.
+def table(scores, figures=None, best=None):
+    """Cells of a table with a row for each model and a column for each of its scores.
 
     scores: {label: {column: [a score a seed]}}. figures: the paper's, {label: {column: figure}}. best: {column: labels to be marked}.
     """
     figures, best = figures or {}, best or {}
-    names = list(next(iter(scores.values())))
     lines = [["ROUGE-L"], *([label] for label in scores)]
-    for name in names:
-        cells = []
+    for name in next(iter(scores.values())):
+        numbers, marks = [name], [""]
         for label, by_column in scores.items():
-            number, marks, figure = format_score(by_column[name]), "", figures.get(label, {}).get(name)
-            if name in best and not markdown:
-                marks = " *" if label in best[name] else "  "
-            elif label in best.get(name, ()):
-                number = f"**{number}**"
+            figure = figures.get(label, {}).get(name)
+            numbers.append(format_score(by_column[name]))
+            marks.append("" if name not in best else " *" if label in best[name] else "  ")
             if figure is not None:
-                marks += f" ({figure:.1f}{' ≠' if differs(by_column[name], figure) else ''})"
-            cells.append((number, marks))
-        width = 0 if markdown else max(len(marks) for _, marks in cells)
-        for line, (number, marks) in zip(lines, [(name, ""), *cells]):
-            line.append(number + marks.ljust(width))
-    return lay_out(lines, markdown)
+                marks[-1] += f" ({figure:.1f}{' ≠' if differs(by_column[name], figure) else ''})"
+        width = max(map(len, marks))
+        for line, number, mark in zip(lines, numbers, marks):
+            line.append(number + mark.ljust(width))
+    return lines
 
 
 def lay_out(lines, markdown=False):
     """Lines of cells, the first with the columns' names, as aligned text or as a table in Markdown."""
     if markdown:
         rule = [":--", *["--:"] * (len(lines[0]) - 1)]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in [lines[0], rule, *lines[1:]])
+        return "\n".join("| " + " | ".join(cell.strip().replace("|", "\\|") for cell in line) + " |" for line in [lines[0], rule, *lines[1:]])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join([line[0].ljust(widths[0]), *(c.rjust(width) for c, width in zip(line[1:], widths[1:]))]).rstrip() for line in lines)
 
 
-def legend(scores, figures, best, mark):
+def legend(scores, figures, best):
     """What the marks in a table mean, a line each, as far as there are any."""
-    lines = (
-        [f"{mark}: the best of its size in the column, or not worse than that by more than the spread of the difference, √(s₁² + s₂²)"]
-        if best
-        else []
-    )
+    lines = ["*: the best of its size in the column, or not worse by more than the spread of the difference, √(s₁² + s₂²)"] if best else []
     if any(figures.values()):
         far = any(differs(scores[label][name], figure) for label, by_column in figures.items() for name, figure in by_column.items())
         lines.append("in brackets: the paper's figure" + ("; ≠: ours differs from it by more than our spread" if far else ""))
     return lines
 
 
-def write_markdown(path, title, text, notes):
-    write_atomic(path, "\n\n".join([f"### {title}", text, *notes]) + "\n")
+def publish(out, stem, title, cells, notes, content):
+    """Print a table, and write it as Markdown and JSON."""
+    print(lay_out(cells), *notes, sep="\n")
+    write_atomic(out / f"{stem}.md", "\n\n".join([f"### {title}", lay_out(cells, markdown=True), *notes]) + "\n")
+    write_atomic(out / f"{stem}.json", json.dumps(content, indent=1) + "\n")
+    print(f"also in {out / stem}.md and .json")
 
 
 def draw_bars(path, bars, lines, title, xlabel):
@@ -311,7 +373,9 @@ def draw_bars(path, bars, lines, title, xlabel):
     groups, several = (list(dict.fromkeys(key[i] for key in bars)) for i in (0, 1))
     there = {group: [series for series in several if (group, series) in bars] for group in groups}
     width = 0.8 / max(map(len, there.values()))
-    figure, axes = plot.subplots(figsize=(min(14, 4 + 0.6 * len(bars)), 4.5), layout="constrained")
+    n_columns = 4 if max(map(len, several)) < 20 else 2  # of the legend
+    height = 4 + 0.25 * math.ceil((len(several) + len(lines)) / n_columns)
+    figure, axes = plot.subplots(figsize=(min(14, 5 + 0.5 * len(bars)), height), layout="constrained")
     for color, series in enumerate(several):
         mine = [group for group in groups if series in there[group]]
         x = [groups.index(group) + (there[group].index(series) - (len(there[group]) - 1) / 2) * width for group in mine]
@@ -321,9 +385,9 @@ def draw_bars(path, bars, lines, title, xlabel):
     for label, height in lines.items():
         axes.axhline(height, linestyle="--", linewidth=1, color="black", label=label)
     axes.set_xticks(range(len(groups)), groups)
-    axes.set(title=title, xlabel=xlabel, ylabel="ROUGE-L")
+    axes.set(title=textwrap.fill(title, 72), xlabel=xlabel, ylabel="ROUGE-L")
     axes.margins(y=0.1)
-    figure.legend(loc="outside right upper")
+    figure.legend(loc="outside lower center", ncols=n_columns)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plot.close(figure)
@@ -338,43 +402,87 @@ def figure_1(path, averages, models, title):
     for label, model in models.items():
         if model.kind == "teacher":
             lines[f"teacher, {sizes[label]}"] = statistics.fmean(averages[label])
-        else:
+        elif model.kind != "pretrain":
             alone = model.kind and known[sizes[label], model.kind] == 1
             bars[sizes[label], model.kind if alone else label] = averages[label]
     return draw_bars(path, bars, lines, title, "parameters of the student")
 
 
-COSTS = {"memory_allocated_gb": "allocated, GB", "memory_reserved_gb": "reserved, GB", "memory_resident_gb": "resident, GB", "hours": "hours"}
-
-
 def table_2(names, out):
     """What runs took, printed and written: the peak of the memory in their metrics.jsonl, and hours. No model is run."""
-    found = {}
+    runs = {}
     for label, name in zip(named_once(names), names):
         record, metrics = read_record(name), Path(name) / "metrics.jsonl"
         if record is None:
             say(f"{name}: has no run.json, left out")
             continue
         lines = read_jsonl(metrics) if metrics.is_file() and metrics.stat().st_size else []
-        peaks = {field: max((line[field] for line in lines if isinstance(line.get(field), float | int)), default=None) for field in COSTS}
-        kind, _, size = record.get("paper", "").partition(" ")
-        paper = dict(zip(("memory_allocated_gb", "memory_reserved_gb", "hours"), PAPER_COSTS.get(kind, ()) if size == "base" else ()))
-        order = table_order(record["name"].split("-")[0], record.get("parameters", 0))
-        found[label + ("" if "hours" in record else " (unfinished)")] = (order, peaks | {"hours": record.get("hours")}, paper)
-    if not found:
+        values = {field: [line[field] for line in lines if isinstance(line.get(field), float | int)] for field in COSTS}
+        values["hours"] = [record["hours"]] if "hours" in record else []
+        size = record.get("parameters", 0)
+        of_paper = PAPER_COSTS.get(kind_of(record), ()) if record.get("paper", "").endswith(" base") else ()
+        runs[label_of(label, record)] = table_order(kind_of(record), size), {f: max(v) for f, v in values.items() if v}, dict(zip(COSTS, of_paper))
+    if not runs:
         raise InputError("none of the directories has a run.json; name runs, as in: evaluate.py --cost out/*/")
-    found = dict(sorted(found.items(), key=lambda item: item[1][0]))
-    fields = [field for field in COSTS if any(values[field] is not None for _, values, _ in found.values())]
-    cells = [["cost", *(COSTS[field] for field in fields)]]
-    for label, (_, values, paper) in found.items():
-        shown = ["-" if values[field] is None else f"{values[field]:.2f}" for field in fields]
-        cells.append([label, *(text + (f" ({paper[field]:.2f})" if field in paper and text != "-" else "") for text, field in zip(shown, fields))])
-    notes = ["memory: the peak on one rank" + ("; in brackets: the paper's figure" if any(paper for *_, paper in found.values()) else "")]
-    say(lay_out(cells), *notes, sep="\n")
-    content = {label: {"measured": {field: values[field] for field in fields}, "paper": paper} for label, (_, values, paper) in found.items()}
-    write_markdown(out / "table2.md", "Table 2: memory and time", lay_out(cells, markdown=True), notes)
-    write_atomic(out / "table2.json", json.dumps({"costs": content}, indent=1) + "\n")
-    say(f"also in {out / 'table2.md'}, {out / 'table2.json'}")
+    fields = [field for field in COSTS if any(field in peaks for _, peaks, _ in runs.values())]
+    cells, content = [["cost", *(COSTS[field] for field in fields)]], {}
+    for label, (_, peaks, paper) in sorted(runs.items(), key=lambda item: item[1][0]):
+        content[label] = {"measured": peaks, "paper": paper}
+        beside = {field: f" ({paper[field]:.2f})" if field in paper else "" for field in fields}
+        cells.append([label, *(f"{peaks[field]:.2f}{beside[field]}" if field in peaks else "-" for field in fields)])
+    notes = ["memory: the peak on one rank; in brackets, where a run is one of the paper's: its figure"]
+    publish(out, "table2", "Table 2: memory and time", cells, notes, {"costs": content})
+
+
+def group_runs(models, fields):
+    """The runs among models by their values of some fields: {values: labels}. A field is looked up in run.json's settings, then in itself."""
+    runs = {label: model.record for label, model in models.items() if model.record}
+    known = {field for record in runs.values() for field in (*record, *record["settings"])} - {"settings"}
+    groups = {}
+    for field in fields:
+        if field not in known:
+            raise InputError(f"--by {field}: no run named has this field; there are {', '.join(sorted(known)) or 'no runs'}")
+    for label, record in runs.items():
+        found = record | {field: value for field, value in record["settings"].items() if value is not None}
+        values = tuple(v if isinstance(v, str | int | float | None) else json.dumps(v) for v in map(found.get, fields))
+        if any(value is not None for value in values):
+            groups.setdefault(values, []).append(label)
+        else:
+            say(f"{label}: has no {' or '.join(fields)}, left out of the groups")
+    return dict(sorted(groups.items(), key=lambda item: [(v is None, isinstance(v, str), 0 if v is None else v) for v in item[0]]))
+
+
+def table_by(out, fields, groups, averages, title):
+    """Averages of groups of runs, the scores of a group's runs pooled, as a table and as bars. averages: {label: [a score a seed]}."""
+    pooled = {tuple("-" if v is None else str(v) for v in values): [s for label in runs for s in averages[label]] for values, runs in groups.items()}
+    cells = [[*fields, "runs", "ROUGE-L"], *([*key, str(len(runs)), format_score(s)] for (key, s), runs in zip(pooled.items(), groups.values()))]
+    stem, content = f"by-{'-'.join(fields)}", [{"values": key, "runs": runs, "scores": s} for (key, s), runs in zip(pooled.items(), groups.values())]
+    publish(
+        out,
+        f"table-{stem}",
+        title,
+        cells,
+        ["the scores of a group's runs are pooled: mean ± standard deviation over runs and seeds"],
+        {"fields": fields, "groups": content},
+    )
+    bars = {(key[0], " ".join([*fields[1:], *key[1:]]) or "average"): s for key, s in pooled.items()}
+    print(draw_bars(out / f"figure-{stem}.png", bars, {}, title, fields[0]))
+
+
+def table_6(out, n, set_name, rows, files):
+    """Print and write n requests of a set, spread evenly, with the reference and each model's response. files: {label: kept responses}."""
+    texts = {label: {line["index"]: line["text"] for line in read_jsonl(path)} for label, path in files.items()}
+    page = [f"### Table 6: requests of {set_name} and the responses to them"]
+    for row in (rows[i * len(rows) // min(n, len(rows))] for i in range(min(n, len(rows)))):
+        parts = {"instruction": row.instruction, "input": row.input, "reference": row.references[0]}
+        page.append(f"#### {set_name}, row {row.index + 1}")
+        for name, text in (parts | {label: of_rows[row.index] for label, of_rows in texts.items()}).items():
+            if text or name != "input":
+                lines = [textwrap.fill(line, 120) for line in text.splitlines()]
+                page.append(f"{name}:\n\n{textwrap.indent(chr(10).join(lines), '    ')}")
+    text = "\n\n".join(page) + "\n"
+    write_atomic(out / "table6.md", text)
+    print(f"\n{text}\nalso in {out / 'table6.md'}")
 
 
 # ---- the command --------------------------------------------------------------------------------------------------------------
@@ -413,18 +521,21 @@ def main(argv=None):
         "--data",
         nargs="+",
         metavar="SET|DIR",
-        help=f"{', '.join(PUBLIC_SETS)}, demo (its five sets), or directories with test.jsonl (default: demo for runs of the demo, else the public sets)",
+        help=f"{', '.join(PUBLIC_SETS)}, demo (its five sets), or directories with test.jsonl (default: demo for its runs, else the public sets)",
     )
     parser.add_argument("--seeds", nargs="+", type=in_range(int, 0, 2**32), default=[10, 20, 30, 40, 50])
     parser.add_argument("--rows", type=in_range(int, 1, 10**9), help="only the first N rows of each set")
     parser.add_argument(
         "--no-repeat-ngram",
+        nargs="+",
         type=in_range(int, 0, 100),
         metavar="N",
-        help=f"no N-gram twice in request and response (default: {BANNED_NGRAM} on the five public sets, as in the published numbers; else 0, off)",
+        help=f"no N-gram twice in request and response; several: a column each (default: {BANNED_NGRAM} on public sets, as published; else 0)",
     )
     parser.add_argument("--batch", type=in_range(int, 1, 10**6), default=64, help="rows sampled at once (default 64)")
     parser.add_argument("--out", default="out/evaluation", metavar="DIR", help="where tables and pictures go (default out/evaluation)")
+    parser.add_argument("--samples", type=in_range(int, 1, 10**6), metavar="N", help="Table 6: N requests of the first set with all responses")
+    parser.add_argument("--by", nargs="+", metavar="FIELD", help="also group the runs by one or two fields of their run.json, as in --by reg")
     parser.add_argument("--cost", action="store_true", help="Table 2: memory and hours of runs, from what they noted; runs no model")
     parser.add_argument("--score", metavar="RESPONSES", help="score these responses (JSON lines with 'text') instead of a model's")
     parser.add_argument("--references", metavar="TEST", help="with --score: the data file (JSON lines with 'output') that they respond to")
@@ -443,60 +554,68 @@ def main(argv=None):
         raise InputError("--json goes with --score; for models say --out DIR, and table1.json lies there")
     if not args.models:
         raise InputError("name at least one run or model, as in: evaluate.py gpt2 --data dolly")
-    if args.cost:
-        return table_2(args.models, Path(args.out))
+    if len(args.by or []) > 2:
+        raise InputError(f"--by takes one or two fields, not {len(args.by)}")
     device = ranks.start()
-    table_1(args, device)
+    if args.cost:
+        ranks.on_first(table_2, args.models, Path(args.out))
+    else:
+        table_1(args, device)
     ranks.stop()
 
 
 def table_1(args, device):
-    """Evaluate the models; print and write Table 1, and draw Figure 1."""
-    out, models = Path(args.out), open_models(args.models)
+    """Evaluate the models; print and write Table 1, draw Figure 1, and what else was asked for."""
+    out, models, seeds = Path(args.out), open_models(args.models), list(dict.fromkeys(args.seeds))
+    groups = group_runs(models, args.by) if args.by else {}
     demo = {model.record["settings"].get("data") == "demo" for model in models.values() if model.record} == {True}
     names = args.data or (["demo"] if demo else list(PUBLIC_SETS))
     sets = open_sets(names, args.rows)
     public = [label for label in sets if label in PUBLIC_SETS and label in names]
-    bans = {label: BANNED_NGRAM if label in public else 0 for label in sets}
-    if args.no_repeat_ngram is not None:
-        bans = dict.fromkeys(bans, args.no_repeat_ngram)
-    columns = {label: (label, ban) for label, ban in bans.items()}
-    averages = {"average": list(columns)}
+    asked = list(dict.fromkeys(args.no_repeat_ngram or []))
+    columns, averages = {}, {}  # {column: (set, n of the banned n-grams)}, {average: columns}
+    for label in sets:
+        for ban in asked or [BANNED_NGRAM if label in public else 0]:
+            suffix = "" if len(asked) < 2 else f", ban {ban}" if ban else ", no ban"
+            columns[label + suffix] = label, ban
+            averages.setdefault("average" + suffix, []).append(label + suffix)
     decoding = {name: getattr(args, name) for name in ("max_new", "temperature", "top_k", "top_p", "greedy")}
-    scores = evaluate_models(
-        {label: model.name for label, model in models.items()}, sets, args.seeds, device, columns, at_once=args.batch, **decoding
-    )
+    keep = out / "responses"
+    scores = evaluate_models({label: m.name for label, m in models.items()}, sets, seeds, device, columns, keep, args.batch, **decoding)
     if ranks.rank() > 0:
         return
 
-    shown = with_averages(scores, averages)
-    figures = {}
+    shown, figures = with_averages(scores, averages), {}
     if decoding == {"max_new": MAX_NEW, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "greedy": False}:
         published = {column: (name, ban) for column, (name, ban) in columns.items() if name in public}
         figures = {label: paper_figures(model, published, sets, averages) for label, model in models.items()}
-    best = leaders(shown, {label: model.size for label, model in models.items() if model.kind != "teacher"})
-    note = f"seeds {' '.join(map(str, args.seeds))}; repeated n-grams banned: " + ", ".join(f"{c} {ban or 'no'}" for c, (_, ban) in columns.items())
-    print(table(shown, figures, best), *legend(shown, figures, best, "*"), note, sep="\n")
-    notes = [*legend(shown, figures, best, "bold"), note]
-    write_markdown(out / "table1.md", "Table 1: ROUGE-L, mean ± standard deviation over seeds", table(shown, figures, best, markdown=True), notes)
+    best = leaders(shown, {label: model.size for label, model in models.items() if model.kind not in ("teacher", "pretrain")})
+    bans = {column: ban for column, (_, ban) in columns.items()}
+    note = f"seeds {' '.join(map(str, seeds))}; repeated n-grams banned: " + ", ".join(f"{column} {ban or 'no'}" for column, ban in bans.items())
+    files = {
+        label: {column: [str(response_path(keep, label, name, seed, ban)) for seed in seeds] for column, (name, ban) in columns.items()}
+        for label in models
+    }
     content = {
         "scores": scores,
-        "settings": {name: value for name, value in vars(args).items() if name not in ("models", "score", "references", "json", "cost", "out")},
+        "settings": {name: getattr(args, name) for name in ("data", "rows", "no_repeat_ngram", "batch")} | {"seeds": seeds, **decoding},
         "no_repeat_ngram": bans,
         "averages": {label: {name: by_column[name] for name in averages} for label, by_column in shown.items()},
         "models": {label: {"name": model.name, "kind": model.kind, "parameters": model.size} for label, model in models.items()},
         "paper": figures,
         "best": best,
+        "responses": files,
     }
-    write_atomic(out / "table1.json", json.dumps(content, indent=1) + "\n")
-    average = next(iter(averages))
-    picture = figure_1(
-        out / "figure1.png",
-        {label: by_column[average] for label, by_column in shown.items()},
-        models,
-        f"Figure 1: average over {', '.join(averages[average])}",
-    )
-    print(f"also in {out / 'table1.md'}, {out / 'table1.json'}; {picture}")
+    title = "Table 1: ROUGE-L, mean ± standard deviation over seeds"
+    publish(out, "table1", title, table(shown, figures, best), [*legend(shown, figures, best), note], content)
+    average, averaged = next(iter(averages.items()))
+    of_models, over = {label: by_column[average] for label, by_column in shown.items()}, f"average over {', '.join(averaged)}"
+    print(figure_1(out / "figure1.png", of_models, models, f"Figure 1: {over}"))
+    if args.by:
+        table_by(out, args.by, groups, of_models, f"ROUGE-L by {' and '.join(args.by)}, {over}")
+    if args.samples:
+        name, rows = next(iter(sets.items()))
+        table_6(out, args.samples, name, rows, {label: next(iter(by_column.values()))[0] for label, by_column in files.items()})
 
 
 if __name__ == "__main__":

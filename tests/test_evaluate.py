@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import socket
 import statistics
 import sys
@@ -11,14 +12,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from data.files import InputError, command
 from data.rows import fill_template, read_rows
 from evaluate import PAPER_SCORES, draw_bars, evaluate, evaluate_models, format_score, leaders, legend, main, mean_rouge_l, named_once, open_sets, rouge_l
-from evaluate import table, with_averages
+from evaluate import lay_out, table, with_averages
 from helpers import ROOT, run_command, talker_config, tiny_model, tiny_tokenizer, write_checkpoint, write_rows
 from model import CheckpointError
 from sample import row_uniforms, sample, to_text
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Pictures take long: they are drawn in the tests that ask for them alone."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr("evaluate.pyplot", lambda: None)
+
+
+@pytest.fixture
+def pictures():
+    pytest.importorskip("matplotlib")
+
 
 # ---- ROUGE-L -----------------------------------------------------------------------------------------------------------------
 
@@ -79,12 +94,12 @@ def test_a_score_is_a_mean_and_for_several_seeds_a_spread():
 
 def test_the_table_has_a_row_a_model_a_column_a_set_and_the_average_over_sets():
     scores = {"teacher": {"near": [50.0, 52.0], "far": [20.0, 30.0]}, "init-of-a-student": {"near": [9.0, 9.0], "far": [1.0, 2.0]}}
-    assert table(with_averages(scores)).splitlines() == [
+    assert lay_out(table(with_averages(scores))).splitlines() == [
         "ROUGE-L                  near         far     average",
         "teacher            51.0 ± 1.4  25.0 ± 7.1  38.0 ± 4.2",  # the averages of the two seeds are 35 and 41
         "init-of-a-student   9.0 ± 0.0   1.5 ± 0.7   5.2 ± 0.4",
     ]
-    assert table(with_averages({"a": {"near": [50.0]}})).splitlines() == ["ROUGE-L  near  average", "a        50.0     50.0"]
+    assert lay_out(table(with_averages({"a": {"near": [50.0]}}))).splitlines() == ["ROUGE-L  near  average", "a        50.0     50.0"]
 
 
 def test_the_best_of_a_size_and_those_within_the_spread_of_the_difference_lead():
@@ -100,18 +115,18 @@ def test_marks_stand_beside_the_numbers_and_the_legend_tells_what_they_mean():
     scores = {"a": {"near": [10.0, 12.0], "far": [1.0, 2.0]}, "longer": {"near": [8.0, 9.0], "far": [1.0, 2.0]}}
     figures = {"a": {"near": 12.5}, "longer": {"near": 9.2}}  # 1.5 off with a spread of 1.41, and 0.7 with 0.71
     best = {"near": ["a"]}
-    assert table(scores, figures, best).splitlines() == [
+    assert lay_out(table(scores, figures, best)).splitlines() == [
         "ROUGE-L        near                   far",
         "a        11.0 ± 1.4 * (12.5 ≠)  1.5 ± 0.7",
         "longer    8.5 ± 0.7   (9.2)     1.5 ± 0.7",
     ]
-    assert table(scores, figures, best, markdown=True).splitlines() == [
-        "| ROUGE-L | near | far |", "| :-- | --: | --: |", "| a | **11.0 ± 1.4** (12.5 ≠) | 1.5 ± 0.7 |", "| longer | 8.5 ± 0.7 (9.2) | 1.5 ± 0.7 |",
+    assert lay_out(table(scores, figures, best), markdown=True).splitlines() == [
+        "| ROUGE-L | near | far |", "| :-- | --: | --: |", "| a | 11.0 ± 1.4 * (12.5 ≠) | 1.5 ± 0.7 |", "| longer | 8.5 ± 0.7   (9.2) | 1.5 ± 0.7 |",
     ]  # fmt: skip
-    assert [line.split(":")[0] for line in legend(scores, figures, best, "*")] == ["*", "in brackets"]
-    assert "≠" in legend(scores, figures, best, "*")[1] and "≠" not in legend(scores, {"longer": {"near": 9.2}}, best, "*")[1]
+    assert [line.split(":")[0] for line in legend(scores, figures, best)] == ["*", "in brackets"]
+    assert "≠" in legend(scores, figures, best)[1] and "≠" not in legend(scores, {"longer": {"near": 9.2}}, best)[1]
     one_seed = {"a": {"near": [10.0]}}
-    assert table(one_seed, {"a": {"near": 12.5}}).splitlines()[1] == "a        10.0 (12.5)" and legend(one_seed, {}, {}, "*") == []
+    assert lay_out(table(one_seed, {"a": {"near": 12.5}})).splitlines()[1] == "a        10.0 (12.5)" and legend(one_seed, {}, {}) == []
 
 
 def test_labels_take_as_many_folders_as_tell_them_apart(tmp_path):
@@ -187,10 +202,11 @@ def test_the_json_file_has_the_score_of_each_seed_and_the_settings(world, capsys
 
 def test_the_output_is_the_table_with_its_seeds_and_ban_and_lies_in_markdown_too(world, capsys):
     content, out = run(world, capsys, *WHAT)
-    text, note, also = out.rsplit("\n", 3)[:3]
-    assert text == table(with_averages(content["scores"])) and note == "seeds 10 20; repeated n-grams banned: near no, far no"
+    text, note, also, _ = out.rsplit("\n", 4)[:4]
+    cells = table(with_averages(content["scores"]))
+    assert text == lay_out(cells) and note == "seeds 10 20; repeated n-grams banned: near no, far no"
     page = next(path for path in world.glob("out-*/table1.md") if str(path) in also).read_text()
-    assert page == "\n\n".join(["### Table 1: ROUGE-L, mean ± standard deviation over seeds", table(with_averages(content["scores"]), markdown=True), note]) + "\n"
+    assert page == "\n\n".join(["### Table 1: ROUGE-L, mean ± standard deviation over seeds", lay_out(cells, markdown=True), note]) + "\n"
 
 
 def test_the_same_seeds_give_the_same_scores_and_others_do_not(world, capsys):
@@ -232,7 +248,7 @@ def test_two_ranks_give_the_results_of_one(world, capsys):
     for rank in range(2):
         assert json.loads((world / f"rank-{rank}-of-2.json").read_text()) == results
     assert json.loads((world / "two" / "table1.json").read_text())["scores"] == scores
-    assert done.stdout.count("ROUGE-L") == 1 and table(with_averages(scores)) in done.stdout
+    assert done.stdout.count("ROUGE-L") == 1 and lay_out(table(with_averages(scores))) in done.stdout
 
 
 def test_a_set_draws_the_same_beside_another_of_its_name(world, capsys):
@@ -298,7 +314,7 @@ def make_run(home, name, model=True, config=None, hours=0.5, paper=None, metrics
 def fixed_scores(monkeypatch, scores):
     """Put {label: {set: scores}} in place of an evaluation."""
 
-    def evaluate_models(models, sets, seeds, device, columns, **how):
+    def evaluate_models(models, sets, seeds, device, columns, *how, **more):
         return {label: {column: scores[label][name][: len(seeds)] for column, (name, _) in columns.items()} for label in models}
 
     monkeypatch.setattr("evaluate.evaluate_models", evaluate_models)
@@ -407,15 +423,187 @@ def test_the_demos_table_leaves_no_files(world, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+# ---- kept responses ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """The (seed, set, row) of what has been sampled."""
+    import evaluate as module
+
+    seen, real = [], module.sample_all
+    monkeypatch.setattr("evaluate.sample_all", lambda model, requests, keys, *rest, **how: seen.extend(keys) or real(model, requests, keys, *rest, **how))
+    return seen
+
+
+def again(world, tmp_path, capsys, *arguments, seeds=(10, 20), sets=("near", "far"), models=("model",)):
+    main([str(a) for a in [*(world / name for name in models), "--data", *(world / name for name in sets), "--max-new", 20, "--seeds", *seeds, *arguments, "--out", tmp_path / "out"]])
+    return json.loads((tmp_path / "out" / "table1.json").read_text()), capsys.readouterr().out
+
+
+def test_responses_are_kept_and_can_be_scored_again(world, tmp_path, capsys):
+    content, _ = again(world, tmp_path, capsys)
+    kept = tmp_path / "out" / "responses" / "model"
+    assert content["responses"]["model"] == {name: [str(kept / f"{name}-s{seed}.jsonl") for seed in (10, 20)] for name in ("near", "far")}
+    for name in ["near", "far"]:
+        rows = [json.loads(line) for line in open(world / name / "test.jsonl")]
+        for seed, score in zip((10, 20), content["scores"]["model"][name]):
+            lines = [json.loads(line) for line in open(kept / f"{name}-s{seed}.jsonl")]
+            assert [line["text"] for line in lines] == [said(row, name, seed) for row in rows] and [line["index"] for line in lines] == list(range(len(rows)))
+            assert lines[0].keys() == {"index", "text", "rouge_l", "shortened"}
+            main(["--score", str(kept / f"{name}-s{seed}.jsonl"), "--references", str(world / name / "test.jsonl")])
+            assert capsys.readouterr().out == f"ROUGE-L {score:.4f} over {len(rows)} rows\n"
+    assert len(list(kept.iterdir())) == 8 and not list(kept.glob(".*"))
+
+
+def test_what_is_kept_is_not_sampled_again_and_the_model_not_loaded(world, tmp_path, capsys, sampled, monkeypatch):
+    first, _ = again(world, tmp_path, capsys, seeds=[10])
+    assert len(sampled) == 6
+    sampled.clear()
+    second, out = again(world, tmp_path, capsys)
+    assert {key[0] for key in sampled} == {20} and len(sampled) == 6 and "made anew" not in out
+    assert second["scores"]["model"] == run(world, capsys, *WHAT)[0]["scores"]["model"] and second["scores"]["model"]["near"][0] == first["scores"]["model"]["near"][0]
+    monkeypatch.setattr("evaluate.load_model", None)
+    assert again(world, tmp_path, capsys, "--batch", 1)[0]["scores"] == second["scores"]
+    (tmp_path / "out" / "responses" / "model" / "near-s20.jsonl").unlink()
+    with pytest.raises(TypeError):
+        again(world, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("change, words", [
+    ("weights", "weights"), ("a row", "data"), ("a response", "responses"), ("no record", "weights, rows, data"), ("a damaged record", "weights, rows"),
+    ("--max-new", "max_new"), ("--temperature", "temperature"), ("--top-k", "top_k"), ("--top-p", "top_p"), ("--greedy", "greedy"), ("--rows", "rows, data"),
+])  # fmt: skip
+def test_what_was_made_from_something_else_is_made_anew(world, tmp_path, capsys, sampled, change, words):
+    write_checkpoint(tmp_path / "model", talker_config(), tiny_tokenizer())
+    write_rows(tmp_path / "near" / "test.jsonl", [json.loads(line) for line in open(world / "near" / "test.jsonl")])
+    before = again(tmp_path, tmp_path, capsys, seeds=[10], sets=["near"])[0]
+    kept, sampled[:] = tmp_path / "out" / "responses" / "model" / "near-s10.jsonl", []
+    if change == "weights":
+        state = load_file(tmp_path / "model" / "model.safetensors")
+        save_file(state | {"wpe.weight": 2 * state["wpe.weight"]}, tmp_path / "model" / "model.safetensors")
+    elif change == "a row":
+        path = tmp_path / "near" / "test.jsonl"
+        path.write_text(path.read_text().replace("none of it", "all of it"))
+    elif change == "a response":
+        kept.write_text(kept.read_text().replace('"text": "', '"text": "x'))
+    elif change == "no record":
+        kept.with_suffix(".json").unlink()
+    elif change == "a damaged record":
+        kept.with_suffix(".json").write_text("{")
+    option = {"--max-new": [19], "--temperature": [2], "--top-k": [3], "--top-p": [0.5], "--greedy": [], "--rows": [2]}.get(change)
+    after, out = again(tmp_path, tmp_path, capsys, *([change, *option] if option is not None else []), seeds=[10], sets=["near"])
+    assert len(sampled) == (2 if change == "--rows" else 5) and out.startswith(f"{kept}: was made from other {words}") and out.count("made anew") == 1
+    assert (after["scores"] == before["scores"]) == (change in ("a row", "a response", "no record", "a damaged record"))
+    assert "made anew" not in again(tmp_path, tmp_path, capsys, *([change, *option] if option is not None else []), seeds=[10], sets=["near"])[1]
+
+
+def test_shortened_requests_are_counted_of_kept_responses_too(world, tmp_path, capsys):
+    write_rows(tmp_path / "long" / "test.jsonl", [{"instruction": "Write.", "input": "many " * 200, "output": "a"}, {"instruction": "Write.", "output": "a"}])
+    outputs = [again(world, tmp_path, capsys, sets=[tmp_path / "long"])[1] for _ in range(2)]
+    assert outputs[0] == outputs[1] and outputs[0].startswith("model on long: 1 of 2 requests were shortened to fit\n")
+
+
+def test_several_bans_are_columns_beside_each_other(world, tmp_path, capsys):
+    content, out = again(world, tmp_path, capsys, "--no-repeat-ngram", 1, 0)
+    columns = ["near, ban 1", "near, no ban", "far, ban 1", "far, no ban"]
+    scores = content["scores"]["model"]
+    assert list(scores) == columns and content["no_repeat_ngram"] == dict(zip(columns, [1, 0, 1, 0]))
+    for ban, suffix in [(1, ", ban 1"), (0, ", no ban")]:
+        alone = run(world, capsys, *WHAT, "--no-repeat-ngram", ban)[0]["scores"]["model"]
+        assert {name: scores[name + suffix] for name in ("near", "far")} == alone
+        assert content["averages"]["model"]["average" + suffix] == with_averages({"a": alone})["a"]["average"]
+    assert scores[columns[0]] != scores[columns[1]]
+    assert [Path(paths[0]).name for paths in content["responses"]["model"].values()] == ["near-s10-ngram1.jsonl", "near-s10.jsonl", "far-s10-ngram1.jsonl", "far-s10.jsonl"]
+    assert [cell.strip() for cell in re.split("  +", out.splitlines()[0])] == ["ROUGE-L", *columns, "average, ban 1", "average, no ban"]
+
+
+def test_one_bar_shows_the_rows_of_the_whole_evaluation(world, tmp_path, capsys, monkeypatch):
+    totals, steps = [], []
+
+    class Bar:
+        def __init__(self, total, disable, **how):
+            totals.append((total, disable))
+
+        __enter__, __exit__ = (lambda self: self), (lambda self, *error: None)
+        set_description, update = (lambda self, text: None), (lambda self, n: steps.append(n))
+
+    monkeypatch.setattr("evaluate.tqdm", Bar)
+    again(world, tmp_path, capsys, "--batch", 2)
+    assert totals == [(12, None)] and steps == [2, 2, 1, 2, 2, 1, 1, 1]
+
+
+def test_samples_shows_requests_spread_over_the_set_with_all_responses(world, tmp_path, capsys):
+    write_checkpoint(tmp_path / "other" / "model", replace(talker_config(), n_layer=1), tiny_tokenizer())
+    _, out = again(world, tmp_path, capsys, "--samples", 2, models=["model", tmp_path / "other" / "model"])
+    page = (tmp_path / "out" / "table6.md").read_text()
+    assert page in out
+    sections = page.split("#### ")[1:]
+    assert [section.splitlines()[0] for section in sections] == ["near, row 1", "near, row 3"]  # of 5
+    rows = read_rows(world / "near" / "test.jsonl")
+    for section, row in zip(sections, [rows[0], rows[2]]):
+        found = {name: " ".join(text.split()) for name, text in re.findall(r"^(\S[^\n]*):\n\n((?:    [^\n]*\n|\n)*)", section + "\n", re.MULTILINE)}
+        others = [json.loads(line)["text"] for line in open(tmp_path / "out" / "responses" / "other" / "model" / "near-s10.jsonl")]
+        wanted = {"instruction": row.instruction, "reference": row.references[0], f"{world.name}/model": said(vars(row), "near", 10), "other/model": others[row.index]}
+        assert found == {name: " ".join(text.split()) for name, text in wanted.items()}
+    again(world, tmp_path, capsys, "--samples", 99)
+    assert (tmp_path / "out" / "table6.md").read_text().count("#### ") == 5 and "input:\n\n    describes" in (tmp_path / "out" / "table6.md").read_text()
+
+
+# ---- groups of runs ----------------------------------------------------------------------------------------------------------
+
+
+def by(tmp_path, monkeypatch, *fields):
+    """The groups that --by makes of five runs, whose averages over two seeds are n and n + 2."""
+    runs = {
+        "promptkd-a-s10": {"reg": 1.0, "prompt_init": "text", "seed": 10}, "promptkd-a-s20": {"reg": 1.0, "prompt_init": "text", "seed": 20},
+        "promptkd-a-reg0-s10": {"reg": 0.0, "prompt_init": "text", "seed": 10}, "promptkd-a-promptinitrandom-s10": {"reg": 1.0, "prompt_init": "random", "seed": 10},
+        "sft-a-s10": {"reg": None, "prompt_init": None, "seed": 10},
+    }  # fmt: skip
+    for name, settings in runs.items():
+        (tmp_path / name).exists() or make_run(tmp_path, name, **settings)
+    write_rows(tmp_path / "near" / "test.jsonl", [{"instruction": "a", "output": "a"}])
+    fixed_scores(monkeypatch, {name: {"near": [n, n + 2.0]} for n, name in enumerate(runs, start=1)})
+    main([*(str(tmp_path / name) for name in runs), "--data", str(tmp_path / "near"), "--seeds", "10", "20", "--out", str(tmp_path / "out"), "--by", *fields])
+    return json.loads((tmp_path / "out" / f"table-by-{'-'.join(fields)}.json").read_text())["groups"]
+
+
+def test_by_a_field_pools_the_runs_of_a_value(tmp_path, monkeypatch, capsys, pictures):
+    groups = by(tmp_path, monkeypatch, "reg")
+    assert groups == [{"values": ["0.0"], "runs": ["promptkd-a-reg0-s10"], "scores": [3, 5]},
+                      {"values": ["1.0"], "runs": ["promptkd-a-s10", "promptkd-a-s20", "promptkd-a-promptinitrandom-s10"], "scores": [1, 3, 2, 4, 4, 6]}]  # fmt: skip
+    out = capsys.readouterr().out
+    assert out.startswith("sft-a-s10: has no reg, left out of the groups\n")
+    table = "reg  runs    ROUGE-L\n0.0     1  4.0 ± 1.4\n1.0     3  3.3 ± 1.8\n"
+    assert table in out and "| 1.0 | 3 | 3.3 ± 1.8 |" in (tmp_path / "out" / "table-by-reg.md").read_text()
+    assert (tmp_path / "out" / "figure-by-reg.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_by_two_fields_has_a_bar_for_each_pair(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr("evaluate.draw_bars", lambda path, bars, *rest: drawn.append(bars) or str(path))
+    by(tmp_path, monkeypatch, "reg", "prompt_init")
+    assert drawn[-1] == {("0.0", "prompt_init text"): [3, 5], ("1.0", "prompt_init random"): [4, 6], ("1.0", "prompt_init text"): [1, 3, 2, 4]}
+    assert str(tmp_path / "out" / "figure-by-reg-prompt_init.png") in capsys.readouterr().out
+    assert [group["values"] for group in by(tmp_path, monkeypatch, "name")] == sorted([name] for name in [
+        "promptkd-a-s10", "promptkd-a-s20", "promptkd-a-reg0-s10", "promptkd-a-promptinitrandom-s10", "sft-a-s10",
+    ])  # fmt: skip
+
+
+def test_an_unknown_field_lists_those_there_are(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="--by rag: no run named has this field; there are data, hours, name, prompt_init, reg, seed"):
+        by(tmp_path, monkeypatch, "rag")
+
+
 # ---- pictures ----------------------------------------------------------------------------------------------------------------
 
 
-def test_figure_1_has_a_bar_a_method_and_size_with_its_spread_and_the_teacher_as_a_line(tmp_path, monkeypatch, capsys):
+def test_figure_1_has_a_bar_a_method_and_size_with_its_spread_and_the_teacher_as_a_line(tmp_path, monkeypatch, capsys, pictures):
     from matplotlib.figure import Figure
 
     drawn, small = [], replace(talker_config(), n_layer=1)
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **how: drawn.append(figure))
-    names = {"teacher-c": None, "kd-a-s10": None, "gkd-a-s10": None, "gkd-b-s10": small, "gkd-b-lr1-s10": small}
+    names = {"teacher-c": None, "pretrain-a": None, "kd-a-s10": None, "gkd-a-s10": None, "gkd-b-s10": small, "gkd-b-lr1-s10": small}
     runs = [make_run(tmp_path, name, config=config) for name, config in names.items()]
     write_rows(tmp_path / "near" / "test.jsonl", [{"instruction": "a", "output": "a"}])
     scores = {name: {"near": [n, n + 2.0 * n]} for n, name in enumerate(names, start=1)}
@@ -423,8 +611,8 @@ def test_figure_1_has_a_bar_a_method_and_size_with_its_spread_and_the_teacher_as
     main([*map(str, runs), "--data", str(tmp_path / "near"), "--out", str(tmp_path / "out")])
     [axes] = drawn[0].axes
     bars = [container for container in axes.containers if hasattr(container, "patches")]
-    assert {bar.get_label(): [patch.get_height() for patch in bar.patches] for bar in bars} == {"gkd-b-s10": [8], "gkd-b-lr1-s10": [10], "kd": [4], "gkd": [6]}
-    for bar, n in zip(sorted(bars, key=lambda bar: bar.patches[0].get_height()), [2, 3, 4, 5]):
+    assert {bar.get_label(): [patch.get_height() for patch in bar.patches] for bar in bars} == {"gkd-b-s10": [10], "gkd-b-lr1-s10": [12], "kd": [6], "gkd": [8]}
+    for bar, n in zip(sorted(bars, key=lambda bar: bar.patches[0].get_height()), [3, 4, 5, 6]):
         [[(_, low), (_, high)]] = bar.errorbar.lines[2][0].get_segments()
         assert high - low == pytest.approx(2 * n * math.sqrt(2))
     assert [label.get_text() for label in axes.get_xticklabels()] == [f"{n / 1e3:.0f} thousand" for n in (tiny_model(small).n_parameters(), tiny_model(talker_config()).n_parameters())]
@@ -433,7 +621,7 @@ def test_figure_1_has_a_bar_a_method_and_size_with_its_spread_and_the_teacher_as
     assert axes.get_ylabel() == "ROUGE-L" and axes.get_xlabel() and "near" in axes.get_title() and drawn[0].legends
 
 
-def test_without_matplotlib_everything_else_works(world, capsys, monkeypatch):
+def test_without_matplotlib_everything_else_works(world, capsys, monkeypatch, pictures):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     _, out = run(world, capsys, *WHAT)
     assert "no picture without matplotlib" in out and not list(world.glob(f"out-{len(list(world.glob('out-*'))) - 1}/*.png"))
@@ -459,15 +647,15 @@ def test_table_2_has_each_runs_peak_and_hours_and_the_papers_beside_preset_runs_
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{tmp_path / 'empty'}: has no run.json, left out"
     assert [line.split() for line in lines[1:6]] == [
-        ["cost", "allocated,", "GB", "reserved,", "GB", "resident,", "GB", "hours"],
-        ["sft-tiny-s10", "-", "-", "1.50", "0.25"],
-        ["gkd-gpt2-s10", "6.00", "(6.23)", "7.00", "(6.93)", "-", "8.00", "(8.48)"],
+        ["cost", "allocated,", "GB", "reserved,", "GB", "hours", "resident,", "GB"],
+        ["sft-tiny-s10", "-", "-", "0.25", "1.50"],
+        ["gkd-gpt2-s10", "6.00", "(6.23)", "7.00", "(6.93)", "8.00", "(8.48)", "-"],
         ["gkd-gpt2-large-s10", "(unfinished)", "3.00", "4.00", "-", "-"],
-        ["responses-gpt2-xl", "-", "-", "-", "0.12"],
+        ["responses-gpt2-xl", "-", "-", "0.12", "-"],
     ]
-    assert "in brackets" in lines[6] and "| gkd-gpt2-s10 | 6.00 (6.23) | 7.00 (6.93) | - | 8.00 (8.48) |" in (tmp_path / "out" / "table2.md").read_text()
+    assert "in brackets" in lines[6] and "| gkd-gpt2-s10 | 6.00 (6.23) | 7.00 (6.93) | 8.00 (8.48) | - |" in (tmp_path / "out" / "table2.md").read_text()
     assert made["gkd-gpt2-s10"] == {
-        "measured": {"memory_allocated_gb": 6.0, "memory_reserved_gb": 7.0, "memory_resident_gb": None, "hours": 8.0},
+        "measured": {"memory_allocated_gb": 6.0, "memory_reserved_gb": 7.0, "hours": 8.0},
         "paper": {"memory_allocated_gb": 6.23, "memory_reserved_gb": 6.93, "hours": 8.48},
     }
     costs(tmp_path, "responses-gpt2-xl")  # only what there is
@@ -539,6 +727,8 @@ def test_a_file_that_does_not_fit_is_one_line_of_error(tmp_path, capsys, texts, 
     (["nonsense", "--data", "near"], "'nonsense': no such directory"),
     (["near", "--data", "near"], "none of the directories has a model"),
     (["model", "--json", "s.json"], "--json goes with --score"),
+    (["model", "--data", "near", "--by", "a", "b", "c"], "one or two fields, not 3"),
+    (["model", "--data", "near", "--by", "reg"], "--by reg: no run named has this field; there are no runs"),
     (["model", "--data", "near", "--max-new", "280"], "exceed the model's 288 positions"),
 ])  # fmt: skip
 def test_a_wrong_command_is_one_line_of_error(world, monkeypatch, capsys, arguments, words):
