@@ -106,7 +106,7 @@ def evaluate_models(models, sets, seeds, device, columns=None, keep=None, at_onc
 
     loaded, portion = None, at_once * ranks.world()
     n_rows = sum(made_from["rows"] for made_from in missing.values())
-    with tqdm(total=n_rows, unit="row", disable=None if ranks.rank() == 0 else True) as bar:
+    with tqdm(total=n_rows, unit="row", disable=None if missing and ranks.rank() == 0 else True) as bar:
         for (label, column, seed), made_from in missing.items():
             if loaded != label:
                 model, tokenizer = load_model(models[label], device)
