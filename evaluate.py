@@ -420,7 +420,7 @@ def table_2(names, out):
         values = {field: [line[field] for line in lines if isinstance(line.get(field), float | int)] for field in COSTS}
         values["hours"] = [record["hours"]] if "hours" in record else []
         size = record.get("parameters", 0)
-        of_paper = PAPER_COSTS.get(kind_of(record), ()) if record.get("paper", "").endswith(" base") else ()
+        of_paper = PAPER_COSTS.get(kind_of(record), ()) if (record.get("paper") or "").endswith(" base") else ()
         runs[label_of(label, record)] = table_order(kind_of(record), size), {f: max(v) for f, v in values.items() if v}, dict(zip(COSTS, of_paper))
     if not runs:
         raise InputError("none of the directories has a run.json; name runs, as in: evaluate.py --cost out/*/")

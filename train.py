@@ -25,10 +25,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from data.demo import TOKENIZER_DIR
-from data.files import OFFICIAL_MODELS, InputError, command, model_directory, write_atomic
+from data.files import OFFICIAL_MODELS, InputError, command, model_directory, pyplot, write_atomic
 from data.prepare import data_directory
 from data.rows import Example, epoch_order, load_tokenizer, micro_batches, packed_blocks, read_rows, read_texts, tokenizer_files, training_examples
-from evaluate import evaluate, evaluate_models, mean_rouge_l, say, table
+from evaluate import evaluate, evaluate_models, lay_out, mean_rouge_l, open_sets, say, table, with_averages
 from losses import cross_entropy, importance_weight, kd_loss, kl, minillm_loss, minillm_returns, prompt_loss, student_loss, whiten
 from model import GPT, CheckpointError, Config, read_config, save
 from prompt import freeze, initial_prompt, save_prompt, teacher_hidden
@@ -113,7 +113,6 @@ DEMO = {
     "gkd": DEMO_GKD,
     "promptkd": DEMO_GKD | PROMPT | {"prompt_lr": 1e-4},
 }
-HELD_OUT = ("wording", "words", "longer", "combined")  # the demo's sets beside its test set
 
 CLIP, LEAST_LR = 1.0, 1e-7
 TEACHER_SHARE = 0.2  # α of MiniLLM's mixed sampling
@@ -525,7 +524,7 @@ def run_stage(name, s, out, micro_batch, device, paper=None):
     going_on = f", going on behind step {first:,}" if first else ""
     say(f"\n{directory}: {s.method}, {record['parameters']:,} parameters, {len(examples):,} rows, {total:,} steps of {global_batch}{going_on}")
     if run.P is not None:
-        record |= {"prompt_numbers": run.P.numel(), "prompt_share": run.P.numel() / run.teacher.n_parameters()}
+        record |= {"prompt_length": len(run.P), "prompt_numbers": run.P.numel(), "prompt_share": run.P.numel() / run.teacher.n_parameters()}
         size = f"{len(run.P)} × {run.P.shape[1]} = {run.P.numel():,} numbers"
         say(f"prompt: {size}, {100 * record['prompt_share']:.4f} % of the teacher's {run.teacher.n_parameters():,} parameters")
     if run.P is not None and first == 0:
@@ -707,15 +706,11 @@ def clock_time(seconds):
 
 def draw_curves(directory):
     """curves.png: losses, and validation ROUGE-L, over steps. Says where it lies, or why there is none."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
+    plot = pyplot()
+    if plot is None:
         return "no picture without matplotlib"
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = plot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     series = {"loss": "loss", "prompt_kd": "prompt: L_kd", "prompt_reg": "prompt: L_reg", "val_loss": "validation loss"}
     for name, label in series.items():
         points = [(line["step"], line[name]) for line in lines if name in line]
@@ -728,7 +723,7 @@ def draw_curves(directory):
         right.plot(*zip(*points), marker="o")
     right.set(xlabel="optimizer step", ylabel="ROUGE-L", title="validation" if points else "no validation by ROUGE-L in this stage")
     figure.savefig(directory / "curves.png", dpi=120)
-    pyplot.close(figure)
+    plot.close(figure)
     return str(directory / "curves.png")
 
 
@@ -879,9 +874,8 @@ def main(argv=None):
 
 def show_demo(models, device):
     """The demo's table: models on the test set and on the sets unlike what they were trained on."""
-    home = ranks.on_first(data_directory, "demo")
-    sets = {"test": read_rows(home / "test.jsonl")} | {name: read_rows(home / name / "test.jsonl") for name in HELD_OUT}
-    say("\n" + table(evaluate_models(models, sets, [10, 20, 30], device, max_new=DEMO["promptkd"]["max_new"])))
+    scores = evaluate_models(models, open_sets(["demo"]), [10, 20, 30], device, max_new=DEMO["promptkd"]["max_new"])
+    say("\n" + lay_out(table(with_averages(scores))))
     say("Mean ± standard deviation over three sampling seeds. The sets behind `test` have wordings, words, lengths and combinations of tasks")
     say("that no fine-tuning row has. Both models were pre-trained on packed text in which many rows stand behind sentences like")
     say(f"{PROMPT['prompt_text']!r}, so that the prompt, before it is tuned, costs the teacher little.")

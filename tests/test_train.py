@@ -22,6 +22,7 @@ import train
 from data.demo import TOKENIZER_DIR, make_document, make_rows
 from data.files import InputError, model_directory
 from data.rows import fill_template, load_tokenizer, read_rows
+from evaluate import DEMO_SETS
 from helpers import ROOT, hf_config, run_command, tiny_tokenizer, write_checkpoint, write_rows
 from model import Config, load
 from prompt import load_prompt
@@ -34,7 +35,7 @@ TEACHER = Config(n_layer=1, n_embd=24, n_head=3, vocab_size=TOKENIZER.n_vocab, n
 
 def write_world(directory):
     rng, used = random.Random(1), set()
-    for name, count in {"train": 36, "dev": 8, "test": 3, **{f"{name}/test": 3 for name in train.HELD_OUT}}.items():
+    for name, count in {"train": 36, "dev": 8, "test": 3, **{f"{name}/test": 3 for name in DEMO_SETS[1:]}}.items():
         write_rows(directory / f"{name}.jsonl", make_rows(rng, count, used))
     write_rows(directory / "pretrain.jsonl", [{"text": make_document(rng, used)} for _ in range(60)])
     return directory
