@@ -28,7 +28,7 @@ from data.demo import TOKENIZER_DIR
 from data.files import OFFICIAL_MODELS, InputError, command, model_directory, pyplot, write_atomic
 from data.prepare import data_directory
 from data.rows import Example, epoch_order, load_tokenizer, micro_batches, packed_blocks, read_rows, read_texts, tokenizer_files, training_examples
-from evaluate import evaluate, evaluate_models, lay_out, mean_rouge_l, open_sets, say, table, with_averages
+from evaluate import evaluate, evaluate_models, lay_out, mean_rouge_l, open_sets, read_record, say, table, with_averages
 from losses import cross_entropy, importance_weight, kd_loss, kl, minillm_loss, minillm_returns, prompt_loss, student_loss, whiten
 from model import GPT, CheckpointError, Config, read_config, save
 from prompt import freeze, initial_prompt, save_prompt, teacher_hidden
@@ -776,18 +776,16 @@ OVERRIDES = ("lr", "prompt_lr", "epochs", "steps", "global_batch", "dropout", "l
 
 def record_of(name):
     """The run.json of a model that is a run of ours, {} of any other."""
-    path = Path(name) if Path(name).name != "best" else Path(name).resolve().parent
-    return json.loads((path / "run.json").read_text(encoding="utf-8")) if (path / "run.json").is_file() else {}
+    path = Path(name).resolve()
+    return read_record(path.parent if path.name == "best" else path) or {}
 
 
 def label_of(name):
     """A model's short name, for naming what is made from it: gpt2-xl, or of a stage before, that of the model that it started from."""
-    path = Path(name)
-    if path.is_dir():
-        path = path.resolve().parent if path.name == "best" else path.resolve()
-    if path.name.startswith(("pretrain-", "init-", "teacher-")) and (record := record_of(path)):
+    if (record := record_of(name)) and record["name"].startswith(("pretrain-", "init-", "teacher-")):
         return label_of(record["settings"]["student"])
-    return path.name
+    path = Path(name).resolve()
+    return path.parent.name if path.name == "best" else path.name
 
 
 def paper_row(kind, values, given):
