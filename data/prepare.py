@@ -1,58 +1,45 @@
-"""Prepare the public data sets: python -m data.prepare dolly [--source DIR]. Each becomes a directory `data/<set>/` of JSON lines
-with `instruction`, `input` and `output` (a text, or a list of reference texts)."""
+"""Prepare the public data sets: python -m data.prepare dolly self_inst vicuna sinst uinst [--source DIR]. Each becomes a directory
+`data/<set>/` of JSON lines with `instruction`, `input` and `output` (a text, or a list of reference texts)."""
 
 import argparse
 import json
 import random
+import shutil
 from pathlib import Path
 
 from data import demo
 from data.files import InputError, command, download, hub_url, write_atomic
-from data.rows import read_jsonl, read_rows
+from data.rows import Row, read_jsonl, read_rows
 
 HOME = Path(__file__).parent
 
-# set: repository on the Hugging Face hub, and how many rows there must be (design of the paper's experiments)
-PUBLIC_SETS = {"dolly": ("datasets/MiniLLM/dolly", {"train": 11_435, "dev": 1_000, "test": 500})}
+# set: repository on the Hugging Face hub, its files, and how many rows the paper's experiments have
+PUBLIC_SETS = {
+    "dolly": ("MiniLLM/dolly", ("raw.jsonl", "valid.jsonl"), {"train": 11_435, "dev": 1_000, "test": 500}),
+    "self_inst": ("MiniLLM/self-inst", ("valid.jsonl",), {"test": 242}),
+    "vicuna": ("MiniLLM/Vicuna", ("valid.jsonl",), {"test": 80}),
+    "sinst": ("MiniLLM/sinst", ("11_/valid.jsonl",), {"test": 1_694}),  # 11_: references of 11 words or more
+    "uinst": ("MiniLLM/uinst", ("11_/valid.jsonl",), {"test": 10_000}),
+}
 RAW_DOLLY = "databricks-dolly-15k.jsonl"  # the raw release, whose split is not the paper's
 DEV_ROWS, TEST_ROWS = 1_000, 500
+UNNI_FILE_ROWS = 23_916  # of which the experiments take the first 10,000
 
 
 def prepare(name, source=None, target=None):
     """Write the files of a set to `target` (data/<set>/), from files at hand in `source` or from the network.
 
-    source: a folder with MiniLLM's files (raw.jsonl and valid.jsonl), with a split made already (train.jsonl, dev.jsonl and
-    valid.jsonl), or with the raw release databricks-dolly-15k.jsonl; or a folder of such folders.
-    Returns a line that says what was made.
+    source: the folder of the set's files, or a folder that has theirs under the set's name or the hub's. Dolly is MiniLLM's raw.jsonl and
+    valid.jsonl, or a split made already (train.jsonl, dev.jsonl and valid.jsonl), or the raw release databricks-dolly-15k.jsonl. Any
+    other set is valid.jsonl or test.jsonl, perhaps in a folder 11_ as on the hub.
+    Returns a line that says what was made. Raises InputError where a file can't be had or a row is wrong; nothing is written then.
     """
-    repository, wanted = PUBLIC_SETS[name]
-    target = Path(target or HOME / name)
-    note = ""
-    if source is None:
-        source = target / "download"
-        for file in ("raw.jsonl", "valid.jsonl"):
-            if not (source / file).is_file() and not download(hub_url(repository, file), source / file):
-                raise InputError(f"{hub_url(repository, file)} does not exist; give the files yourself with --source DIR")
-    folders = [folder for folder in (Path(source), Path(source) / name, Path(source) / "raw") if folder.is_dir()]
-    for folder in folders:
-        if all((folder / file).is_file() for file in ("train.jsonl", "dev.jsonl", "valid.jsonl")):
-            splits = {split: read_rows(folder / file) for split, file in (("train", "train.jsonl"), ("dev", "dev.jsonl"), ("test", "valid.jsonl"))}
-            break
-        if all((folder / file).is_file() for file in ("raw.jsonl", "valid.jsonl")):
-            rows = read_rows(folder / "raw.jsonl")
-            splits = {"train": rows[DEV_ROWS:], "dev": rows[:DEV_ROWS], "test": read_rows(folder / "valid.jsonl")}
-            break
-        if (folder / RAW_DOLLY).is_file():
-            splits, note = _split_raw(folder / RAW_DOLLY), "; NOT the paper's split, but one of the raw release"
-            break
-    else:
-        raise InputError(
-            f"{source}: has neither raw.jsonl and valid.jsonl, nor train.jsonl, dev.jsonl and valid.jsonl, nor {RAW_DOLLY}; name their folder"
-        )
+    target, wanted = Path(target or HOME / name), PUBLIC_SETS[name][2]
+    splits, note = _download(name, target / "download") if source is None else _read(name, Path(source))
     for split in wanted:
         if not splits[split]:
-            raise InputError(f"{folder}: leaves no rows for {split}; check its files")
-    for split in ("test", "dev", "train"):  # training rows last: then the set is whole
+            raise InputError(f"{source}: leaves no rows for {split}; check its files")
+    for split in reversed(wanted):  # training rows last: then the set is whole
         lines = [
             {"instruction": r.instruction, "input": r.input, "output": r.references[0] if len(r.references) == 1 else r.references}
             for r in splits[split]
@@ -64,14 +51,62 @@ def prepare(name, source=None, target=None):
     return f"{target}: {_listed(counts)} rows{note}"
 
 
+def _download(name, folder):
+    """A set from the hub, by way of `folder`, which keeps the files: what `_read` gives."""
+    repository, files, _ = PUBLIC_SETS[name]
+    for file in files:
+        url = hub_url(f"datasets/{repository}", file)
+        if not (folder / file).is_file() and not download(url, folder / file):
+            raise InputError(f"{url} does not exist; give the files yourself with --source DIR")
+    try:
+        return _read(name, folder)
+    except InputError as error:
+        shutil.rmtree(folder)
+        raise InputError(f"{error}; the download is removed, so try again") from error
+
+
+def _read(name, source):
+    """A set's rows by split, and what is to be said about them."""
+    return _read_dolly(source) if name == "dolly" else _read_test_set(name, source)
+
+
+def _read_dolly(source):
+    for folder in (source, source / "dolly", source / "raw"):
+        there = {path.name for path in folder.glob("*.jsonl")}
+        if there >= {"train.jsonl", "dev.jsonl", "valid.jsonl"}:
+            return {split: read_rows(folder / f"{file}.jsonl") for split, file in (("train", "train"), ("dev", "dev"), ("test", "valid"))}, ""
+        if there >= {"raw.jsonl", "valid.jsonl"}:
+            rows = read_rows(folder / "raw.jsonl")
+            return {"train": rows[DEV_ROWS:], "dev": rows[:DEV_ROWS], "test": read_rows(folder / "valid.jsonl")}, ""
+        if RAW_DOLLY in there:
+            return _split_raw(folder / RAW_DOLLY), "; NOT the paper's split, but one of the raw release"
+    raise InputError(
+        f"{source}: has neither raw.jsonl and valid.jsonl, nor train.jsonl, dev.jsonl and valid.jsonl, nor {RAW_DOLLY}; name their folder"
+    )
+
+
+def _read_test_set(name, source):
+    repository, (file,), wanted = PUBLIC_SETS[name]
+    folders = [source / name, source / repository.split("/")[1], source]
+    if any((source / of_dolly).is_file() for of_dolly in ("train.jsonl", "raw.jsonl")):
+        folders.pop()  # its valid.jsonl is Dolly's
+    paths = [folder / place for folder in folders for place in (file, file.replace("valid", "test"), "valid.jsonl", "test.jsonl")]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise InputError(f"{source}: has no {file}, valid.jsonl or test.jsonl of {name}, nor a folder {name} with one; name their folder")
+    rows = read_rows(path)
+    if name != "uinst" or len(rows) <= wanted["test"]:
+        return {"test": rows}, ""
+    note = "" if len(rows) == UNNI_FILE_ROWS else f"; the paper's file has {UNNI_FILE_ROWS:,}"
+    return {"test": rows[: wanted["test"]]}, f", the first of {len(rows):,}{note}"
+
+
 def _listed(counts):
     return ", ".join(f"{count:,} {split}" for split, count in counts.items())
 
 
 def _split_raw(path):
     """The raw release (instruction, context, response, category), split by a seeded shuffle."""
-    from data.rows import Row
-
     rows = []
     for index, value in enumerate(read_jsonl(path)):
         texts = [value.get(field) for field in ("instruction", "context", "response")]
@@ -93,7 +128,7 @@ def data_directory(name):
             demo.write_demo(HOME / "demo")
         return HOME / "demo"
     if name in PUBLIC_SETS:
-        if not all((HOME / name / f"{split}.jsonl").is_file() for split in PUBLIC_SETS[name][1]):
+        if not all((HOME / name / f"{split}.jsonl").is_file() for split in PUBLIC_SETS[name][2]):
             print(prepare(name), flush=True)
         return HOME / name
     if not name or not Path(name).is_dir():

@@ -1,4 +1,4 @@
-"""What all tests share: one thread each, the project on the path, the fixture `shared` and the marker `slow`."""
+"""What all tests share: one thread each, the project on the path, the fixtures `shared` and `server`, and the marker `slow`."""
 
 import os
 import sys
@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # transformers asks the hub about local dire
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from helpers import Server  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -37,3 +38,14 @@ def shared():
     if not path.is_dir():
         pytest.skip("../shared is not here")
     return path
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server that stands for the hub, while nobody waits between two attempts."""
+    server = Server()
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr("data.files.time.sleep", lambda seconds: None)
+    yield server
+    server.close()

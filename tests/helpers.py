@@ -5,8 +5,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import zlib
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from tiktoken_ext.openai_public import r50k_pat_str
 
+from data.files import InputError
 from data.rows import BYTE_OF_LETTER, END, tokenizer_files
 from model import GPT, TRANSPOSED, Config
 
@@ -123,3 +126,77 @@ def run_command(*arguments, timeout=120, **environment):
     """`python arguments...` in the project's folder, on the CPU. Returns the finished process, with its output as text."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_ENDPOINT": "http://127.0.0.1:9", **environment}
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def files_below(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def error_of(function, *arguments):
+    """The message of the InputError that a call must raise; it must be one line."""
+    with pytest.raises(InputError) as caught:
+        function(*arguments)
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+class Cut(bytes):
+    """An answer that promises all of these bytes and breaks off half way."""
+
+
+class CutChunks(bytes):
+    """The same without a Content-Length: the answer comes in chunks and the last one is missing."""
+
+
+class Short(bytes):
+    """An answer that promises half of these bytes and sends them all."""
+
+
+class Server:
+    """A web server on loopback. `answers` maps a path to what is sent: bytes, Cut, CutChunks, Short, the number of an error, or
+    a list of these, one a request (the last one stays). Any other path is a 404. `asked` lists the paths that were asked for."""
+
+    def __init__(self):
+        self.answers, self.asked = {}, []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                server.asked.append(self.path)
+                answer = server.answers.get(self.path, 404)
+                if isinstance(answer, list):
+                    answer = answer.pop(0) if len(answer) > 1 else answer[0]
+                if isinstance(answer, int):
+                    self.send_error(answer)
+                    return
+                broken = isinstance(answer, Cut | CutChunks)
+                body = answer[: len(answer) // 2] if broken else answer
+                self.send_response(200)
+                if isinstance(answer, CutChunks):
+                    self.send_header("Transfer-Encoding", "chunked")
+                    body = b"%x\r\n%s\r\n" % (len(body), body)
+                else:
+                    self.send_header("Content-Length", str(len(answer) // 2 if isinstance(answer, Short) else len(answer)))
+                self.end_headers()
+                self.wfile.write(body)
+                self.close_connection = broken or isinstance(answer, Short)
+
+            def log_message(self, *arguments):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def serve(self, repository, **contents):
+        """Serve a repository's files: `model_safetensors=...` for model.safetensors, and so on."""
+        for name, answer in contents.items():
+            stem, _, ending = name.rpartition("_")
+            self.answers[f"/{repository}/resolve/main/{stem}.{ending}"] = answer
+
+    def close(self):
+        self.http.shutdown()
+        self.http.server_close()

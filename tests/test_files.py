@@ -5,85 +5,16 @@ import os
 import socket
 import stat
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from helpers import run_command, talker_config, tiny_model, tiny_tokenizer
+from helpers import Cut, CutChunks, error_of, files_below, run_command, talker_config, tiny_model, tiny_tokenizer
 
 import model
 from data import files
 from data.files import InputError, command, download, hub_url, model_directory, write_atomic
 from data.rows import tokenizer_files
 from sample import load_model
-
-
-class Cut(bytes):
-    """An answer that promises all of these bytes and breaks off half way."""
-
-
-class CutChunks(bytes):
-    """The same without a Content-Length: the answer comes in chunks and the last one is missing."""
-
-
-class Server:
-    """A web server on loopback. `answers` maps a path to what is sent: bytes, Cut, CutChunks, the number of an error, or a list of
-    these, one a request (the last one stays). Any other path is a 404. `asked` lists the paths that were asked for."""
-
-    def __init__(self):
-        self.answers, self.asked = {}, []
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self):
-                server.asked.append(self.path)
-                answer = server.answers.get(self.path, 404)
-                if isinstance(answer, list):
-                    answer = answer.pop(0) if len(answer) > 1 else answer[0]
-                if isinstance(answer, int):
-                    self.send_error(answer)
-                    return
-                broken = isinstance(answer, Cut | CutChunks)
-                body = answer[: len(answer) // 2] if broken else answer
-                self.send_response(200)
-                if isinstance(answer, CutChunks):
-                    self.send_header("Transfer-Encoding", "chunked")
-                    body = b"%x\r\n%s\r\n" % (len(body), body)
-                else:
-                    self.send_header("Content-Length", str(len(answer)))
-                self.end_headers()
-                self.wfile.write(body)
-                self.close_connection = broken
-
-            def log_message(self, *arguments):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    def serve(self, repository, **contents):
-        """Serve a repository's files: `model_safetensors=...` for model.safetensors, and so on."""
-        for name, answer in contents.items():
-            stem, _, ending = name.rpartition("_")
-            self.answers[f"/{repository}/resolve/main/{stem}.{ending}"] = answer
-
-    def close(self):
-        self.http.shutdown()
-        self.http.server_close()
-
-
-@pytest.fixture
-def server(monkeypatch):
-    """A server that stands for the hub, while nobody waits between two attempts."""
-    server = Server()
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
-    yield server
-    server.close()
 
 
 @pytest.fixture
@@ -93,19 +24,6 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     return tmp_path / "torch" / "hub" / "promptkd"
-
-
-def files_below(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def error_of(function, *arguments):
-    """The message of the InputError that a call must raise; it must be one line."""
-    with pytest.raises(InputError) as caught:
-        function(*arguments)
-    message = str(caught.value)
-    assert message and "\n" not in message
-    return message
 
 
 # ---- command ---------------------------------------------------------------------------------------------------------------

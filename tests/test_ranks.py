@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT, run_command
-from test_files import server  # noqa: F401  (a fixture)
 
 from data import ranks
 from data.files import InputError
@@ -105,7 +104,7 @@ def torchrun(folder, what, **environment):
     return done, time.monotonic() - begun
 
 
-def test_two_ranks_agree_on_what_they_gather_add_up_and_read(server, tmp_path):  # noqa: F811
+def test_two_ranks_agree_on_what_they_gather_add_up_and_read(server, tmp_path):
     server.serve("a/b", model_safetensors=b"w" * 1000, config_json=b"{}")
     done, _ = torchrun(tmp_path, "everything", HF_ENDPOINT=server.url, TORCH_HOME=str(tmp_path), HF_HOME=str(tmp_path / "hf"))
     assert done.returncode == 0, done.stderr
