@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from data.files import InputError, command, model_directory, pyplot, write_atomic
 from data.prepare import PUBLIC_SETS, data_directory
+from data.ranks import say
 from data.rows import is_text_list, read_jsonl, read_rows, request_tokens
 from model import GPT, CheckpointError, read_config
 from sample import MAX_NEW, add_decoding_options, in_range, load_model, sample_all, to_text
@@ -70,7 +71,7 @@ def evaluate(model, tokenizer, rows, key, label=None, **how):
     key: what the random numbers hang on before the row's index, as (seed, "evaluate", set). Returns for every row, in order,
     on every rank: {"index", "text", "rouge_l", "shortened": whether its request was cut to fit}.
     """
-    mine = rows[ranks.rank() :: ranks.world()]
+    mine = ranks.share(rows)
     requests = [request_tokens(row, tokenizer) for row in mine]
     model.eval()
     responses, _ = sample_all(model, [tokens for tokens, _ in requests], [(*key, row.index) for row in mine], tokenizer.eot_token, label=label, **how)
@@ -170,12 +171,6 @@ def kept_summary(path, made_from):
     others = [name for name, value in wanted.items() if not isinstance(found, dict) or found.get(name) != value]
     say(f"{path}: was made from other {', '.join(others)}; made anew")
     return None
-
-
-def say(*words):
-    """Print on rank 0."""
-    if ranks.rank() == 0:
-        print(*words, flush=True)
 
 
 # ---- models and sets by their names -------------------------------------------------------------------------------------------

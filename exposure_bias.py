@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from data.files import InputError, command, model_directory, pyplot, write_atomic
 from data.prepare import data_directory
-from data.rows import Example, load_tokenizer, make_batch, read_rows, request_tokens
+from data.ranks import say
+from data.rows import Example, load_tokenizer, make_batch, read_rows, request_tokens, same_tokens
 from losses import kl
 from model import CheckpointError, read_config
 from sample import MAX_NEW, in_range, load_model, sample_all
@@ -213,16 +214,6 @@ def say_point(label, columns, n):
     say(f"{label}: ExAccErr {error:+.1f} % (95 %: {low:+.1f} to {high:+.1f}) at l = {l}, where {alive:,} responses are alive")
 
 
-def say(*words):
-    """Print on rank 0."""
-    if ranks.rank() == 0:
-        print(*words, flush=True)
-
-
-def words(tokenizer):
-    return [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab)]
-
-
 # ---- the command -------------------------------------------------------------------------------------------------------------
 
 
@@ -255,12 +246,12 @@ def main(argv=None):
     for name in [*args.students, *(directory for of_run in along.values() for directory in of_run.values())]:  # before anything takes long
         directory = ranks.on_first(model_directory, str(name))
         read_config(directory)
-        if words(load_tokenizer(directory)) != words(tokenizer):
+        if not same_tokens(load_tokenizer(directory), tokenizer):
             raise InputError(f"teacher {args.teacher} and student {name} have different tokenizers; a KL over the vocabulary needs one for both")
     tokens = {row.index: request_tokens(row, tokenizer) for row in rows}
     if cut := sum(shortened for _, shortened in tokens.values()):
         say(f"{cut} of {len(rows)} requests were shortened to fit")
-    mine = [row.index for row in rows[ranks.rank() :: ranks.world()] for _ in range(args.samples)]  # this rank's part
+    mine = [row.index for row in ranks.share(rows) for _ in range(args.samples)]  # this rank's part
     requests = [tokens[index][0] for index in mine]
 
     def respond(model, role, steps, label):

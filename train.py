@@ -27,8 +27,20 @@ from torch.nn.parallel import DistributedDataParallel
 from data.demo import TOKENIZER_DIR
 from data.files import OFFICIAL_MODELS, InputError, command, model_directory, pyplot, write_atomic
 from data.prepare import data_directory
-from data.rows import Example, epoch_order, load_tokenizer, micro_batches, packed_blocks, read_rows, read_texts, tokenizer_files, training_examples
-from evaluate import evaluate, evaluate_models, lay_out, mean_rouge_l, open_sets, read_record, say, table, with_averages
+from data.ranks import say
+from data.rows import (
+    Example,
+    epoch_order,
+    load_tokenizer,
+    micro_batches,
+    packed_blocks,
+    read_rows,
+    read_texts,
+    same_tokens,
+    tokenizer_files,
+    training_examples,
+)
+from evaluate import evaluate, evaluate_models, lay_out, mean_rouge_l, open_sets, read_record, table, with_averages
 from losses import cross_entropy, importance_weight, kd_loss, kl, minillm_loss, minillm_returns, prompt_loss, student_loss, whiten
 from model import GPT, CheckpointError, Config, read_config, save
 from prompt import freeze, initial_prompt, save_prompt, teacher_hidden
@@ -425,7 +437,7 @@ def build(s, total, global_batch, tokenizer, micro_batch, device):
     run = Run(s, total, global_batch, micro_batch, device, tokenizer, student, wrapped, adamw(student.parameters(), s))
     if s.teacher is not None:
         teacher, teacher_tokenizer = load_model(s.teacher, device)
-        if words(teacher_tokenizer) != words(tokenizer):
+        if not same_tokens(teacher_tokenizer, tokenizer):
             raise InputError(f"teacher {s.teacher} and student {s.student} have different tokenizers; a KL over the vocabulary needs one for both")
         run.teacher = freeze(teacher)
     if s.method == "promptkd":
@@ -451,10 +463,6 @@ def set_rate(optimizer, lr):
     for group in optimizer.param_groups:
         group["lr"] = lr
     return lr
-
-
-def words(tokenizer):
-    return [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab)]
 
 
 def config_of_shape(shape, vocab_size, dropout):

@@ -38,6 +38,12 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def say(*words):
+    """Print on rank 0."""
+    if rank() == 0:
+        print(*words, flush=True)
+
+
 def barrier():
     """Wait for all ranks."""
     if world() > 1:

@@ -62,6 +62,12 @@ def load_tokenizer(directory=None):
     return tiktoken.Encoding(str(directory), pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
 
 
+def same_tokens(tokenizer, other):
+    """Whether two tokenizers number the same tokens alike, so that a KL over their vocabularies has a meaning."""
+    of_both = [[t.decode_single_token_bytes(i) for i in range(t.n_vocab)] for t in (tokenizer, other)]
+    return of_both[0] == of_both[1]
+
+
 @functools.lru_cache(maxsize=4)
 def tokenizer_files(tokenizer):
     """The text of `vocab.json` and of `merges.txt` for a tokenizer, as Hugging Face reads them."""
