@@ -6,7 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from losses import cross_entropy, directed_kl, kl, prompt_loss, student_loss
+import reference
+from losses import (
+    cross_entropy,
+    directed_kl,
+    importance_weight,
+    kd_loss,
+    kl,
+    minillm_loss,
+    minillm_returns,
+    policy_gradient_loss,
+    prompt_loss,
+    student_loss,
+)
+from losses import whiten
 from reference import central_difference, log_softmax, token_cross_entropy, token_kl
 
 N, V = 6, 11
@@ -213,3 +226,164 @@ def test_gradient_goes_to_the_prompted_teacher_in_the_prompt_loss_and_to_the_stu
     student, target = tensor(logits(26), grad=True), prompted.detach()
     student_loss(student, target).sum().backward()
     assert student.grad.abs().max() > 0.01 and target.grad is None
+
+
+# ---- KD's loss ----------------------------------------------------------------------------------------------------------------------
+
+TARGETS = [0, 3, 10, 3, 5, 7]
+
+
+def test_kd_by_hand_is_half_cross_entropy_and_half_forward_kl():
+    """q = (1/4, 3/4), p = (1/2, 1/2), y_t the first: (ln 4 + ln(4/3) / 2) / 2 = 0.7651; reverse KL would give 0.7586."""
+    q, p = tensor([[0.0, math.log(3)]]), tensor([[0.0, 0.0]])
+    assert kd_loss(q, p, torch.tensor([0])).item() == pytest.approx(0.765067, abs=1e-6)
+    assert kd_loss(p, p, torch.tensor([1])).item() == pytest.approx(0.5 * math.log(2), abs=1e-7)
+
+
+def test_kd_and_its_gradient_are_those_of_numpy():
+    q, p = logits(27), logits(28)
+    z, fixed = tensor(q, grad=True), tensor(p)
+
+    def loss(row):
+        return 0.5 * token_cross_entropy(q[row], TARGETS[row]) + 0.5 * token_kl(p[row], q[row])
+
+    losses = kd_loss(z, fixed, torch.tensor(TARGETS))
+    close(losses, [loss(row) for row in range(N)])
+    losses.sum().backward()
+    close(z.grad, [[central_difference(lambda: loss(row), q, (row, v)) for v in range(V)] for row in range(N)], 1e-5)
+
+
+# ---- MiniLLM ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma, wanted", [
+    (0.95, [(1 - 0.95 + 2 * 0.9025) / 3, (-1 + 2 * 0.95) / 2, 2]),
+    (0.5, [(1 - 0.5 + 0.5) / 3, (-1 + 1) / 2, 2]),
+    (1.0, [2 / 3, 1 / 2, 2]),
+    (0.0, [1 / 3, -1 / 2, 2]),
+])  # fmt: skip
+def test_returns_by_hand(gamma, wanted):
+    """log p - log q is 0.5, -0.5, 1, so the rewards are 1, -1, 2; a return starts at its own token's and is divided by the tokens left."""
+    log_p, log_q = tensor([-1.0, -2.0, -3.0]), tensor([-1.5, -1.5, -4.0])
+    close(minillm_returns(log_p, log_q, gamma), wanted)
+    if gamma == 0.95:
+        close(minillm_returns(log_p, log_q), wanted)  # the released value
+
+
+@pytest.mark.parametrize("log_p, log_q, wanted", [
+    (-1.0, -50.5, 99.0), (-1.0, -51.5, 100.0), (-1.0, -400.0, 100.0), (-50.5, -1.0, -99.0), (-51.5, -1.0, -100.0), (-1e30, -1.0, -100.0), (-1.0, -1.25, 0.5),
+])  # fmt: skip
+def test_a_response_of_one_token_returns_its_clipped_reward(log_p, log_q, wanted):
+    close(minillm_returns(tensor([log_p]), tensor([log_q])), [wanted])
+
+
+def test_each_reward_is_clipped_before_the_sum():
+    """Rewards 100 and -100 after clipping, of 198 and -398: (100 - 95) / 2 and -100."""
+    close(minillm_returns(tensor([-1.0, -200.0]), tensor([-100.0, -1.0])), [2.5, -100])
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 256])
+def test_returns_are_those_of_numpy(n):
+    log_p, log_q = -30 * np.random.default_rng(n).random((2, n))
+    close(minillm_returns(tensor(log_p), tensor(log_q)), reference.minillm_returns(log_p, log_q), 1e-9)
+    close(minillm_returns(tensor(log_p, torch.float32), tensor(log_q, torch.float32)), reference.minillm_returns(log_p, log_q), 1e-4)
+
+
+def test_whitened_returns_have_mean_0_and_variance_1():
+    """Of 1, 2, 3, 4 the mean is 2.5 and the variance, over all four and not three, 1.25."""
+    close(whiten(tensor([1.0, 2.0, 3.0, 4.0])), np.array([-1.5, -0.5, 0.5, 1.5]) / math.sqrt(1.25))
+    R = whiten(tensor(50 + 20 * np.random.default_rng(29).standard_normal(1000), torch.float32)).double()
+    assert R.mean().item() == pytest.approx(0, abs=1e-5) and (R**2).mean().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("R", [[0.0], [-100.0], [3.5, 3.5, 3.5]])
+def test_returns_that_are_all_alike_are_whitened_to_0(R):
+    assert whiten(tensor(R, torch.float32)).tolist() == [0.0] * len(R)
+
+
+@pytest.mark.parametrize("p, q, alpha, wanted", [
+    (0.25, 0.5, 0.2, 0.5 / 0.45),  # q / (0.8 q + 0.2 p)
+    (0.25, 0.05, 0.2, 0.05 / 0.09),
+    (0.9, 0.1, 0.5, 0.2),
+    (0.3, 0.3, 0.2, 1.0),
+    (0.9, 0.1, 0.0, 1.0),
+])  # fmt: skip
+def test_importance_weight_by_hand(p, q, alpha, wanted):
+    log_p, log_q = (torch.tensor([probability], dtype=torch.float64).log() for probability in (p, q))
+    assert importance_weight(log_p, log_q, alpha).item() == pytest.approx(wanted, rel=1e-9)
+    if alpha == 0.2:
+        assert importance_weight(log_p, log_q).item() == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_importance_weight_of_tokens_that_one_of_the_two_would_hardly_say(dtype):
+    """What the student would never have said weighs nothing; what the teacher would never have said, 1 / 0.8; equal odds, exactly 1."""
+    log_p, log_q = tensor([-1.0, -1.0, -5000.0, -1e-3, -800.0], dtype), tensor([-90.0, -5000.0, -1.0, -1e-3, -800.0], dtype)
+    w = importance_weight(log_p, log_q)
+    assert torch.isfinite(w).all()
+    np.testing.assert_allclose(w.numpy(), [5 * math.exp(-89), 0, 1.25, 1, 1], rtol=1e-5, atol=1e-30)
+
+
+CORNERS = [
+    # ρ, R, loss, and its gradient with respect to log q_θ, which is - ρ R or none
+    (1.5, 2.0, -2.4, 0.0),  # better than before, and likelier by far already: no further
+    (1.5, -2.0, 3.0, 3.0),
+    (0.5, 2.0, -1.0, -1.0),
+    (0.5, -2.0, 1.6, 0.0),  # worse, and unlikelier by far already
+    (1.1, 2.0, -2.2, -2.2),
+    (0.9, -2.0, 1.8, 1.8),
+    (1.0, 0.0, 0.0, 0.0),
+]
+
+
+@pytest.mark.parametrize("rho, R, loss, gradient", CORNERS)
+@pytest.mark.parametrize("w", [1.0, 0.25])
+def test_policy_gradient_at_the_corners_of_the_clip_by_hand(rho, R, loss, gradient, w):
+    """ρ = w · q_θ / q, so with w = 1/4 the student's own ratio is four times as large."""
+    log_q = tensor([-2.5])
+    log_q_theta = (log_q + math.log(rho / w)).requires_grad_()
+    result = policy_gradient_loss(log_q_theta, log_q, tensor([w]), tensor([R]))
+    result.sum().backward()
+    close(result, [loss])
+    close(log_q_theta.grad, [gradient])
+
+
+def test_the_clips_width_is_epsilon():
+    log_q_theta, zero, one = tensor([math.log(1.5)] * 2), tensor([0.0] * 2), tensor([1.0] * 2)
+    close(policy_gradient_loss(log_q_theta, zero, one, tensor([2.0, -2.0]), epsilon=0.4), [-2.8, 3.0])
+    close(policy_gradient_loss(log_q_theta, zero, one, tensor([2.0, -2.0]), epsilon=0.6), [-3.0, 3.0])
+
+
+def minillm_token(q_theta, p, target, log_q, w, R):
+    """The loss at one token, and ρ, in NumPy."""
+    rho = w * math.exp(log_softmax(q_theta)[target] - log_q)
+    return -min(rho * R, min(1.2, max(0.8, rho)) * R) + token_kl(q_theta, p), rho
+
+
+def test_minillms_loss_and_gradient_are_those_of_numpy():
+    """The policy gradient and KL(q_θ || p), added up; the weight is the policy gradient's alone."""
+    q_theta, p, rng = logits(30), logits(31), np.random.default_rng(32)
+    wanted_rho = np.array([1.5, 1.5, 0.5, 0.5, 1.1, 0.9])
+    w, R = rng.uniform(0.5, 1.2, N), np.array([1.3, -0.7, 0.4, -1.6, 0.9, -0.2])
+    log_q = np.array([log_softmax(z)[y] for z, y in zip(q_theta, TARGETS)]) + np.log(w / wanted_rho)
+
+    def loss(row):
+        return minillm_token(q_theta[row], p[row], TARGETS[row], log_q[row], w[row], R[row])[0]
+
+    assert [minillm_token(*row)[1] for row in zip(q_theta, p, TARGETS, log_q, w, R)] == pytest.approx(wanted_rho)
+    z = tensor(q_theta, grad=True)
+    losses = minillm_loss(z, tensor(p), torch.tensor(TARGETS), tensor(log_q), tensor(w), tensor(R))
+    close(losses, [loss(row) for row in range(N)])
+    losses.sum().backward()
+    close(z.grad, [[central_difference(lambda: loss(row), q_theta, (row, v)) for v in range(V)] for row in range(N)], 1e-5)
+
+
+def test_minillms_single_step_term_is_the_exact_reverse_kl():
+    """Where the return is 0 nothing else is left: no sampled token, weight or ratio is in it."""
+    q_theta, p = logits(33), logits(34)
+    z, nothing = tensor(q_theta, grad=True), tensor(np.zeros(N))
+    losses = minillm_loss(z, tensor(p), torch.tensor(TARGETS), tensor(np.full(N, -3.0)), tensor(np.full(N, 0.1)), nothing)
+    close(losses, by_token(token_kl, q_theta, p))
+    losses.sum().backward()
+    log_q, log_p = (np.stack([log_softmax(row) for row in array]) for array in (q_theta, p))
+    close(z.grad, np.exp(log_q) * (log_q - log_p - (np.exp(log_q) * (log_q - log_p)).sum(1, keepdims=True)), 1e-5)

@@ -16,7 +16,7 @@ from data.demo import TOKENIZER_DIR
 from data.files import InputError
 from data.rows import (
     END, Example, Row, epoch_order, fill_template, load_tokenizer, make_batch, micro_batches, packed_blocks, pad, read_jsonl,
-    read_rows, request_tokens, tokenizer_files, training_examples,
+    read_rows, read_texts, request_tokens, tokenizer_files, training_examples,
 )  # fmt: skip
 
 CPU = torch.device("cpu")
@@ -190,7 +190,9 @@ def test_a_gpt2_tokenizer_that_can_t_be_downloaded_is_one_line(monkeypatch):
 # ---- the template ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file, count", [("dolly/train", 11435), ("dolly/dev", 1000), ("dolly/valid", 500), ("self-inst/valid", 242), ("vicuna/valid", 80)])
+@pytest.mark.parametrize(
+    "file, count", [("dolly/train", 11435), ("dolly/dev", 1000), ("dolly/valid", 500), ("self-inst/valid", 242), ("vicuna/valid", 80)]
+)
 def test_the_template_gives_the_prompt_of_every_published_row(shared, file, count):
     published = jsonl(shared / "data" / f"{file}.jsonl")
     read = read_rows(shared / "data" / f"{file}.jsonl")
@@ -315,6 +317,56 @@ def test_rows_without_output_are_fine_where_none_is_needed(tmp_path):
     assert "'output'" in error_of(read_rows, path, needs_output=False)
 
 
+# ---- text corpora -----------------------------------------------------------------------------------------------------------
+
+BOM = b"\xef\xbb\xbf"
+
+
+def test_the_texts_of_json_lines_are_their_field_text(tmp_path):
+    """Blank lines inside a text do not end it, and an empty one is one."""
+    texts = ["one", "two\n\nof two paragraphs", "", "größer 大"]
+    content = "".join(json.dumps({"text": text, "url": 5}, ensure_ascii=False) + "\n" for text in texts)
+    for mark in (b"", BOM):
+        assert read_texts(write_bytes(tmp_path / "x.jsonl", mark + content.encode())) == texts
+    assert read_texts(str(tmp_path / "x.jsonl"), limit=2) == texts[:2] and read_texts(tmp_path / "x.jsonl", limit=99) == texts
+
+
+@pytest.mark.parametrize("content", [
+    "one\n\ntwo\nof two lines\n\ngrößer {大", "one\r\n\r\ntwo\r\nof two lines\r\n\r\ngrößer {大", "\n\none\n\n\n\ntwo\nof two lines\n\n \n\ngrößer {大\n\n",
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["corpus.txt", "corpus"])
+def test_the_documents_of_a_text_file_are_separated_by_blank_lines(tmp_path, content, name):
+    for mark in (b"", BOM):
+        path = write_bytes(tmp_path / name, mark + content.encode())
+        assert read_texts(path) == ["one", "two\nof two lines", "größer {大"]
+        assert read_texts(path, limit=2) == ["one", "two\nof two lines"]
+
+
+def test_a_text_file_of_nothing_has_no_texts(tmp_path):
+    for content in ("", "\n\n\n", BOM):
+        assert read_texts(write_bytes(tmp_path / "x.txt", content)) == []
+
+
+@pytest.mark.parametrize("value", [None, 5, True, ["one"], {"text": "one"}, "absent"])
+def test_a_text_that_is_none_is_named_with_file_and_line(tmp_path, value):
+    bad = {} if value == "absent" else {"text": value}
+    path = write_bytes(tmp_path / "x.jsonl", "".join(json.dumps(line) + "\n" for line in [{"text": "a"}, {"text": "b"}, bad, {"text": "c"}]))
+    assert error_of(read_texts, path).startswith(f"{path}, line 3: 'text' must be a text, not {'null' if value == 'absent' else json.dumps(value)}")
+
+
+@pytest.mark.parametrize(
+    "content, where", [(b'{"text": "a"}\n{"text": "\xff"}\n', ", line 2"), (b'{"text": "a"}\n{"text": \n', ", line 2"), (b"", "")]
+)
+def test_a_corpus_of_json_lines_that_cannot_be_read_is_named(tmp_path, content, where):
+    path = write_bytes(tmp_path / "x.jsonl", content)
+    assert error_of(read_texts, path).startswith(f"{path}{where}: ")
+
+
+def test_a_text_file_that_is_not_utf8_is_named(tmp_path):
+    path = write_bytes(tmp_path / "x.txt", "größer".encode("latin-1"))
+    assert error_of(read_texts, path) == f"{path}: is not UTF-8; convert the file to UTF-8"
+
+
 # ---- training examples -----------------------------------------------------------------------------------------------------
 
 
@@ -323,7 +375,11 @@ def test_request_and_response_are_encoded_apart(tokenizer):
     example = training_examples([row], tokenizer)[0]
     joined = tokenizer.encode_ordinary(fill_template("Say nothing.") + "\n\nfirst line")
     assert example.request[-1] == example.response[0] == tokenizer.encode_ordinary("\n")[0]
-    assert [*example.request, *example.response] == [*tokenizer.encode_ordinary(fill_template("Say nothing.")), *tokenizer.encode_ordinary("\n\nfirst line"), 50256]
+    assert [*example.request, *example.response] == [
+        *tokenizer.encode_ordinary(fill_template("Say nothing.")),
+        *tokenizer.encode_ordinary("\n\nfirst line"),
+        50256,
+    ]
     assert len(joined) < len(example.request) + len(example.response) - 1  # encoded together, a merge would cross the border
 
 
