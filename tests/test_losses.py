@@ -7,19 +7,8 @@ import pytest
 import torch
 
 import reference
-from losses import (
-    cross_entropy,
-    directed_kl,
-    importance_weight,
-    kd_loss,
-    kl,
-    minillm_loss,
-    minillm_returns,
-    policy_gradient_loss,
-    prompt_loss,
-    student_loss,
-)
-from losses import whiten
+from losses import cross_entropy, directed_kl, importance_weight, kd_loss, kl, minillm_loss, minillm_returns, policy_gradient_loss, prompt_loss
+from losses import student_loss, whiten
 from reference import central_difference, log_softmax, token_cross_entropy, token_kl
 
 N, V = 6, 11

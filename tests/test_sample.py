@@ -1,19 +1,22 @@
 """Sampling: every option against a plain computation in NumPy, row by row, and the command."""
 
 import json
+import os
+import socket
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+import sample as sample_module
 from data.files import InputError, command
-from data.rows import fill_template
-from helpers import GOLDEN, TINY, greedy_by_transformers, run_command, soft_prompt, talker_config, tiny_model, tiny_tokenizer
+from data.rows import fill_template, read_rows
+from helpers import GOLDEN, ROOT, TINY, greedy_by_transformers, run_command, soft_prompt, talker_config, tiny_model, tiny_tokenizer
 from helpers import transformers_model, write_checkpoint, write_rows
 from model import CheckpointError
 from prompt import save_prompt
-from sample import RepeatBan, draw, main, row_uniforms, sample, sample_all, to_text
+from sample import RepeatBan, draw, main, row_uniforms, sample, sample_all, sample_to_file, to_text
 
 SMALL = replace(TINY, vocab_size=12, n_positions=64)  # so few words that responses end and n-grams repeat
 END, MAX_NEW = 9, 14
@@ -175,6 +178,89 @@ def test_greedy_tokens_equal_the_golden_ones():
     assert sample(tiny_model(), rows, None, -1, max_new=12)[0] == golden["greedy"]
 
 
+# ---- two models mixed -------------------------------------------------------------------------------------------------------------
+
+WIDE = replace(SMALL, n_layer=1, n_embd=48, n_head=3)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return tiny_model(WIDE)
+
+
+@torch.no_grad()
+def mixture(model, teacher, alpha, text):
+    """(1 - α) q + α p of the next token, float64 (V,), from the whole text through both models."""
+    q, p = (probabilities(m.logits(m(torch.tensor([text]))[0, -1]).double().numpy()) for m in (model, teacher))
+    return (1 - alpha) * q + alpha * p
+
+
+def mixed_by_hand(model, teacher, alpha, request, uniforms, end=END):
+    text, log_probs = list(request), []
+    for t in range(MAX_NEW):
+        m = mixture(model, teacher, alpha, text)
+        token = int(np.searchsorted(np.cumsum(m), float(uniforms[t]), side="right"))
+        text.append(token)
+        log_probs.append(np.log(m[token]))
+        if token == end:
+            break
+    return text[len(request) :], log_probs
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.7, 1.0])
+def test_a_ragged_batch_of_two_models_mixed_equals_each_row_by_hand(model, teacher, alpha):
+    """Responses end at different lengths, so that rows are dropped from both models' caches on the way."""
+    requests, uniforms = ragged_requests(12), uniforms_of(12)
+    responses, log_probs = sample(model, requests, uniforms, END, MAX_NEW, mix=(teacher, alpha))
+    for row, request in enumerate(requests):
+        tokens, log_p = mixed_by_hand(model, teacher, alpha, request, uniforms[row])
+        assert responses[row] == tokens
+        np.testing.assert_allclose(log_probs[row], log_p, atol=1e-4)
+    assert len({len(response) for response in responses}) > 2 or alpha == 1
+    if alpha == 1:
+        assert responses == sample(teacher, requests, uniforms, END, MAX_NEW)[0]
+
+
+def chi_square(counts, p):
+    n = counts.sum()
+    return ((counts - n * p) ** 2 / (n * p)).sum()
+
+
+def test_mixed_first_tokens_have_the_frequencies_of_the_mixture_and_not_of_one_of_the_two(model, teacher):
+    request, n = [3, 1, 4], 6000
+    uniforms = np.stack([row_uniforms(1, 10, "mixed", row) for row in range(n)])
+    counts = np.bincount([tokens[0] for tokens in sample(model, [request] * n, uniforms, END, 1, mix=(teacher, 0.2))[0]], minlength=12)
+    assert chi_square(counts, mixture(model, teacher, 0.2, request)) < 34  # 11 degrees of freedom: above in 0.04 % of draws
+    for alpha in (0.0, 1.0, 0.8):
+        assert chi_square(counts, mixture(model, teacher, alpha, request)) > 100
+
+
+def test_a_share_of_0_draws_what_the_student_alone_draws(model, teacher):
+    requests, uniforms = ragged_requests(16), uniforms_of(16)
+    mixed, log_probs = sample(model, requests, uniforms, END, MAX_NEW, mix=(teacher, 0.0))
+    alone, log_p = sample(model, requests, uniforms, END, MAX_NEW)
+    assert mixed == alone != sample(model, requests, uniforms, END, MAX_NEW, mix=(teacher, 0.2))[0]
+    assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(log_probs, log_p, strict=True))
+
+
+def test_batches_of_1_8_and_32_draw_the_same_from_two_models_mixed(model, teacher):
+    requests, keys = ragged_requests(32), [(10, "test", row) for row in range(32)]
+    responses, log_probs = sample_all(model, requests, keys, END, MAX_NEW, at_once=32, mix=(teacher, 0.5))
+    for at_once in [8, 1]:
+        again, log_p = sample_all(model, requests, keys, END, MAX_NEW, at_once=at_once, mix=(teacher, 0.5))
+        assert again == responses
+        assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(log_p, log_probs, strict=True))
+
+
+@pytest.mark.parametrize("student_positions, teacher_positions", [(64, 30), (30, 64)])
+def test_two_models_mixed_have_the_positions_of_the_one_with_fewer(student_positions, teacher_positions):
+    student, teacher = tiny_model(replace(SMALL, n_positions=student_positions)), tiny_model(replace(WIDE, n_positions=teacher_positions))
+    request, u = [1] * 16, uniforms_of(1)  # 16 + 14 = 30 positions
+    assert sample(student, [request], u, 99, MAX_NEW, mix=(teacher, 0.2))[0][0] == mixed_by_hand(student, teacher, 0.2, request, u[0], end=99)[0]
+    with pytest.raises(InputError, match="17 tokens and 14 new ones exceed the model's 30 positions"):
+        sample(student, [[*request, 1]], u, 99, MAX_NEW, mix=(teacher, 0.2))
+
+
 # ---- one draw ----------------------------------------------------------------------------------------------------------------
 
 
@@ -282,6 +368,131 @@ def test_a_banned_sample_repeats_nothing_and_a_plain_one_does(model):
     assert sum(repeats([1, 2, 3, *response], 2) for response in without) == 0
 
 
+# ---- a teacher's responses in a file -----------------------------------------------------------------------------------------------
+
+SAMPLED_NEW = 100
+LONG = 4  # the row whose request is over the limit
+SAMPLED_ROWS = [
+    {"instruction": "Write a task." * (1 + n % 3), "input": "café" * (n % 2), "output": [f"answer {n}", "another"], "topic": n} for n in range(13)
+]
+SAMPLED_ROWS[LONG]["input"] = "many " * 200
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """The rows of a training file, in which one request is over the limit."""
+    return read_rows(write_rows(tmp_path_factory.mktemp("asked") / "train.jsonl", SAMPLED_ROWS))
+
+
+def to_file(rows, path, at_once=4):
+    sample_to_file(tiny_model(talker_config()), tiny_tokenizer(), rows, (10, "responses"), path, SAMPLED_NEW, at_once)
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole_file(asked, tmp_path_factory):
+    return to_file(asked, tmp_path_factory.mktemp("whole") / "train.jsonl")
+
+
+def test_a_line_has_the_row_and_the_models_response_to_it(whole_file):
+    lines, tokenizer = [json.loads(line) for line in whole_file.splitlines()], tiny_tokenizer()
+    wanted = [(n, row) for n, row in enumerate(SAMPLED_ROWS) if n != LONG]
+    for line, (n, row) in zip(lines, wanted, strict=True):
+        request = tokenizer.encode_ordinary(fill_template(row["instruction"], row["input"]))
+        [response], _ = sample(
+            tiny_model(talker_config()), [request], row_uniforms(SAMPLED_NEW, 10, "responses", n)[None], tokenizer.eot_token, SAMPLED_NEW
+        )
+        text = tokenizer.decode(response).removesuffix("<|endoftext|>")
+        assert line == {"instruction": row["instruction"], "input": row["input"], "output": text, "ids": response, "reference": f"answer {n}"}
+
+
+def test_sampled_ids_end_with_end_of_text_where_the_response_has_ended_and_nowhere_else(whole_file):
+    end, lines = tiny_tokenizer().eot_token, [json.loads(line) for line in whole_file.splitlines()]
+    ended = [line["ids"] for line in lines if line["ids"][-1] == end]
+    cut_off = [line["ids"] for line in lines if line["ids"][-1] != end]
+    assert len(ended) > 1 and len(cut_off) > 1
+    assert all(end not in ids[:-1] for ids in ended) and all(end not in ids and len(ids) == SAMPLED_NEW for ids in cut_off)
+
+
+def test_a_file_of_responses_reads_back_as_training_rows_with_these_tokens(whole_file, tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(whole_file)
+    lines = [json.loads(line) for line in whole_file.splitlines()]
+    for n, (row, line) in enumerate(zip(read_rows(tmp_path / "train.jsonl"), lines, strict=True)):
+        assert (row.index, row.references, list(row.ids)) == (n, (line["output"],), line["ids"])
+
+
+@pytest.mark.parametrize("at_once", [1, 5, 64])
+def test_a_file_of_responses_does_not_hang_on_the_batch_size(asked, whole_file, tmp_path, at_once):
+    assert to_file(asked, tmp_path / "train.jsonl", at_once) == whole_file
+
+
+class Interrupted(BaseException):
+    """Not to be caught by the code, as a kill isn't."""
+
+
+def test_an_interrupted_sampling_goes_on_and_leaves_the_same_bytes(asked, whole_file, tmp_path, monkeypatch):
+    path, calls = tmp_path / "train.jsonl", []
+
+    def stopping(model, requests, *rest, **how):
+        calls.append(len(requests))
+        if len(calls) == 3:
+            raise Interrupted
+        return sample_all(model, requests, *rest, **how)
+
+    monkeypatch.setattr(sample_module, "sample_all", stopping)
+    with pytest.raises(Interrupted):
+        to_file(asked, path)
+    assert not path.exists()  # a file with its own name is whole
+    assert b"".join(file.read_bytes() for file in tmp_path.iterdir()) == b"".join(whole_file.splitlines(keepends=True)[:8])
+    calls[:] = [0] * 10
+    assert to_file(asked, path) == whole_file
+    assert calls[10:] == [4]  # of the twelve rows eight were there
+    assert os.listdir(tmp_path) == ["train.jsonl"]
+
+
+@pytest.mark.parametrize("lines, more", [(0, 1), (0, 0), (1, 40), (5, -1), (7, 30), (11, -1), (12, 0)])
+def test_a_sampling_that_was_cut_off_within_a_line_leaves_the_same_bytes(asked, whole_file, tmp_path, lines, more):
+    """lines are whole, and of the next there are `more` bytes; -1: all but its line end."""
+    whole = whole_file.splitlines(keepends=True)
+    cut = whole[lines][:more] if more else b""
+    (tmp_path / "train.jsonl.partial").write_bytes(b"".join(whole[:lines]) + cut)
+    assert to_file(asked, tmp_path / "train.jsonl") == whole_file
+    assert os.listdir(tmp_path) == ["train.jsonl"]
+
+
+# What each of two ranks runs: a file from its beginning, and one that goes on within a line.
+RANK = """
+import sys
+from pathlib import Path
+from data import ranks
+from data.files import command
+from data.rows import read_rows
+from sample import load_model, sample_to_file
+
+def main():
+    home = Path(sys.argv[1])
+    model, tokenizer = load_model(home / "model", ranks.start())
+    for name in ("begun", "gone_on"):
+        sample_to_file(model, tokenizer, read_rows(home / "rows.jsonl"), (10, "responses"), home / f"{name}.jsonl", MAX_NEW, 3)
+
+command(main)
+"""
+
+
+def test_two_ranks_write_the_bytes_of_one(whole_file, tmp_path):
+    write_checkpoint(tmp_path / "model", talker_config(), tiny_tokenizer())
+    write_rows(tmp_path / "rows.jsonl", SAMPLED_ROWS)
+    (tmp_path / "gone_on.jsonl.partial").write_bytes(b"".join(whole_file.splitlines(keepends=True)[:4])[:-20])
+    (tmp_path / "rank.py").write_text(RANK.replace("MAX_NEW", str(SAMPLED_NEW)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={free.getsockname()[1]}"]
+    done = run_command(*launcher, tmp_path / "rank.py", tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "begun.jsonl").read_bytes() == (tmp_path / "gone_on.jsonl").read_bytes() == whole_file
+    assert not list(tmp_path.glob("*.partial"))
+
+
 # ---- the command -------------------------------------------------------------------------------------------------------------
 
 
@@ -311,7 +522,11 @@ def test_the_greedy_command_gives_the_golden_tokens(talker):
 
 def test_the_greedy_command_gives_transformers_tokens(talker, tmp_path, capsys):
     hf, tokenizer = transformers_model(talker_config()), tiny_tokenizer()
-    rows = [{"instruction": "Write."}, {"instruction": "Say it.", "input": "café"}, {"instruction": "Describes the task with an input", "output": "x"}]
+    rows = [
+        {"instruction": "Write."},
+        {"instruction": "Say it.", "input": "café"},
+        {"instruction": "Describes the task with an input", "output": "x"},
+    ]
     file = write_rows(tmp_path / "rows.jsonl", rows)
     for row, record in zip(rows, records(capsys, talker, "--file", file, "--greedy", "--max-new", 15), strict=True):
         request = tokenizer.encode_ordinary(fill_template(row["instruction"], row.get("input", "")))
@@ -332,7 +547,9 @@ def test_one_instruction_prints_its_text_and_a_file_prints_each_under_its_instru
 def test_the_json_record_is_what_sample_gives(talker, capsys):
     model, tokenizer = tiny_model(talker_config()), tiny_tokenizer()
     request = tokenizer.encode_ordinary(fill_template("Write.", ""))
-    [record] = records(capsys, talker, "--instruction", "Write.", "--max-new", 30, "--temperature", 0.8, "--top-k", 50, "--top-p", 0.9, "--no-repeat-ngram", 2)
+    [record] = records(
+        capsys, talker, "--instruction", "Write.", "--max-new", 30, "--temperature", 0.8, "--top-k", 50, "--top-p", 0.9, "--no-repeat-ngram", 2
+    )
     u = row_uniforms(30, 10, "sample", 0)[None]
     responses, log_probs = sample(model, [request], u, tokenizer.eot_token, 30, temperature=0.8, top_k=50, top_p=0.9, no_repeat=2)
     assert record["ids"] == responses[0] and np.allclose(record["log_probs"], log_probs[0], atol=1e-5)
