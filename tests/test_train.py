@@ -1209,15 +1209,30 @@ def test_a_prompt_that_harms_the_teacher_is_warned_of_before_it_is_tuned(tmp_pat
 # ---- two ranks -------------------------------------------------------------------------------------------------------------------------
 
 
-def test_two_ranks_train_as_one_does(tmp_path, student, teacher, built):
-    """The whole command under torchrun: the same metrics and weights as in one process, bar rounding, and each file written once."""
-    options = (
-        "--method",
-        "promptkd",
+RANK = """
+import data.prepare, json, os, pathlib, sys, train
+from data import ranks
+from data.files import command
+
+data.prepare.HOME = pathlib.Path(sys.argv[1])
+train.show_demo = lambda models, device: None
+ranks.stop = lambda: None  # the ranks stay together for the next command
+
+def main():
+    for options in json.loads(sys.argv[2]):
+        train.main(options)
+
+command(main)
+"""
+
+
+@pytest.fixture(scope="module")
+def two_and_one(tmp_path_factory, student, teacher):
+    """Each method's whole command under torchrun with two ranks, and in one process: the folders that they leave, and what the two said."""
+    home = tmp_path_factory.mktemp("ranks")
+    how = (
         "--data",
         "demo",
-        "--init",
-        student,
         "--sft-teacher",
         teacher,
         "--steps",
@@ -1226,29 +1241,41 @@ def test_two_ranks_train_as_one_does(tmp_path, student, teacher, built):
         16,
         "--dropout",
         0,
+        "--micro-batch",
+        3,
+        "--lr",
+        0.01,
+        "--dev-rows",
+        4,
     )
-    options += ("--micro-batch", 3, "--lr", 0.01)
-    script = tmp_path / "two.py"
-    script.write_text(
-        f"import data.prepare, os, pathlib, train\nfrom data.files import command\ndata.prepare.HOME = pathlib.Path({str(data.prepare.HOME)!r})\n"
-        "train.show_demo = lambda models, device: None\ncommand(train.main)\n"
-        "os._exit(0)  # gloo's threads abort the interpreter's own way out once in a while\n"
-    )
+    text = ("--lm-data", data.prepare.HOME / "demo" / "pretrain.jsonl")
+    commands = [("promptkd", "--init", student), ("minillm", "--init", student, *text), ("seqkd", "--student", student)]
+    commands = [[*map(str, ("--method", *method, *how))] for method in commands]
+    (home / "rank.py").write_text(RANK)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     done = run_command(
         "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}",
-        script, *options, "--out", tmp_path / "two", PYTHONPATH=str(ROOT),
+        home / "rank.py", data.prepare.HOME, json.dumps([[*options, "--out", str(home / "two")] for options in commands]), PYTHONPATH=str(ROOT),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    main(tmp_path / "one", *options)
-    (two,), (one,) = (list((tmp_path / name).iterdir()) for name in ("two", "one"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "show_demo", lambda models, device: None)
+        for options in commands:
+            main(home / "one", *options)
+    return home / "two", home / "one", done.stdout
+
+
+@pytest.mark.parametrize("method", ["promptkd", "minillm", "seqkd"])
+def test_two_ranks_train_as_one_does(two_and_one, method):
+    """The whole command under torchrun: the same metrics and weights as in one process, bar rounding, and each file written once."""
+    (two,), (one,) = (list(out.glob(f"{method}-*")) for out in two_and_one[:2])
     assert two.name == one.name and record(two)["ranks"] == 2
     unlike = ("tokens_per_second", "seconds", "memory_resident_gb")
     for a, b in zip(metrics(two), metrics(one), strict=True):
         assert {k: v for k, v in a.items() if k not in unlike} == pytest.approx({k: v for k, v in b.items() if k not in unlike}, rel=1e-3, abs=1e-6)
-    assert done.stdout.count("step 3/3") == 1  # one of them speaks
+    assert two_and_one[2].count("step 3/3") == 3  # of each method one rank speaks
     models = [load(directory / "best").state_dict() for directory in (two, one)]
     for name, w in models[0].items():
         # The keys' biases change no attention weight: their gradient is rounding alone, which AdamW scales up to full steps.
@@ -1256,6 +1283,13 @@ def test_two_ranks_train_as_one_does(tmp_path, student, teacher, built):
         if name.endswith("c_attn.bias"):
             real[len(w) // 3 : 2 * len(w) // 3] = False
         assert w[real].allclose(models[1][name][real], atol=1e-4), name
+
+
+def test_two_ranks_sample_seqkds_responses_as_one_does(two_and_one):
+    two, one = (files(out / "responses-wide-demo") for out in two_and_one[:2])
+    assert {str(path) for path in two} == {str(path) for path in one} == {"train.jsonl", "dev.jsonl", "test.jsonl", "run.json"}
+    for path, (content, _) in one.items():
+        assert path.name == "run.json" or two[path][0] == content
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------------------------
