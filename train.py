@@ -348,6 +348,7 @@ def minillm_rollout(run, examples, t):
     return [Sampled(e.index, e.request, e.response, of_row.tolist()) for e, of_row in zip(examples, tokens)]
 
 
+FROM_INIT = ("minillm", "gkd", "promptkd")  # the others start from the pre-trained student
 STEPS = {"pretrain": sft_step, "sft": sft_step, "kd": kd_step, "seqkd": kd_step, "minillm": minillm_step, "gkd": gkd_step, "promptkd": promptkd_step}
 
 
@@ -599,7 +600,8 @@ def sample_responses(name, s, out, device):
     rows = read_rows(source / "train.jsonl", s["train_rows"])
     ranks.on_first(write_atomic, directory / "run.json", json.dumps(record, indent=1) + "\n")
     say(f"\n{directory}: sampling the responses of {s['student']} to {len(rows):,} requests")
-    sample_to_file(freeze(model), tokenizer, rows, (s["seed"], "responses"), directory / "train.jsonl", s["max_new"])
+    if not (directory / "train.jsonl").is_file():
+        sample_to_file(freeze(model), tokenizer, rows, (s["seed"], "responses"), directory / "train.jsonl", s["max_new"])
     if ranks.rank() == 0:
         for file in ("dev.jsonl", "test.jsonl"):
             if (source / file).is_file():
@@ -798,16 +800,17 @@ def label_of(name):
 
 def paper_row(kind, values, given):
     """Which of the paper's rows a stage is: "promptkd base", or None where anything differs from the paper's."""
-    sizes = {name: name.removeprefix("gpt2-") if name != "gpt2" else "base" for name in OFFICIAL_MODELS}
-
-    def size_of(model):
-        return sizes.get(model) or (record_of(model).get("paper") or "").removeprefix("init ")
-
-    as_the_paper = set(given) == ({"lm_data"} if kind == "minillm" else set()) and values["data"] == "dolly"
-    as_the_paper &= not (values["train_rows"] or values["dev_rows"]) and size_of(values["student"]) in SIZES
+    start, pre_trained = values["student"], dict(zip(OFFICIAL_MODELS, SIZES))
+    if kind in FROM_INIT:
+        of, _, size = (record_of(start).get("paper") or "  ").partition(" ")
+        as_the_paper = of == "init"
+    else:
+        size = pre_trained.get(start)
+        as_the_paper = size is not None
+    as_the_paper &= values["data"] == "dolly" and not (values["train_rows"] or values["dev_rows"])
+    as_the_paper &= set(given) == ({"lm_data"} if kind == "minillm" else set())
     as_the_paper &= values["teacher"] is None or record_of(values["teacher"]).get("paper") == "teacher xl"
-    as_the_paper &= kind not in ("minillm", "gkd", "promptkd") or values["student"] not in sizes
-    return f"{kind} {size_of(values['student'])}" if as_the_paper else None
+    return f"{kind} {size}" if as_the_paper else None
 
 
 def check_idle(args):
@@ -854,7 +857,7 @@ def main(argv=None):
             raise InputError("--method pretrain needs --shape LAYERSxWIDTHxHEADS, as in --shape 6x256x8")
         stage("pretrain", args.shape)
     else:
-        from_init = args.method in ("minillm", "gkd", "promptkd")
+        from_init = args.method in FROM_INIT
         teacher = responses = None
         if args.method != "sft":
             teacher = args.sft_teacher or stage("teacher", args.teacher or (stage("pretrain", DEMO_TEACHER) if demo else "gpt2-xl"))

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,9 +131,11 @@ def read_jsonl(path):
 
 def read_texts(path, limit=None):
     """The documents of a text corpus: the field `text` of JSON lines; or, of a file that is not named .jsonl, what blank lines separate."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
     if Path(path).suffix != ".jsonl":
         try:
-            return [text for text in Path(path).read_text(encoding="utf-8-sig").split("\n\n") if text.strip()][:limit]
+            return [text for text in re.split(r"\n\s*\n", Path(path).read_text(encoding="utf-8-sig")) if text.strip()][:limit]
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: is not UTF-8; convert the file to UTF-8") from error
     texts = [value.get("text") for value in read_jsonl(path)[:limit]]

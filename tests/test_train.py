@@ -466,7 +466,6 @@ def test_runs_of_the_paper_are_known_again_where_they_are_named(plan):
     assert papers == ["promptkd base", "gkd base", "kd base", None, None]
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="train.paper_row does not ask where the methods without an init start from")
 @pytest.mark.parametrize("method", ["sft", "kd", "seqkd"])
 def test_a_method_from_pre_trained_students_is_not_the_papers_where_it_starts_from_an_init(plan, method):
     plan(*STUDENT_OF_THE_PAPER)
@@ -1441,12 +1440,11 @@ def test_what_skips_a_stage_is_refused_beside_what_the_stage_would_need(plan):
             plan("--method", method, "--student", "gpt2", "--init", "gpt2")
 
 
-@pytest.mark.xfail(strict=True, raises=(ValueError, TypeError), reason="train.record_of reads a run.json without looking whether it is one")
 @pytest.mark.parametrize("content", ['{"settings": ', "[1]", '{"settings": 5}'])
 def test_a_damaged_record_of_a_model_that_is_named_is_one_line(plan, tmp_path, content):
     write_config(tmp_path / "init-mine", *SHAPES["gpt2"])
     (tmp_path / "init-mine" / "run.json").write_text(content)
-    with pytest.raises(InputError, match=r"run.json: is damaged"):
+    with pytest.raises(InputError, match=r"run.json: is (damaged|no run)"):
         plan("--init", "init-mine")
 
 
