@@ -495,10 +495,10 @@ def check_prompt(run, dev_rows, dev_examples):
     return values
 
 
-def run_stage(name, s, out, micro_batch, device, paper=None):
+def run_stage(name, s, out, micro_batch, device, paper=None, keep=0):
     """Train one stage in `out/name`, or go on with it where it stopped, or skip it where it is complete. Returns its directory.
 
-    paper: which of the paper's rows this is, for run.json.
+    paper: which of the paper's rows this is, for run.json. keep: how many checkpoints to save, evenly, in `kept/`.
     """
     directory = Path(out) / name
     record = ranks.on_first(open_record, directory, {"name": name, "paper": paper, "settings": asdict(s)})
@@ -557,6 +557,8 @@ def run_stage(name, s, out, micro_batch, device, paper=None):
             if done["best"] is None or score > done["best"]:
                 done |= {"best": score, "best_step": t + 1}
                 save_checkpoint(run, directory / "best")
+        if (t + 1) * keep // total > t * keep // total:
+            save_checkpoint(run, directory / "kept" / f"step-{t + 1:06d}")
         log.write(line)
         elapsed = time.perf_counter() - begin
         done |= {"step": t + 1, "hours": hours + elapsed / 3600}
@@ -773,6 +775,9 @@ def parse(argv):
     over.add_argument("--steps", type=positive, help="optimizer steps, instead of what the epochs come to")
     over.add_argument("--global-batch", type=positive, metavar="ROWS")
     over.add_argument("--dropout", type=in_range(float, 0, 0.99))
+    parser.add_argument(
+        "--keep", type=in_range(int, 0, 10**6), default=0, metavar="N", help="save N checkpoints of the method's run, evenly (Figure 3b)"
+    )
     every = parser.add_argument_group("for every stage")
     every.add_argument("--micro-batch", type=positive, metavar="ROWS", help="rows of one forward on one rank (default 8; the demo 64)")
     every.add_argument("--train-rows", type=positive, metavar="N", help="only the first N training rows")
@@ -850,7 +855,8 @@ def main(argv=None):
             name += f"-s{args.seed}" if kind != "pretrain" or args.seed != 10 else ""
         values = {"method": "sft" if kind in ("teacher", "init") else kind, "student": model, "teacher": teacher, "data": data,
                   "responses": responses, "train_rows": args.train_rows, "dev_rows": args.dev_rows, **values, **own}  # fmt: skip
-        return run_stage(name, Settings(**values), args.out, args.micro_batch or (64 if demo else 8), device, paper_row(kind, values, own))
+        keep, micro_batch = args.keep if kind == args.method else 0, args.micro_batch or (64 if demo else 8)
+        return run_stage(name, Settings(**values), args.out, micro_batch, device, paper_row(kind, values, own), keep)
 
     if args.method == "pretrain":
         if args.shape is None:

@@ -300,8 +300,8 @@ def plan(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     stages = []
 
-    def run_stage(name, s, out, micro_batch, device, paper):
-        stages.append(SimpleNamespace(name=name, settings=s, micro_batch=micro_batch, paper=paper))
+    def run_stage(name, s, out, micro_batch, device, paper, keep):
+        stages.append(SimpleNamespace(name=name, settings=s, micro_batch=micro_batch, paper=paper, keep=keep))
         directory = tmp_path / out / name
         if s.method == "pretrain":
             write_config(directory / "best", *map(int, s.student.split("x")))
@@ -668,6 +668,25 @@ def test_a_damaged_record_is_refused(tmp_path, student):
     (directory / "run.json").write_text('{"settings": ')
     with pytest.raises(InputError, match="run.json: is damaged"):
         train.run_stage("stage", settings(student=str(student)), tmp_path, 8, CPU)
+
+
+@pytest.mark.parametrize("keep, steps", [(2, [3, 6]), (4, [2, 3, 5, 6]), (99, [1, 2, 3, 4, 5, 6])])
+def test_keep_saves_checkpoints_evenly_and_the_last_step_is_one(tmp_path, student, no_validation, keep, steps):
+    train.run_stage("stage", settings(student=str(student), steps=6), tmp_path, 16, CPU, keep=keep)
+    kept = sorted((tmp_path / "stage" / "kept").iterdir())
+    assert [path.name for path in kept] == [f"step-{step:06d}" for step in steps]
+    first, last = (load(path).state_dict() for path in (kept[0], kept[-1]))
+    assert any(not torch.equal(first[name], last[name]) for name in first)
+    assert {path.name for path in kept[0].iterdir()} == {"config.json", "model.safetensors", "vocab.json", "merges.txt"}
+
+
+def test_nothing_is_kept_unasked(tmp_path, student, no_validation):
+    train.run_stage("stage", settings(student=str(student), steps=2), tmp_path, 16, CPU)
+    assert not (tmp_path / "stage" / "kept").exists()
+
+
+def test_keep_is_for_the_methods_own_run(plan):
+    assert [stage.keep for stage in plan("--student", "gpt2", "--keep", "20")] == [0, 0, 20]
 
 
 # ---- interrupted and gone on with ------------------------------------------------------------------------------------------------------
