@@ -1,5 +1,8 @@
 """Every loss on tokens. N is the number of response tokens, V the vocabulary; each function gives one value a token, (N,), so that
-the caller can divide their sum by the number of response tokens in the whole global batch."""
+the caller can divide their sum by the number of response tokens in the whole global batch.
+
+`sum_over_tokens` takes any of them from hidden states, a few tokens at a time, so that no (N, V) tensor ever exists.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +13,35 @@ def cross_entropy(logits, targets):
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
+class _KL(torch.autograd.Function):
+    """With gradients in closed form: a quarter of the passes over (N, V) tensors that autograd would make."""
+
+    @staticmethod
+    def forward(ctx, first, second):
+        log_first, log_second = F.log_softmax(first, dim=-1), F.log_softmax(second, dim=-1)
+        probs = log_first.exp()
+        log_ratio = log_first.sub_(log_second)
+        values = torch.linalg.vecdot(probs, log_ratio)  # (N,)
+        ctx.save_for_backward(probs, log_ratio, values, log_second if ctx.needs_input_grad[1] else None)
+        return values
+
+    @staticmethod
+    def backward(ctx, grad):  # (N,)
+        probs, log_ratio, values, log_second = ctx.saved_tensors
+        to_first = to_second = None
+        if ctx.needs_input_grad[0]:
+            to_first = (log_ratio - values[:, None]).mul_(probs).mul_(grad[:, None])
+        if ctx.needs_input_grad[1]:
+            to_second = log_second.exp().sub_(probs).mul_(grad[:, None])
+        return to_first, to_second
+
+
 def kl(first, second):
     """KL(first || second) at each token, exact over the vocabulary: logits (N, V), (N, V) -> (N,).
 
     Zero for equal distributions. Forward KL is kl(p, q), reverse KL is kl(q, p), for teacher p and student q.
     """
-    log_first = F.log_softmax(first.float(), dim=-1)
-    log_second = F.log_softmax(second.float(), dim=-1)
-    return (log_first.exp() * (log_first - log_second)).sum(-1)
+    return _KL.apply(first.float(), second.float())
 
 
 def directed_kl(trained, target, direction):
@@ -86,3 +110,59 @@ def policy_gradient_loss(log_q_theta, log_q, w, R, epsilon=0.2):
 def minillm_loss(q_theta, p, targets, log_q, w, R):
     """The policy gradient, and the exact KL(q_θ || p) of the single step: logits (N, V), (N, V) and tokens, log_q, w, R (N,) -> (N,)."""
     return policy_gradient_loss(-cross_entropy(q_theta, targets), log_q, w, R) + kl(q_theta, p)
+
+
+# ---- the memory-lean form -----------------------------------------------------------------------------------------------------------
+
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}  # of one chunk's float32 logits: what a CPU's cache holds, and what keeps a GPU busy
+
+
+def token_chunks(hidden, head):
+    """Slices of the N tokens, each of as many as the logits of one chunk may be."""
+    size = max(1, CHUNK_BYTES[hidden.device.type] // (4 * len(head)))
+    return [slice(start, start + size) for start in range(0, len(hidden), size)]
+
+
+def token_log_probs(head, hidden, targets):
+    """log q(y_t | y_<t, x) of tokens (N,), from hidden states (N, C) and head (V, C) -> (N,), a chunk at a time. Without gradients."""
+    chunks = token_chunks(hidden, head)
+    return torch.cat([hidden.new_zeros(0), *(-cross_entropy(F.linear(hidden[i], head), targets[i]) for i in chunks)])
+
+
+def sum_over_tokens(loss_of, hidden, head):
+    """The sum of a loss over N tokens, from hidden states (N, C) and head (V, C), a chunk of tokens at a time: no (N, V) tensor is ever made.
+
+    loss_of: logits of a chunk (n, V), and the slice of the N tokens that it is -> the loss (n,); or (k, n), whose first row is the loss and whose others
+    are for the log. Returns the sum (), or the sums (k,), of which the first carries gradients to hidden and head. They are made on the
+    spot, while a chunk's logits are there.
+    """
+    return _SumOverTokens.apply(loss_of, hidden, head)
+
+
+class _SumOverTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss_of, hidden, head):
+        _, to_hidden, to_head = ctx.needs_input_grad
+        d_hidden = torch.empty_like(hidden) if to_hidden else None
+        d_head = torch.zeros_like(head) if to_head else None
+        total = 0
+        for i in token_chunks(hidden, head) or [slice(0, 0)]:
+            logits = F.linear(hidden[i], head).requires_grad_(to_hidden or to_head)  # (n, V)
+            with torch.set_grad_enabled(logits.requires_grad):
+                losses = loss_of(logits, i).sum(-1)  # () or (k,)
+                loss = losses if losses.ndim == 0 else losses[0]
+            total = total + losses.detach()
+            if logits.requires_grad:
+                (d_logits,) = torch.autograd.grad(loss, logits)
+                if to_hidden:
+                    d_hidden[i] = d_logits @ head
+                if to_head:
+                    d_head.addmm_(d_logits.to(d_head.dtype).T, hidden[i].to(d_head.dtype))
+        ctx.save_for_backward(d_hidden, d_head)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # () or (k,)
+        scale = grad if grad.ndim == 0 else grad[0]
+        return None, *(None if d is None else d * scale for d in ctx.saved_tensors)

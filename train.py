@@ -41,7 +41,19 @@ from data.rows import (
     training_examples,
 )
 from evaluate import evaluate, evaluate_models, lay_out, mean_rouge_l, open_sets, read_record, table, with_averages
-from losses import cross_entropy, importance_weight, kd_loss, kl, minillm_loss, minillm_returns, prompt_loss, student_loss, whiten
+from losses import (
+    cross_entropy,
+    importance_weight,
+    kd_loss,
+    kl,
+    minillm_loss,
+    minillm_returns,
+    prompt_loss,
+    student_loss,
+    sum_over_tokens,
+    token_log_probs,
+    whiten,
+)
 from model import GPT, CheckpointError, Config, read_config, save
 from prompt import freeze, initial_prompt, save_prompt, teacher_hidden
 from sample import MAX_NEW, in_range, load_model, precision, sample_all, sample_to_file
@@ -176,15 +188,11 @@ class Run:
     clock: dict | None = None  # seconds by phase
 
 
-def response_logits(model, hidden, batch):
-    """The head at the positions that predict response tokens only: hidden (B, T, C) -> (N, V)."""
-    return model.logits(hidden[batch.where])
-
-
 @torch.no_grad()
-def target_logits(model, batch, P=None):
-    """The logits (N, V) of a model as it stands at the response tokens, behind the prompt P if there is one; without gradient or dropout."""
-    return response_logits(model, teacher_hidden(model.eval(), batch.ids, P), batch)
+def target_hidden(model, batch, P=None):
+    """The hidden states (N, C) of a model as it stands that predict the response tokens, behind the prompt P if there is one; without
+    gradient or dropout."""
+    return teacher_hidden(model.eval(), batch.ids, P)[batch.where]
 
 
 def window(run, examples):
@@ -200,14 +208,15 @@ def window(run, examples):
 def backward(run, loss_of, batches, n_tokens):
     """Student gradients of the sum of per-token losses over the window, divided by its number of tokens.
 
-    loss_of: student's logits (N, V) and batch -> (N,). Ranks exchange gradients at the last micro-batch only; DDP averages them
+    loss_of: batch -> the loss (n,) of student's logits (n, V) at a slice of the batch's tokens. Ranks exchange gradients at the last micro-batch only; DDP averages them
     over the ranks, which is undone. Returns the loss, over all ranks.
     """
     total = torch.zeros((), device=run.device)
     for batch in batches:
         last = batch is batches[-1]
         with nullcontext() if last or run.wrapped is run.student else run.wrapped.no_sync(), precision(run.device):
-            loss = loss_of(response_logits(run.student, run.wrapped(batch.ids), batch), batch).sum() / n_tokens
+            hidden = run.wrapped(batch.ids)[batch.where]  # (N, C): only what predicts a response token meets the head
+            loss = sum_over_tokens(loss_of(batch), hidden, run.student.wte.weight) / n_tokens
             (loss * ranks.world()).backward()
         total += loss.detach()
     return ranks.add_up(total)
@@ -258,19 +267,26 @@ def promptkd_step(run, examples, t):
     sums = torch.zeros(4, device=run.device)
     for b in batches:
         with precision(run.device):
-            q_logits, p_logits = target_logits(q, b), target_logits(p, b)  # q(y | x), p(y | x)
-            pP_logits = response_logits(p, teacher_hidden(p, b.ids, run.P), b)  # p(y | P, x)
-            L_P, L_kd, L_reg = prompt_loss(pP_logits, q_logits, p_logits, lam, s.reg, s.prompt_kl, s.reg_kl)  # (1), (2), (3)
-            (L_P.sum() / n_tokens).backward()
-            drift = L_reg if s.reg_kl == "reverse" else kl(pP_logits.detach(), p_logits)  # KL(p(y | P, x) || p(y | x))
-        sums += torch.stack([L.detach().sum() for L in (L_P, L_kd, L_reg, drift)]) / n_tokens
+            h_q, h_p = target_hidden(q, b), target_hidden(p, b)  # of q(y | x), p(y | x)
+            h_pP = teacher_hidden(p, b.ids, run.P)[b.where]  # of p(y | P, x)
+
+            def L_P(pP_logits, i):
+                p_logits = p.logits(h_p[i])
+                losses = prompt_loss(pP_logits, q.logits(h_q[i]), p_logits, lam, s.reg, s.prompt_kl, s.reg_kl)  # (1), (2), (3)
+                drift = losses[2] if s.reg_kl == "reverse" else kl(pP_logits, p_logits)  # KL(p(y | P, x) || p(y | x))
+                return torch.stack([*losses, drift])
+
+            L = sum_over_tokens(L_P, h_pP, p.wte.weight) / n_tokens
+            L[0].backward()
+        sums += L.detach()
     ranks.add_up(run.P.grad)
     prompt_norm = update(run.prompt_optimizer)
     phase(run, "prompt")
 
     # Distillation from the teacher behind the prompt just updated. Gradient to θ only.
-    def L_theta(q_logits, b):
-        return student_loss(q_logits, target_logits(p, b, run.P))  # (4)
+    def L_theta(b):
+        h_pP = target_hidden(p, b, run.P)
+        return lambda q_logits, i: student_loss(q_logits, p.logits(h_pP[i]))  # (4)
 
     values = train_student(run, loss=(L_theta, batches, n_tokens))
     prompt_losses = dict(zip(("prompt_loss", "prompt_kd", "prompt_reg", "kl_prompted_bare"), ranks.add_up(sums)))
@@ -279,22 +295,33 @@ def promptkd_step(run, examples, t):
 
 def gkd_step(run, examples, t):
     """GKD (Agarwal et al. 2024) as the paper runs it: PromptKD without the prompt."""
+    p = run.teacher
     batches, n_tokens = window(run, rollout(run, examples, t))  # y ~ q_θ(y | x)
 
-    def L_theta(q_logits, b):
-        return student_loss(q_logits, target_logits(run.teacher, b))  # KL(q(y | x) || p(y | x))
+    def L_theta(b):
+        h_p = target_hidden(p, b)
+        return lambda q_logits, i: student_loss(q_logits, p.logits(h_p[i]))  # KL(q(y | x) || p(y | x))
 
     return train_student(run, loss=(L_theta, batches, n_tokens))
 
 
 def sft_step(run, examples, t):
     """Cross-entropy on the rows' own responses. Pre-training is the same, on packed rows."""
-    return train_student(run, loss=(lambda q_logits, b: cross_entropy(q_logits, b.targets), *window(run, examples)))
+
+    def L_theta(b):
+        return lambda q_logits, i: cross_entropy(q_logits, b.targets[i])
+
+    return train_student(run, loss=(L_theta, *window(run, examples)))
 
 
 def against_teacher(run):
     """KD's loss, for `backward`."""
-    return lambda q_logits, b: kd_loss(q_logits, target_logits(run.teacher, b), b.targets)
+
+    def L_theta(b):
+        h_p = target_hidden(run.teacher, b)
+        return lambda q_logits, i: kd_loss(q_logits, run.teacher.logits(h_p[i]), b.targets[i])
+
+    return L_theta
 
 
 def kd_step(run, examples, t):
@@ -320,9 +347,15 @@ def minillm_step(run, examples, t):
     order = epoch_order(len(run.rollout), s.seed, inner_epoch)
     rows = [run.rollout[i] for i in order[k * n : (k + 1) * n]]
 
-    def L_theta(q_logits, b):
-        log_q, w, R = torch.tensor([v for e in b.examples for v in e.tokens], dtype=torch.float64, device=run.device).float().view(-1, 3).T
-        return minillm_loss(q_logits, target_logits(run.teacher, b), b.targets, log_q, w, R)
+    def L_theta(b):
+        h_p = target_hidden(run.teacher, b)
+        tokens = torch.tensor([v for e in b.examples for v in e.tokens], dtype=torch.float64, device=run.device).float().view(-1, 3)
+
+        def loss(q_logits, i):
+            log_q, w, R = tokens[i].T
+            return minillm_loss(q_logits, run.teacher.logits(h_p[i]), b.targets[i], log_q, w, R)
+
+        return loss
 
     terms = {"loss": (L_theta, *window(run, ranks.share(rows)))}
     if run.text:
@@ -337,7 +370,7 @@ def minillm_rollout(run, examples, t):
     rows = []
     for b in micro_batches(rollout(run, examples, t, mix=(run.teacher, TEACHER_SHARE)), run.micro_batch, run.device):
         with precision(run.device):
-            log_q, log_p = (-cross_entropy(target_logits(model, b), b.targets).cpu() for model in (run.student, run.teacher))
+            log_q, log_p = (token_log_probs(model.wte.weight, target_hidden(model, b), b.targets).cpu() for model in (run.student, run.teacher))
         lengths = [len(e.response) for e in b.examples]
         rows += zip(b.examples, log_q.split(lengths), log_p.split(lengths))
     examples, log_q, log_p = zip(*sorted(ranks.gather(rows), key=lambda row: row[0].index))  # of all ranks
@@ -361,8 +394,8 @@ def validation_loss(run, model, examples, P=None):
     sums = torch.zeros(2, dtype=torch.float64, device=run.device)
     for b in micro_batches(ranks.share(examples), run.micro_batch, run.device):
         with precision(run.device):
-            loss = cross_entropy(target_logits(model, b, P), b.targets)
-        sums += torch.stack([loss.sum(), torch.ones_like(loss).sum()])
+            sums[0] -= token_log_probs(model.wte.weight, target_hidden(model, b, P), b.targets).sum()
+        sums[1] += len(b.targets)
     loss, n_tokens = ranks.add_up(sums).tolist()
     return loss / max(1, n_tokens)
 
