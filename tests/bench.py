@@ -1,0 +1,638 @@
+"""How long an iteration of PromptKD takes and how much memory, against a plain re-statement of the released recipe and against the floor
+that the machine sets. Run by hand:
+
+python tests/bench.py --size S M D          a table a size: sampling, prompt step, student step, peak memory (L as well, on a GPU)
+python tests/bench.py --sampling            tokens/s of sampling alone, at GPT-2's base shape
+python tests/bench.py --evaluation          the time to evaluate Dolly's test rows
+python tests/bench.py --scaling             time and memory of a step against batch, length and vocabulary, as a picture
+
+All sides have the same weights and rows, take turns in one process, and do the whole work of sampling; only its outcome is forced, so
+that all of them train on the same responses. Peak memory is measured in a fresh process for each side.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, median
+from types import SimpleNamespace
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data import ranks  # before torch: data/__init__.py says why
+
+import numpy as np
+import torch
+
+import sample
+import train
+from data.files import InputError, command, pyplot, write_atomic
+from data.rows import Example, load_tokenizer, pad, read_rows, request_tokens, training_examples
+from evaluate import evaluate, lay_out, rouge_l
+from model import GPT, TRANSPOSED, KVCache
+from prompt import freeze, teacher_hidden
+
+BASE, MEDIUM, XL = "12x768x12", "24x1024x16", "48x1600x25"
+# request and max_new are the limits in tokens; a case with a source has Dolly's rows, the others rows that are as long as the limits
+SMALL = {"student": "4x128x4", "teacher": "6x256x8", "rows": 8, "request": 64, "max_new": 64, "vocab": 50257, "dropout": 0.1}
+CASES = {
+    "XS": SMALL | {"student": "1x32x2", "teacher": "2x48x3", "rows": 4, "request": 12, "max_new": 12, "vocab": 500},  # for the tests
+    "S": SMALL,
+    "M": SMALL | {"student": BASE, "teacher": MEDIUM, "rows": 4, "request": 48, "max_new": 48},
+    "D": SMALL | {"rows": 32, "request": 256, "max_new": 256, "source": None},
+    "L": SMALL | {"student": BASE, "teacher": XL, "rows": 256, "request": 256, "max_new": 256, "source": None},
+}
+RECIPE_SHARE = {"L": 16}  # the recipe is timed on this fraction of the rows, and the seconds multiplied: it would take minutes
+PAPER_STEPS = 20 * 44  # of PromptKD, GPT-2 base: 20 epochs of 44 windows of 256 rows
+PHASES = ("sampling", "prompt", "student")
+PROMPT_LENGTH = 7
+AXES = {"rows": (8, 16, 32, 64), "tokens a row": (128, 256, 384, 512), "vocab": (5_000, 10_000, 25_000, 50_257)}  # of --scaling, around S
+TOO_LONG = 60  # seconds: --scaling leaves a step of the recipe out that would take longer
+
+
+# ---- rows whose responses are given -------------------------------------------------------------------------------------------
+
+
+def find_file(source, *names):
+    """The first of these files that the folder has, data/dolly where source is None."""
+    folder = Path(source or ROOT / "data" / "dolly")
+    for path in (folder / name for name in names):
+        if path.is_file():
+            return path
+    raise InputError(f"{folder / names[0]}: no such file; run python -m data.prepare dolly, or name a folder that has it with --source")
+
+
+def make_examples(case):
+    """The rows of a case. `response` is what sampling will be made to give: random tokens up to the limit without end-of-text, or Dolly's
+    reference, cut at the limit."""
+    n = case["rows"]
+    if "source" not in case:
+        tokens = np.random.default_rng(10).integers(0, case["vocab"] - 1, (n, case["request"] + case["max_new"])).tolist()
+        return [Example(i, row[: case["request"]], row[case["request"] :]) for i, row in enumerate(tokens)]
+    path = find_file(case["source"], "train.jsonl")
+    examples = training_examples(read_rows(path, 2 * n), load_tokenizer())[:n]
+    if len(examples) < n:
+        raise InputError(f"{path}: has {len(examples)} rows that fit and {n} are wanted; give a longer file")
+    return [replace(e, response=e.response[: case["max_new"]]) for e in examples]
+
+
+def token_table(responses, max_new, end, device):
+    """Responses as one tensor (B, max_new): what each row says at each step, end-of-text behind its end."""
+    return pad([[*response, *[end] * (max_new - len(response))] for response in responses], device)[0]
+
+
+@contextmanager
+def forced(responses, max_new, end, device):
+    """Sampling (sample.sample and all that calls it) does its work in full, but rows say these responses, {row index: tokens}.
+
+    A row's uniform numbers are replaced by ones that are unique to row and step, so that they tell which token is to be said.
+    """
+    said, slots = token_table(responses.values(), max_new, end, device).flatten(), {index: i for i, index in enumerate(responses)}
+    draw = sample.draw
+
+    def uniforms(n_tokens, *key):
+        return ((slots[key[-1]] * max_new + np.arange(n_tokens) + 0.5) / len(said)).astype(np.float32)
+
+    def forced_draw(logits, u, *rest, **how):
+        _, *others = draw(logits, u, *rest, **how)
+        return said[(u * len(said)).long()], *others
+
+    with patch.object(sample, "row_uniforms", uniforms), patch.object(sample, "draw", forced_draw):
+        yield
+
+
+def until_end(rows, end):
+    """Token lists, each cut behind its first end-of-text."""
+    return [row[: row.index(end) + 1] if end in row else row for row in rows]
+
+
+# ---- the released recipe, re-stated: two rows at a time, padded to the limits, logits everywhere ----------------------------------
+
+
+@torch.no_grad()
+def plain_sample(model, requests, said, limit, end):
+    """Responses to requests padded to `limit`: torch.multinomial at each step, until the last row has ended; none is dropped before.
+
+    said: (B, max_new), what takes the place of what was drawn.
+    """
+    B, max_new = said.shape
+    ids, lengths = pad(requests, said.device)
+    ids = torch.nn.functional.pad(ids, (0, limit - ids.shape[1]))  # (B, limit)
+    dtype = torch.bfloat16 if said.is_cuda else torch.float32
+    cache = KVCache(model.config, B, limit + max_new, said.device, dtype)
+    hidden = model(ids, cache=cache)[torch.arange(B, device=said.device), lengths - 1]  # (B, C)
+    cache.set_lengths(lengths)
+    ended = torch.zeros(B, dtype=torch.bool, device=said.device)
+    for t in range(max_new):
+        torch.multinomial(model.logits(hidden).float().softmax(-1), 1)
+        ended |= said[:, t] == end
+        if t + 1 == max_new or ended.all():
+            break
+        hidden = model(said[:, t, None], cache=cache)[:, 0]
+    return until_end(said[:, : t + 1].tolist(), end)
+
+
+def plain_logits(model, ids, real, P=None):
+    """Logits (B, T, V) at every position of ids (B, T). Padding (not `real`, (B, T)) is on the right: causal attention doesn't see it."""
+    return model.logits(teacher_hidden(model, ids, P))
+
+
+def plain_kl(first, second, is_response):
+    """KL(first || second) everywhere, in float32: (B, T, V), (B, T, V); its mean where is_response (B, T)."""
+    log_first, log_second = first.float().log_softmax(-1), second.float().log_softmax(-1)
+    kl = (log_first.exp() * (log_first - log_second)).sum(-1)  # (B, T)
+    return (kl * is_response).sum() / is_response.sum()
+
+
+def recipe_step(run, case, examples, t, logits=plain_logits, sampler=plain_sample):
+    """An iteration as released: gradients are accumulated over micro-batches of two rows, each sampled, scored for the prompt and scored
+    for the student before the next. Prompt and student are updated at the last one, so the others distil from the prompt of before.
+
+    logits and sampler: those of this project's GPT-2, or Hugging Face's. Returns the mean losses of the micro-batches.
+    """
+    q, p, end, lam = run.student, run.teacher, case["vocab"] - 1, 1 - t / run.total
+    pairs = [examples[i : i + 2] for i in range(0, len(examples), 2)]
+    losses = {"prompt_loss": 0.0, "loss": 0.0}
+    for pair in pairs:
+        with train.precision(run.device):
+            q.eval()
+            said = token_table([e.response for e in pair], case["max_new"], end, run.device)
+            responses = sampler(q, [e.request for e in pair], said, case["request"], end)
+            lap(run, "sampling")
+            ids, real, is_response = padded([replace(e, response=y) for e, y in zip(pair, responses)], case, run.device)
+
+            L_P = recipe_prompt_loss(q, p, run.P, ids, real, is_response, lam, logits) / len(pairs)
+            L_P.backward()
+            if pair is pairs[-1]:
+                train.update(run.prompt_optimizer)
+            lap(run, "prompt")
+
+            with torch.no_grad():
+                target = logits(p, ids, real, run.P)
+            L_theta = plain_kl(logits(q.train(), ids, real), target, is_response) / len(pairs)
+            L_theta.backward()
+            if pair is pairs[-1]:
+                train.update(run.optimizer)
+            losses = {"prompt_loss": losses["prompt_loss"] + L_P.item(), "loss": losses["loss"] + L_theta.item()}
+            del target, L_P, L_theta
+            lap(run, "student")
+    return losses
+
+
+def recipe_prompt_loss(q, p, P, ids, real, is_response, lam, logits):
+    """Equations 1 to 3 with logits at every position."""
+    with torch.no_grad():
+        q_logits, p_logits = logits(q, ids, real), logits(p, ids, real)
+    pP_logits = logits(p, ids, real, P)
+    return plain_kl(pP_logits, q_logits, is_response) + lam * plain_kl(pP_logits, p_logits, is_response)
+
+
+def padded(examples, case, device):
+    """Rows of request + response, right-padded to both limits: tokens, which of them are real, and which positions predict a response
+    token; all (B, request + max_new)."""
+    T = case["request"] + case["max_new"]
+    ids, lengths = pad([[*e.request, *e.response, *[0] * (T - len(e.request) - len(e.response))] for e in examples], device)
+    starts = torch.tensor([[len(e.request) - 1] for e in examples], device=device)
+    lengths = torch.tensor([[len(e.request) + len(e.response)] for e in examples], device=device)
+    position = torch.arange(T, device=device)
+    return ids, (position < lengths).long(), (position >= starts) & (position < lengths - 1)
+
+
+def lap(run, name):
+    """Seconds since the last lap are added to this phase's."""
+    if run.device.type == "cuda":
+        torch.cuda.synchronize()
+    now = time.perf_counter()
+    run.clock[name] = run.clock.get(name, 0.0) + now - run.clock.pop("since")
+    run.clock["since"] = now
+
+
+# ---- the same on Hugging Face's GPT-2 -----------------------------------------------------------------------------------------------
+
+
+def to_hf(model):
+    """transformers' GPT-2 with the weights of ours."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+    sizes, rates = (
+        {name: getattr(model.config, name) for name in names},
+        dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), model.config.dropout),
+    )
+    hf = GPT2LMHeadModel(GPT2Config(**sizes, **rates, bos_token_id=None, eos_token_id=None))
+    hf.transformer.load_state_dict({name: w.T if name.endswith(TRANSPOSED) else w for name, w in model.state_dict().items()})
+    return hf.to(model.wte.weight.device, model.wte.weight.dtype)
+
+
+def hf_logits(model, ids, real, P=None):
+    """plain_logits of transformers' GPT-2. The prompt goes in as embeddings, as peft's prompt tuning does it."""
+    x = model.transformer.wte(ids)
+    if P is not None:
+        x = torch.cat([P.to(x.dtype).expand(len(ids), -1, -1), x], dim=1)
+        real = torch.nn.functional.pad(real, (len(P), 0), value=1)
+    logits = model(inputs_embeds=x, attention_mask=real, use_cache=False).logits
+    return logits if P is None else logits[:, len(P) :]
+
+
+@torch.no_grad()
+def hf_sample(model, requests, said, limit, end):
+    """plain_sample by transformers' `generate`, which wants the padding on the left."""
+    ids = torch.tensor([[end] * (limit - len(r)) + r for r in requests], device=said.device)
+    real = torch.tensor([[0] * (limit - len(r)) + [1] * len(r) for r in requests], device=said.device)
+
+    def force(so_far, scores):  # all but one impossible, and drawn from like any others
+        token = said[:, so_far.shape[1] - limit, None]
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+    how = {"do_sample": True, "top_k": 0, "max_new_tokens": said.shape[1], "eos_token_id": end, "pad_token_id": end}
+    return until_end(model.generate(ids, attention_mask=real, logits_processor=[force], **how)[:, limit:].tolist(), end)
+
+
+# ---- the sides, and their time and memory -------------------------------------------------------------------------------------------
+
+
+def make_model(case, name):
+    return GPT(train.config_of_shape(case[name], case["vocab"], case["dropout"])).initialise(10)
+
+
+def make_run(case, device, teacher):
+    """train.Run of a case, as train.build makes it for a user's run, with a student of its own."""
+    s = train.Settings("promptkd", case["student"], "none", case["rows"], lr=1e-5, epochs=1, max_new=case["max_new"], **train.PROMPT)
+    student = make_model(case, "student").to(device)
+    P = teacher.wte.weight[:PROMPT_LENGTH].detach().float().clone().requires_grad_()
+    run = train.Run(
+        settings=s, total=1000, global_batch=case["rows"], micro_batch=8, device=device, tokenizer=SimpleNamespace(eot_token=case["vocab"] - 1),
+        student=student, wrapped=student, optimizer=train.adamw([*student.parameters()], s), teacher=teacher, P=P, prompt_optimizer=train.adamw([P], s),
+    )  # fmt: skip
+    train.set_rate(run.optimizer, s.lr)
+    train.set_rate(run.prompt_optimizer, s.lr)
+    return run
+
+
+def make_side(name, case, device, teacher):
+    """A function of examples and t that does one iteration and returns its losses, and the seconds of each phase and of the whole."""
+    run = make_run(case, device, teacher)
+    if name == "transformers":
+        run.student, run.teacher = to_hf(run.student), to_hf(teacher).eval().requires_grad_(False)
+        run.optimizer = train.adamw([*run.student.parameters()], run.settings)
+        train.set_rate(run.optimizer, run.settings.lr)
+    steps = {
+        "recipe": lambda examples, t: recipe_step(run, case, examples, t),
+        "ours": lambda examples, t: train.promptkd_step(run, examples, t),
+        "ours, gkd": lambda examples, t: train.gkd_step(run, examples, t),
+        "transformers": lambda examples, t: recipe_step(run, case, examples, t, hf_logits, hf_sample),
+    }
+
+    def side(examples, t):
+        begin = time.perf_counter()
+        run.clock = {"since": begin}
+        with forced({e.index: e.response for e in examples}, case["max_new"], case["vocab"] - 1, device):
+            losses = steps[name](examples, t)
+        return losses, {phase: run.clock.get(phase, 0.0) for phase in PHASES} | {"whole": run.clock["since"] - begin}
+
+    return side
+
+
+def time_steps(case, part, device, repeats):
+    """Seconds by side and phase, {side: {phase: one number a repeat}}; the sides take turns.
+
+    part: {side: how many of the rows it is timed on}; its seconds are then multiplied up to all of them.
+    """
+    examples, teacher = make_examples(case), freeze(make_model(case, "teacher").to(device))
+    sides = {name: make_side(name, case, device, teacher) for name in part}
+    times = {name: {phase: [] for phase in (*PHASES, "whole")} for name in part}
+    for side in sides.values():  # the first step of a process is slower
+        side(examples[:2], 0)
+    for t in range(repeats):
+        for name, side in sides.items():
+            for phase, seconds in side(examples[: part[name]], t)[1].items():
+                times[name][phase].append(seconds * len(examples) / part[name])
+    return times
+
+
+def peak_memory(device):
+    """Peak memory so far, in GB: resident on a CPU; on a GPU allocated and reserved."""
+    if device.type == "cuda":
+        return {"allocated": torch.cuda.max_memory_allocated() / 1e9, "reserved": torch.cuda.max_memory_reserved() / 1e9}
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage's number would start from that of the process that started this one
+        return {"resident": int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 / 1e9}
+    return {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9}
+
+
+def in_a_process(case, name, steps, threads):
+    """The last of some steps of one side in a fresh process: {"seconds": of the step, "memory": peak in GB by kind, "before": the step}."""
+    job = json.dumps({"case": case, "name": name, "steps": steps})
+    done = subprocess.run([sys.executable, __file__, "--job", job, "--threads", str(threads)], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise InputError(f"{name}: a step in a process of its own failed (exit status {done.returncode}); most likely memory did not suffice")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def do_job(case, name, steps, device):
+    side = make_side(name, case, device, freeze(make_model(case, "teacher").to(device)))
+    before = peak_memory(device)
+    for t in range(steps):
+        seconds = side(make_examples(case), t)[1]["whole"]
+    print(json.dumps({"seconds": seconds, "memory": peak_memory(device), "before": before}))
+
+
+# ---- the floor ------------------------------------------------------------------------------------------------------------------------
+
+
+def machine_rates(device):
+    """Operations a second of a large matrix product (float32; on a GPU bfloat16, as there in training), and bytes a second of a large
+    copy, read and written; the best of five."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a, x = torch.randn(n, n, device=device, dtype=dtype), torch.zeros(1 << 26, device=device)
+    y = torch.empty_like(x)
+
+    def best(work):
+        seconds = []
+        for _ in range(6):
+            begin = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        return min(seconds[1:])
+
+    return 2 * n**3 / best(lambda: a @ a), 2 * x.nbytes / best(lambda: y.copy_(x))
+
+
+def count_work(case, examples, width=4):
+    """The least (operations, bytes) of each phase of an iteration, whatever the code does.
+
+    A forward of a model of n layers, width C, over rows of T tokens (the last token of a row is predicted, not read):
+        body   2 · 12 n C² T  in matrices,  2 n C T (T + 1)  in causal attention, summed over rows
+        head   2 · C V  a response token
+    backward to activations alone as much again, to weights too twice as much. The prompt makes the teacher's rows P longer.
+        sampling   1 forward of the student; at each of max(response) steps all weights are read, and every row's keys and values so far
+        prompt     1 forward of the student, 1 of the bare teacher, forward and backward to activations of the prompted one
+        student    1 forward of the prompted teacher, forward and full backward of the student; AdamW reads 4 and writes 3 numbers a weight
+    A forward, or a backward to activations, reads all weights once. width: bytes of a weight as it is multiplied.
+    """
+    V, n_tokens = case["vocab"], sum(len(e.response) for e in examples)
+    n_q, C_q = (int(n) for n in case["student"].split("x")[:2])
+    n_p, C_p = (int(n) for n in case["teacher"].split("x")[:2])
+
+    def forward(n, C, prompt=0):
+        rows = [prompt + len(e.request) + len(e.response) - 1 for e in examples]
+        return sum(24 * n * C**2 * T + 2 * n * C * T * (T + 1) for T in rows) + 2 * C * V * n_tokens
+
+    def weights(n, C):
+        return 12 * n * C**2 + C * V
+
+    q, p, prompted = forward(n_q, C_q), forward(n_p, C_p), forward(n_p, C_p, PROMPT_LENGTH)
+    w_q, w_p = weights(n_q, C_q), weights(n_p, C_p)
+    cached = sum(2 * n_q * C_q * (len(e.request) + t) for e in examples for t in range(len(e.response)))
+    return {
+        "sampling": (q, width * (w_q * max(len(e.response) for e in examples) + cached)),
+        "prompt": (q + p + 2 * prompted, width * (w_q + 3 * w_p)),
+        "student": (3 * q + prompted, width * (3 * w_q + w_p) + 7 * 4 * w_q),
+    }
+
+
+def floor_seconds(work, rates):
+    """Seconds of each phase, and of all together: operations or bytes at the machine's rates, whichever takes longer."""
+    seconds = {phase: max(count / rate for count, rate in zip(counts, rates)) for phase, counts in work.items()}
+    return seconds | {"whole": sum(seconds.values())}
+
+
+# ---- what is printed ------------------------------------------------------------------------------------------------------------------
+
+
+def has_transformers():
+    if importlib.util.find_spec("transformers") is None:
+        print("transformers is not installed: that side is left out")
+        return False
+    return True
+
+
+def with_spread(values, digits=2):
+    return f"{median(values):,.{digits}f} ({min(values):,.{digits}f}-{max(values):,.{digits}f})"
+
+
+def show_size(size, args, device, rates):
+    """The table of one size."""
+    case, share = CASES[size], RECIPE_SHARE.get(size, 1)
+    if "source" in case:
+        case = case | {"source": args.source}
+    names = ["recipe", "ours", "ours, gkd", *(["transformers"] if args.hf and has_transformers() else [])]
+    examples = make_examples(case)
+    n_tokens, length = sum(len(e.response) for e in examples), sum(len(e.request) + len(e.response) for e in examples)
+    part = {name: case["rows"] // (share if name in ("recipe", "transformers") else 1) for name in names}
+    memory = {name: in_a_process(case | {"rows": part[name]}, name, 1, args.threads) for name in names}
+    times = time_steps(case, part, device, args.repeats)
+    floor = floor_seconds(count_work(case, examples, 2 if device.type == "cuda" else 4), rates)
+
+    lines = [["", *(cell for name in names for cell in (f"{name}, s", "tokens/s")), "recipe / ours", "floor, s", "ours / floor"]]
+    for phase in (*PHASES, "whole"):
+        cells, ours = [], median(times["ours"][phase])
+        for name in names:
+            seconds = times[name][phase]
+            cells += [with_spread(seconds), f"{n_tokens / median(seconds):,.0f}"] if any(seconds) else ["-", "-"]
+        label = phase if phase == "sampling" else f"{phase} step"
+        lines.append([label, *cells, f"{median(times['recipe'][phase]) / ours:.2f}", f"{floor[phase]:.2f}", f"{ours / floor[phase]:.2f}"])
+    for kind in memory["ours"]["memory"]:
+        peaks = {name: memory[name]["memory"][kind] for name in names}
+        cells = [cell for name in names for cell in (f"{peaks[name]:.2f} (before {memory[name]['before'][kind]:.2f})", "")]
+        lines.append([f"peak {kind}, GB", *cells, f"{peaks['recipe'] / peaks['ours']:.2f}", "", ""])
+    print(
+        f"\n{size}: student {case['student']}, teacher {case['teacher']}, {len(examples)} rows, {length:,} tokens, {n_tokens:,} of them of responses"
+    )
+    print(lay_out(lines))
+    if share > 1:
+        print(f"The recipe's seconds are {share} times those of {len(examples) // share} rows.")
+    if size == "L":
+        print(f"The paper's {PAPER_STEPS} steps at this rate: {PAPER_STEPS * median(times['ours']['whole']) / 3600:.2f} hours, without validation.")
+
+
+def take_turns(sides, repeats):
+    """Seconds of functions without arguments, {name: one number a repeat}, and what each returned last."""
+    times, results = {name: [] for name in sides}, {}
+    for _ in range(repeats):
+        for name, side in sides.items():
+            begin = time.perf_counter()
+            results[name] = side()
+            times[name].append(time.perf_counter() - begin)
+    return times, results
+
+
+def show_sampling(args, device, rates, case=CASES["M"] | {"request": 64, "max_new": 64}):
+    """Tokens/s of sampling at the base shape, all rows in one batch on every side."""
+    model, lines = make_model(case, "student").to(device).eval(), []
+    hf = to_hf(model).eval() if has_transformers() else None
+    for n in (1, 8, 32):
+        examples = make_examples(case | {"rows": n})
+        times = time_sampling(model, hf, case, examples, device, args.repeats)
+        n_tokens = n * case["max_new"]
+        at_best = n_tokens / floor_seconds(count_work(case, examples, 2 if device.type == "cuda" else 4), rates)["sampling"]
+        rate = {name: [n_tokens / s for s in seconds] for name, seconds in times.items()}
+        gain = median(rate["ours"]) / max(median(values) for name, values in rate.items() if name != "ours")
+        lines.append([f"{n} rows", *(with_spread(values, 0) for values in rate.values()), f"{gain:.2f}", f"{at_best:,.0f}"])
+    print(f"\nsampling, tokens/s: {case['student']}, {case['request']} + {case['max_new']} tokens")
+    print(lay_out([["", *rate, "ours / best other", "at the floor"], *lines]))
+
+
+def time_sampling(model, hf, case, examples, device, repeats):
+    """Seconds of sampling all examples in one batch, {side: one number a repeat}. hf: transformers' model, or None."""
+    requests, responses = [e.request for e in examples], {e.index: e.response for e in examples}
+    end, limit, max_new = case["vocab"] - 1, case["request"], case["max_new"]
+    said, keys = token_table(responses.values(), max_new, end, device), [(10, "rollout", 0, e.index) for e in examples]
+    sides = {
+        "plain": lambda: plain_sample(model, requests, said, limit, end),
+        "ours": lambda: sample.sample_all(model, requests, keys, end, max_new)[0],
+        "transformers": lambda: hf_sample(hf, requests, said, limit, end),
+    }
+    if hf is None:
+        del sides["transformers"]
+    with forced(responses, max_new, end, device), train.precision(device):
+        take_turns(sides, 1)  # the first is slower
+        times, results = take_turns(sides, repeats)
+    assert all(result == [*responses.values()] for result in results.values()), "a side said something else"
+    return times
+
+
+def show_evaluation(args, device):
+    """Time to evaluate Dolly's test rows at S's student."""
+    rows, model = read_rows(find_file(args.source, "test.jsonl", "valid.jsonl"), args.rows), make_model(CASES["S"], "student")
+    times, scores = time_evaluation(model.to(device).eval(), load_tokenizer(), rows, args.repeats)
+    print(f"\nevaluation of {len(rows)} Dolly rows, {CASES['S']['student']}, sampling and scoring")
+    print(lay_out([["", "seconds", "ROUGE-L"], *([name, with_spread(times[name]), f"{fmean(scores[name]):.2f}"] for name in times)]))
+    print(f"batches of 8 / ours: {median(times['batches of 8']) / median(times['ours']):.2f}")
+
+
+def time_evaluation(model, tokenizer, rows, repeats, max_new=sample.MAX_NEW):
+    """Seconds and ROUGE-L of evaluating rows in batches of 8 that run until all of a batch have ended, and by evaluate.evaluate, as
+    take_turns gives them. Responses end where the first reference does."""
+    end, device = tokenizer.eot_token, model.wte.weight.device
+    responses = {row.index: [*tokenizer.encode_ordinary(row.references[0]), end][:max_new] for row in rows}
+
+    def in_batches_of_8():
+        results = []
+        for batch in (rows[i : i + 8] for i in range(0, len(rows), 8)):
+            requests = [request_tokens(row, tokenizer)[0] for row in batch]
+            said = token_table([responses[row.index] for row in batch], max_new, end, device)
+            with train.precision(device):
+                results += plain_sample(model, requests, said, max(len(request) for request in requests), end)
+        return rouge_l([sample.to_text(response, tokenizer) for response in results], [row.references for row in rows])
+
+    def ours():
+        return [result["rouge_l"] for result in evaluate(model, tokenizer, rows, (10, "evaluate", "dolly"), max_new=max_new)]
+
+    with forced(responses, max_new, end, device):
+        return take_turns({"batches of 8": in_batches_of_8, "ours": ours}, repeats)
+
+
+def scaled(case, axis, value):
+    """A case at another point of an axis. A row's tokens are half request, half response."""
+    return case | ({"request": value // 2, "max_new": value // 2} if axis == "tokens a row" else {axis: value})
+
+
+def show_scaling(args, base=CASES["S"]):
+    """Time and peak memory of a step against batch, length and vocabulary, written as JSON and as a picture."""
+    points, measured = [], {}
+    for axis, values in AXES.items():
+        for name in ("ours", "recipe"):
+            before = None  # the point before on this axis
+            for value in values:
+                case = scaled(base, axis, value)
+                if before and name == "recipe" and before["seconds"] * value / before["value"] > TOO_LONG:
+                    print(f"recipe at {value:,} {axis}: left out, would take over {TOO_LONG} s")
+                    break
+                key = json.dumps([name, case])
+                if key not in measured:
+                    measured[key] = in_a_process(case, name, 2, args.threads)
+                before = {"axis": axis, "value": value, "side": name, **measured[key]}
+                points.append(before)
+                print(f"{name} at {value:,} {axis}: {before['seconds']:.2f} s, {describe_memory(before['memory'])}", flush=True)
+    write_atomic(Path(args.out).with_suffix(".json"), json.dumps({"base": base, "threads": args.threads, "points": points}, indent=1) + "\n")
+    print(f"{Path(args.out).with_suffix('.json')}; " + (draw_scaling(points, base, args.out) or "no picture: matplotlib is not installed"))
+
+
+def describe_memory(memory):
+    return ", ".join(f"{gb:.2f} GB {kind}" for kind, gb in memory.items())
+
+
+def draw_scaling(points, base, path):
+    """Two lines of panels, seconds and memory, one panel an axis. Returns the path, or None where matplotlib is not installed."""
+    if (plt := pyplot()) is None:
+        return None
+    figure, panels = plt.subplots(2, len(AXES), figsize=(4 * len(AXES), 6), sharey="row", layout="constrained")
+    kind = next(iter(points[0]["memory"]))
+    for column, axis in zip(panels.T, AXES):
+        for name, style in (("recipe", "s--"), ("ours", "o-")):
+            own = [point for point in points if point["axis"] == axis and point["side"] == name]
+            column[0].plot([point["value"] for point in own], [point["seconds"] for point in own], style, label=name)
+            column[1].plot([point["value"] for point in own], [point["memory"][kind] for point in own], style, label=name)
+        column[1].set_xlabel({"vocab": "words in the vocabulary", "rows": "rows in the batch"}.get(axis, axis))
+        for panel in column:
+            panel.set_xticks(AXES[axis], [f"{value:,}" for value in AXES[axis]])
+            panel.set_ylim(bottom=0)
+            panel.grid(alpha=0.3)
+    panels[0, 0].set_ylabel("seconds a step")
+    panels[1, 0].set_ylabel(f"peak memory, {kind}, GB")
+    panels[0, 0].legend()
+    length = base["request"] + base["max_new"]
+    models = f"student {base['student']}, teacher {base['teacher']}"
+    figure.suptitle(f"One step of PromptKD: {models}; where not varied {base['rows']} rows of {length} tokens, {base['vocab']:,} words")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return str(path)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="bench.py", description="Time and memory of PromptKD's iteration, against the released recipe's and the floor."
+    )
+    parser.add_argument("--size", nargs="+", choices=list(CASES), default=[], metavar="SIZE", help="S, M, D; L on a GPU")
+    parser.add_argument("--sampling", action="store_true", help="tokens/s of sampling at GPT-2's base shape")
+    parser.add_argument("--evaluation", action="store_true", help="time to evaluate Dolly's test rows")
+    parser.add_argument("--scaling", action="store_true", help="time and memory against batch, length and vocabulary")
+    parser.add_argument("--repeats", type=sample.in_range(int, 1, 1000), default=3, help="runs of each side (default 3)")
+    parser.add_argument("--threads", type=sample.in_range(int, 1, 1000), default=os.cpu_count(), help="of the CPU (default: one a core)")
+    parser.add_argument("--source", metavar="DIR", help="a folder with Dolly's train.jsonl and test.jsonl (default data/dolly)")
+    parser.add_argument("--rows", type=sample.in_range(int, 1, 100_000), default=500, help="of --evaluation (default 500)")
+    parser.add_argument("--hf", action="store_true", help="the recipe on transformers' GPT-2 as well")
+    parser.add_argument("--out", default="docs/scaling.png", help="the picture of --scaling; JSON is put beside it (default docs/scaling.png)")
+    parser.add_argument("--job", help=argparse.SUPPRESS)  # one side in this process: what in_a_process starts
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    device = ranks.start()
+    if args.job:
+        return do_job(**json.loads(args.job), device=device)
+    if not (args.size or args.sampling or args.evaluation or args.scaling):
+        raise InputError("nothing to measure; give --size S M D, --sampling, --evaluation or --scaling")
+    if "L" in args.size and device.type != "cuda":
+        raise InputError("--size L needs a GPU; leave it out")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu with {os.cpu_count()} cores"
+    print(f"{name}, {args.threads} threads, torch {torch.__version__}, medians of {args.repeats} (least-most)")
+    if args.hf:
+        print("TRL's GKDTrainer is left out: it samples inside its own training loop, and its responses can't be forced")
+    if args.size or args.sampling:
+        rates = machine_rates(device)
+        print(f"measured: a large matrix product {rates[0] / 1e9:,.0f} GFLOP/s, a large copy {rates[1] / 1e9:,.0f} GB/s")
+    for size in args.size:
+        show_size(size, args, device, rates)
+    if args.sampling:
+        show_sampling(args, device, rates)
+    if args.evaluation:
+        show_evaluation(args, device)
+    if args.scaling:
+        show_scaling(args)
+
+
+if __name__ == "__main__":
+    command(main)
