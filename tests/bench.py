@@ -371,41 +371,40 @@ def machine_rates(device):
 
 
 def count_work(case, examples, width=4):
-    """The least (operations, bytes) of each phase of an iteration, whatever the code does.
+    """The least work of each phase of an iteration, whatever the code does: {phase: [(operations, bytes) of each part]}; parts can't overlap.
 
     A forward of a model of n layers, width C, over rows of T tokens (the last token of a row is predicted, not read):
         body   2 · 12 n C² T  in matrices,  2 n C T (T + 1)  in causal attention, summed over rows
-        head   2 · C V  a response token
-    backward to activations alone as much again, to weights too twice as much. The prompt makes the teacher's rows P longer.
-        sampling   1 forward of the student; at each of max(response) steps all weights are read, and every row's keys and values so far
+        head   2 · C V  a token that is predicted
+    backward to activations alone as much again, to weights too twice as much. The prompt makes the teacher's rows P longer. Each of these
+    reads all weights once. width: bytes of a weight as it is multiplied.
+        sampling   the student's forward of the requests, which predicts the first token; then the rest, where each of the max(response) - 1
+                   steps reads all weights, and every row's keys and values so far
         prompt     1 forward of the student, 1 of the bare teacher, forward and backward to activations of the prompted one
-        student    1 forward of the prompted teacher, forward and full backward of the student; AdamW reads 4 and writes 3 numbers a weight
-    A forward, or a backward to activations, reads all weights once. width: bytes of a weight as it is multiplied.
+        student    1 forward of the prompted teacher, forward and full backward of the student; then AdamW, 4 numbers of a weight read and 3 written
     """
-    V, n_tokens = case["vocab"], sum(len(e.response) for e in examples)
+    V, requests = case["vocab"], [len(e.request) for e in examples]
+    n_tokens, whole = sum(len(e.response) for e in examples), [len(e.request) + len(e.response) - 1 for e in examples]
     n_q, C_q = (int(n) for n in case["student"].split("x")[:2])
     n_p, C_p = (int(n) for n in case["teacher"].split("x")[:2])
 
-    def forward(n, C, prompt=0):
-        rows = [prompt + len(e.request) + len(e.response) - 1 for e in examples]
-        return sum(24 * n * C**2 * T + 2 * n * C * T * (T + 1) for T in rows) + 2 * C * V * n_tokens
+    def forward(n, C, rows, predicted):
+        return sum(24 * n * C**2 * T + 2 * n * C * T * (T + 1) for T in rows) + 2 * C * V * predicted
 
-    def weights(n, C):
-        return 12 * n * C**2 + C * V
-
-    q, p, prompted = forward(n_q, C_q), forward(n_p, C_p), forward(n_p, C_p, PROMPT_LENGTH)
-    w_q, w_p = weights(n_q, C_q), weights(n_p, C_p)
-    cached = sum(2 * n_q * C_q * (len(e.request) + t) for e in examples for t in range(len(e.response)))
+    first, q = forward(n_q, C_q, requests, len(examples)), forward(n_q, C_q, whole, n_tokens)
+    p, prompted = forward(n_p, C_p, whole, n_tokens), forward(n_p, C_p, [T + PROMPT_LENGTH for T in whole], n_tokens)
+    w_q, w_p = 12 * n_q * C_q**2 + C_q * V, 12 * n_p * C_p**2 + C_p * V
+    read = w_q * (max(len(e.response) for e in examples) - 1) + 2 * n_q * C_q * sum(sum(range(x, T)) for x, T in zip(requests, whole))
     return {
-        "sampling": (q, width * (w_q * max(len(e.response) for e in examples) + cached)),
-        "prompt": (q + p + 2 * prompted, width * (w_q + 3 * w_p)),
-        "student": (3 * q + prompted, width * (3 * w_q + w_p) + 7 * 4 * w_q),
+        "sampling": [(first, width * w_q), (q - first, width * read)],
+        "prompt": [(q + p + 2 * prompted, width * (w_q + 3 * w_p))],
+        "student": [(3 * q + prompted, width * (3 * w_q + w_p)), (0, 7 * 4 * w_q)],
     }
 
 
 def floor_seconds(work, rates):
-    """Seconds of each phase, and of all together: operations or bytes at the machine's rates, whichever takes longer."""
-    seconds = {phase: max(count / rate for count, rate in zip(counts, rates)) for phase, counts in work.items()}
+    """Seconds of each phase, and of all together: for each part operations or bytes at the machine's rates, whichever takes longer."""
+    seconds = {phase: sum(max(count / rate for count, rate in zip(part, rates)) for part in parts) for phase, parts in work.items()}
     return seconds | {"whole": sum(seconds.values())}
 
 

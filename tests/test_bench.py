@@ -1,0 +1,285 @@
+"""The yardstick itself: the re-stated recipe and train.py's step agree where they should, sampling is forced but done in full, the floor
+is the one counted by hand, and every measure of bench.py runs at a tiny size."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import bench
+import sample
+import train
+from data.files import InputError
+from data.rows import Example, Row
+from helpers import run_command, talker_config, tiny_model, tiny_tokenizer
+from prompt import freeze
+
+CPU = torch.device("cpu")
+TINY = bench.CASES["XS"] | {"vocab": 61, "dropout": 0.0}
+END = TINY["vocab"] - 1
+UNEQUAL = [Example(7, [3, 1, 4], [1, 5, END]), Example(2, [9, 2, 6, 5, 3], [5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2]), Example(4, [6], [END])]
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """bench.main sets torch's threads."""
+    n = torch.get_num_threads()
+    yield
+    torch.set_num_threads(n)
+
+
+def said_by(examples, case=TINY):
+    return bench.forced({e.index: e.response for e in examples}, case["max_new"], case["vocab"] - 1, CPU)
+
+
+def gradients(monkeypatch, case, examples, steps, **changed):
+    """The losses of one iteration, and the gradients that prompt and student were updated on, {"prompt": [...], "student": [...]}."""
+    run, grads, update = bench.make_run(case, CPU, freeze(bench.make_model(case, "teacher"))), {}, train.update
+
+    def recording_update(optimizer):
+        name = "prompt" if optimizer is run.prompt_optimizer else "student"
+        grads[name] = [p.grad.clone() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return update(optimizer)
+
+    for name, change in changed.items():
+        setattr(run, name, change(getattr(run, name)))
+    run.clock = {"since": 0.0}
+    with monkeypatch.context() as patch, said_by(examples, case):
+        patch.setattr(train, "update", recording_update)
+        losses = steps(run, examples, 3)
+    return losses, grads, run
+
+
+def recipe(case=TINY, *functions):
+    return lambda run, examples, t: bench.recipe_step(run, case, examples, t, *functions)
+
+
+def check_gradients(grads, wanted):
+    for name in ("prompt", "student"):
+        assert len(grads[name]) == len(wanted[name]) > 0 and max(w.abs().max() for w in wanted[name]) > 1e-3
+        for grad, want in zip(grads[name], wanted[name]):
+            torch.testing.assert_close(grad, want, rtol=1e-3, atol=1e-5)
+
+
+def test_recipe_and_train_agree_on_a_window_of_one_pair_of_rows_of_one_length(monkeypatch):
+    examples = bench.make_examples(TINY | {"rows": 2})
+    losses, grads, run = gradients(monkeypatch, TINY, examples, recipe())
+    ours, wanted, our_run = gradients(monkeypatch, TINY, examples, train.promptkd_step)
+    assert losses["loss"] == pytest.approx(float(ours["loss"]), abs=1e-4) and losses["loss"] > 0.01
+    assert losses["prompt_loss"] == pytest.approx(float(ours["prompt_loss"]), abs=1e-4) and losses["prompt_loss"] > 0.01
+    check_gradients(grads, wanted)
+    for a_run in (run, our_run):
+        assert set(bench.PHASES) <= set(a_run.clock) and all(a_run.clock[phase] > 0 for phase in bench.PHASES)
+
+
+def test_recipe_averages_micro_batches_and_updates_once(monkeypatch):
+    """Four rows of one length: the student's loss differs from ours by the prompt alone, which is stale for the first pair."""
+    examples = bench.make_examples(TINY)
+    monkeypatch.setattr(train, "set_rate", lambda optimizer, lr: [group.update(lr=0.0) for group in optimizer.param_groups])  # no staleness
+    losses, grads, _ = gradients(monkeypatch, TINY, examples, recipe())
+    ours, wanted, _ = gradients(monkeypatch, TINY, examples, train.promptkd_step)
+    assert losses["loss"] == pytest.approx(float(ours["loss"]), abs=1e-4)
+    check_gradients(grads, wanted)
+
+
+def test_rows_of_a_pair_are_padded_to_the_limits_and_padding_counts_for_nothing(monkeypatch):
+    """The mean over the pair's tokens, whatever their lengths."""
+    seen = []
+
+    def logits(model, ids, real, P=None):
+        seen.append(ids.shape)
+        return bench.plain_logits(model, ids, real, P)
+
+    losses, grads, _ = gradients(monkeypatch, TINY, UNEQUAL[:2], recipe(TINY, logits))
+    ours, wanted, _ = gradients(monkeypatch, TINY, UNEQUAL[:2], train.promptkd_step)
+    assert losses["loss"] == pytest.approx(float(ours["loss"]), abs=1e-4)
+    check_gradients(grads, wanted)
+    assert set(seen) == {(2, 24)} and len(seen) == 5  # student and teacher bare, teacher prompted; teacher prompted, student
+
+
+def test_transformers_side_is_the_recipe_too(monkeypatch):
+    pytest.importorskip("transformers")
+    losses, _, _ = gradients(monkeypatch, TINY, UNEQUAL, recipe())
+
+    def convert(model):
+        return bench.to_hf(model).requires_grad_(model.wte.weight.requires_grad).eval()
+
+    functions = (bench.hf_logits, bench.hf_sample)
+    ours, _, _ = gradients(monkeypatch, TINY, UNEQUAL, recipe(TINY, *functions), student=convert, teacher=convert)
+    assert ours == pytest.approx(losses, abs=1e-4)
+
+
+def test_both_ways_of_sampling_say_the_given_responses_and_do_all_the_work(monkeypatch):
+    model, drawn = bench.make_model(TINY, "student").eval(), []
+    draw, multinomial = sample.draw, torch.multinomial
+    monkeypatch.setattr(sample, "draw", lambda logits, *rest, **how: drawn.append(logits.shape) or draw(logits, *rest, **how))
+    monkeypatch.setattr(torch, "multinomial", lambda probs, n: drawn.append(probs.shape) or multinomial(probs, n))
+    requests, wanted = [e.request for e in UNEQUAL], [e.response for e in UNEQUAL]
+    with said_by(UNEQUAL):
+        keys = [(10, "rollout", 0, e.index) for e in UNEQUAL]
+        assert sample.sample_all(model, requests, keys, END, TINY["max_new"])[0] == wanted
+    assert len(drawn) == 12 and drawn[0] == (3, 61) and all(n_words == 61 for _, n_words in drawn)
+    drawn.clear()
+    assert bench.plain_sample(model, requests, bench.token_table(wanted, 12, END, CPU), 12, END) == wanted
+    assert drawn == [(3, 61)] * 12  # none is dropped
+    drawn.clear()
+    short = UNEQUAL[0], UNEQUAL[2]
+    said = bench.token_table([e.response for e in short], 12, END, CPU)
+    assert bench.plain_sample(model, [e.request for e in short], said, 12, END) == [e.response for e in short]
+    assert len(drawn) == 3  # until both have ended
+    monkeypatch.undo()
+    assert sample.draw is draw and sample.row_uniforms.__module__ == "sample"  # nothing stays forced
+
+
+def test_plain_sampling_reads_what_the_model_reads_without_a_cache(monkeypatch):
+    """The distribution drawn from at each step, against a forward of the row so far."""
+    model, probs = bench.make_model(TINY, "student").eval(), []
+    multinomial = torch.multinomial
+    monkeypatch.setattr(torch, "multinomial", lambda p, n: probs.append(p) or multinomial(p, n))
+    pair = UNEQUAL[:2]
+    bench.plain_sample(model, [e.request for e in pair], bench.token_table([e.response for e in pair], 12, END, CPU), 12, END)
+    for row, e in enumerate(pair):
+        for t in range(len(e.response)):
+            wanted = model.logits(model(torch.tensor([e.request + e.response[:t]])))[0, -1].softmax(-1)
+            torch.testing.assert_close(probs[t][row], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_unique_numbers_of_a_large_evaluation_lead_to_the_right_tokens():
+    responses = {index: [(index * 7 + t) % 50_000 for t in range(256)] for index in range(500)}
+    with bench.forced(responses, 256, 50_256, CPU):
+        u = torch.stack([torch.from_numpy(sample.row_uniforms(256, 10, "evaluate", "dolly", index)) for index in responses])
+        for t in (0, 1, 128, 255):
+            tokens, _ = sample.draw(torch.zeros(500, 3), u[:, t])
+            assert tokens.tolist() == [response[t] for response in responses.values()]
+
+
+# ---- the floor ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_count_of_one_row_by_hand():
+    """Student 1 layer of width 2, teacher 1 of width 3, 5 words; one row of 2 + 3 tokens, so that 4 are read."""
+    case = {"student": "1x2x1", "teacher": "1x3x1", "vocab": 5}
+    work = bench.count_work(case, [Example(0, [1, 2], [1, 2, 3])])
+    first = 24 * 4 * 2 + 2 * 2 * 2 * 3 + 2 * 2 * 5  # body, attention, head
+    q = 24 * 4 * 4 + 2 * 2 * 4 * 5 + 3 * 2 * 2 * 5
+    p, prompted = 24 * 9 * 4 + 2 * 3 * 4 * 5 + 3 * 2 * 3 * 5, 24 * 9 * 11 + 2 * 3 * 11 * 12 + 3 * 2 * 3 * 5
+    w_q, w_p = 12 * 4 + 10, 12 * 9 + 15
+    assert work["sampling"] == [(first, 4 * w_q), (q - first, 4 * (2 * w_q + 2 * 2 * (2 + 3)))]
+    assert work["prompt"] == [(q + p + 2 * prompted, 4 * (w_q + 3 * w_p))]
+    assert work["student"] == [(3 * q + prompted, 4 * (3 * w_q + w_p)), (0, 28 * w_q)]
+
+
+def test_floor_is_the_slower_of_operations_and_bytes_of_each_part():
+    seconds = bench.floor_seconds({"a": [(10, 10), (10, 400)], "b": [(0, 20)]}, (5, 20))
+    assert seconds == {"a": 2 + 20, "b": 1, "whole": 23}
+
+
+@pytest.mark.parametrize("size, wanted", [("S", 0.76), ("M", 8.39)])
+def test_floor_at_known_rates_is_the_known_one(size, wanted):
+    case = bench.CASES[size]
+    work = bench.count_work(case, bench.make_examples(case))
+    assert bench.floor_seconds(work, (187e9, 33e9))["whole"] == pytest.approx(wanted, rel=0.01)
+
+
+@pytest.mark.parametrize("axis", bench.AXES)
+def test_floor_is_positive_and_grows_along_every_axis(axis):
+    floors = []
+    for value in bench.AXES[axis]:
+        case = bench.scaled(bench.CASES["S"], axis, value)
+        floors.append(bench.floor_seconds(bench.count_work(case, bench.make_examples(case)), (187e9, 33e9)))
+    for phase in bench.PHASES:
+        assert floors[0][phase] > 0 and all(a[phase] < b[phase] for a, b in pairwise(floors)), phase
+    ratio = floors[-1]["prompt"] / floors[0]["prompt"]
+    assert ratio == pytest.approx(8, rel=1e-6) if axis == "rows" else ratio > 1.5
+
+
+# ---- the measures ---------------------------------------------------------------------------------------------------------------------
+
+
+def fake_process(case, name, steps, threads):
+    """Numbers that tell which job they are of: starting a process takes seconds."""
+    assert steps > 0 and threads == 1
+    size = case["rows"] * case["vocab"]
+    return {"seconds": size / 1000, "memory": {"resident": 1.0 + size}, "before": {"resident": 0.25}}
+
+
+def test_a_step_in_a_process_of_its_own_gives_its_time_and_memory():
+    measured = bench.in_a_process(bench.CASES["XS"], "ours", 1, 1)
+    assert 0.05 < measured["before"]["resident"] <= measured["memory"]["resident"] < 4 and measured["seconds"] > 0
+
+
+def test_size_prints_a_table_with_every_phase(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "machine_rates", lambda device: (1e9, 1e9))
+    monkeypatch.setattr(bench, "in_a_process", fake_process)
+    bench.main(["--size", "XS", "--repeats", "2", "--threads", "1"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0][0] == "cpu" and "torch" in lines[0] and lines[0][lines[0].index("threads,") - 1] == "1"
+    table = {line[0]: line for line in lines if line}
+    floor = bench.floor_seconds(bench.count_work(bench.CASES["XS"], bench.make_examples(bench.CASES["XS"])), (1e9, 1e9))
+    for label in ("sampling", "prompt", "student", "whole"):
+        assert table[label][-2] == f"{floor[label]:.2f}" and float(table[label][-1]) > 0 and float(table[label][-3]) > 0
+    assert table["peak"][3] == "2001.00"
+
+
+def test_scaling_writes_a_picture_and_leaves_out_what_takes_too_long(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench, "in_a_process", fake_process)
+    monkeypatch.setattr(bench, "TOO_LONG", 500)
+    path = tmp_path / "made" / "scaling.png"
+    bench.main(["--scaling", "--out", str(path), "--threads", "1"])
+    said, written = capsys.readouterr().out, json.loads(path.with_suffix(".json").read_text())
+    points = {(point["axis"], point["value"], point["side"]): point for point in written["points"]}
+    for axis, values in bench.AXES.items():
+        for value in values:
+            assert (
+                points[axis, value, "ours"]["seconds"]
+                == bench.scaled(bench.CASES["S"], axis, value)["rows"] * (value if axis == "vocab" else 50_257) / 1000
+            )
+    assert ("rows", 8, "recipe") in points and ("rows", 16, "recipe") not in points and "left out" in said
+    plt = pytest.importorskip("matplotlib.pyplot")
+    assert plt.imread(path).shape[0] > 300
+
+
+def test_sampling_is_timed_on_every_side(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "has_transformers", lambda: False)
+    args = SimpleNamespace(repeats=1)
+    bench.show_sampling(args, CPU, (1e9, 1e9), TINY)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if " rows" in line]
+    assert [row[0] for row in rows] == ["1", "8", "32"] and all(float(row[-2]) > 0 for row in rows)
+
+
+def test_evaluation_gives_the_scores_of_the_references_both_ways():
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(replace(talker_config(), n_positions=288))
+    rows = [Row(i, "name " + "a" * (i % 5), "", ("the task" + " or so" * (i % 3), "an other")) for i in range(11)]
+    times, scores = bench.time_evaluation(model, tokenizer, rows, 2, max_new=24)
+    assert scores["batches of 8"] == pytest.approx([100.0] * 11) and scores["ours"] == pytest.approx([100.0] * 11)
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in times.values())
+
+
+def test_dolly_rows_have_their_own_lengths_within_the_limits(shared, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "gpt2-bpe" / "tiktoken-cache"))
+    examples = bench.make_examples(bench.CASES["D"] | {"source": shared / "data" / "dolly"})
+    ended = [e for e in examples if e.response[-1] == 50_256]
+    assert len(examples) == 32 and max(len(e.response) for e in examples) == 256 and len(ended) == 31
+    assert len({len(e.request) for e in examples}) > 16 and all(50_256 not in e.response[:-1] for e in examples)
+
+
+def test_a_command_without_a_measure_ends_with_one_line():
+    done = run_command("tests/bench.py")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nothing to measure; give --size S M D" in done.stderr
+
+
+def test_the_largest_size_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(bench.ranks, "start", lambda: CPU)
+    with pytest.raises(InputError, match="--size L needs a GPU"):
+        bench.main(["--size", "L", "--threads", "1"])
+
+
+@pytest.mark.parametrize("option", [("--size", "D"), ("--evaluation",)])
+def test_missing_data_is_named_with_the_mend(monkeypatch, tmp_path, option):
+    monkeypatch.setattr(bench, "machine_rates", lambda device: (1e9, 1e9))
+    with pytest.raises(InputError, match=r"(train|test)\.jsonl: no such file; run python -m data\.prepare dolly"):
+        bench.main([*option, "--source", str(tmp_path), "--threads", "1"])
