@@ -231,7 +231,7 @@ def to_hf(model):
     )
     hf = GPT2LMHeadModel(GPT2Config(**sizes, **rates, bos_token_id=None, eos_token_id=None))
     hf.transformer.load_state_dict({name: w.T if name.endswith(TRANSPOSED) else w for name, w in model.state_dict().items()})
-    return hf.to(model.wte.weight.device, model.wte.weight.dtype)
+    return hf.to(model.wte.weight).train(model.training).requires_grad_(model.wte.weight.requires_grad)
 
 
 def hf_logits(model, ids, real, P=None):
@@ -265,14 +265,14 @@ def make_model(case, name):
     return GPT(train.config_of_shape(case[name], case["vocab"], case["dropout"])).initialise(10)
 
 
-def make_run(case, device, teacher):
-    """train.Run of a case, as train.build makes it for a user's run, with a student of its own."""
+def make_run(case, device, teacher, convert=lambda model: model):
+    """train.Run of a case, as train.build makes it for a user's run, with a student of its own; both models converted."""
     s = train.Settings("promptkd", case["student"], "none", case["rows"], lr=1e-5, epochs=1, max_new=case["max_new"], **train.PROMPT)
-    student = make_model(case, "student").to(device)
+    student = convert(make_model(case, "student").to(device))
     P = teacher.wte.weight[:PROMPT_LENGTH].detach().float().clone().requires_grad_()
     run = train.Run(
         settings=s, total=1000, global_batch=case["rows"], micro_batch=8, device=device, tokenizer=SimpleNamespace(eot_token=case["vocab"] - 1),
-        student=student, wrapped=student, optimizer=train.adamw([*student.parameters()], s), teacher=teacher, P=P, prompt_optimizer=train.adamw([P], s),
+        student=student, wrapped=student, optimizer=train.adamw([*student.parameters()], s), teacher=convert(teacher), P=P, prompt_optimizer=train.adamw([P], s),
     )  # fmt: skip
     train.set_rate(run.optimizer, s.lr)
     train.set_rate(run.prompt_optimizer, s.lr)
@@ -281,11 +281,7 @@ def make_run(case, device, teacher):
 
 def make_side(name, case, device, teacher):
     """A function of examples and t that does one iteration and returns its losses, and the seconds of each phase and of the whole."""
-    run = make_run(case, device, teacher)
-    if name == "transformers":
-        run.student, run.teacher = to_hf(run.student), to_hf(teacher).eval().requires_grad_(False)
-        run.optimizer = train.adamw([*run.student.parameters()], run.settings)
-        train.set_rate(run.optimizer, run.settings.lr)
+    run = make_run(case, device, teacher, *([to_hf] if name == "transformers" else []))
     steps = {
         "recipe": lambda examples, t: recipe_step(run, case, examples, t),
         "ours": lambda examples, t: train.promptkd_step(run, examples, t),
@@ -430,6 +426,8 @@ def show_size(size, args, device, rates):
     names = ["recipe", "ours", "ours, gkd", *(["transformers"] if args.hf and has_transformers() else [])]
     examples = make_examples(case)
     n_tokens, length = sum(len(e.response) for e in examples), sum(len(e.request) + len(e.response) for e in examples)
+    models = f"student {case['student']}, teacher {case['teacher']}"
+    print(f"\n{size}: {models}, {len(examples)} rows, {length:,} tokens, {n_tokens:,} of them of responses", flush=True)
     part = {name: case["rows"] // (share if name in ("recipe", "transformers") else 1) for name in names}
     memory = {name: in_a_process(case | {"rows": part[name]}, name, 1, args.threads) for name in names}
     times = time_steps(case, part, device, args.repeats)
@@ -447,9 +445,6 @@ def show_size(size, args, device, rates):
         peaks = {name: memory[name]["memory"][kind] for name in names}
         cells = [cell for name in names for cell in (f"{peaks[name]:.2f} (before {memory[name]['before'][kind]:.2f})", "")]
         lines.append([f"peak {kind}, GB", *cells, f"{peaks['recipe'] / peaks['ours']:.2f}", "", ""])
-    print(
-        f"\n{size}: student {case['student']}, teacher {case['teacher']}, {len(examples)} rows, {length:,} tokens, {n_tokens:,} of them of responses"
-    )
     print(lay_out(lines))
     if share > 1:
         print(f"The recipe's seconds are {share} times those of {len(examples) // share} rows.")
@@ -471,7 +466,7 @@ def take_turns(sides, repeats):
 def show_sampling(args, device, rates, case=CASES["M"] | {"request": 64, "max_new": 64}):
     """Tokens/s of sampling at the base shape, all rows in one batch on every side."""
     model, lines = make_model(case, "student").to(device).eval(), []
-    hf = to_hf(model).eval() if has_transformers() else None
+    hf = to_hf(model) if has_transformers() else None
     for n in (1, 8, 32):
         examples = make_examples(case | {"rows": n})
         times = time_sampling(model, hf, case, examples, device, args.repeats)
@@ -577,7 +572,7 @@ def draw_scaling(points, base, path):
             column[1].plot([point["value"] for point in own], [point["memory"][kind] for point in own], style, label=name)
         column[1].set_xlabel({"vocab": "words in the vocabulary", "rows": "rows in the batch"}.get(axis, axis))
         for panel in column:
-            panel.set_xticks(AXES[axis], [f"{value:,}" for value in AXES[axis]])
+            panel.set_xticks(AXES[axis], [f"{value / 1000:.0f}k" if value >= 1000 else value for value in AXES[axis]])
             panel.set_ylim(bottom=0)
             panel.grid(alpha=0.3)
     panels[0, 0].set_ylabel("seconds a step")
@@ -619,7 +614,7 @@ def main(argv=None):
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu with {os.cpu_count()} cores"
     print(f"{name}, {args.threads} threads, torch {torch.__version__}, medians of {args.repeats} (least-most)")
     if args.hf:
-        print("TRL's GKDTrainer is left out: it samples inside its own training loop, and its responses can't be forced")
+        print("TRL's GKDTrainer is left out: there is no side for it here")
     if args.size or args.sampling:
         rates = machine_rates(device)
         print(f"measured: a large matrix product {rates[0] / 1e9:,.0f} GFLOP/s, a large copy {rates[1] / 1e9:,.0f} GB/s")

@@ -35,17 +35,15 @@ def said_by(examples, case=TINY):
     return bench.forced({e.index: e.response for e in examples}, case["max_new"], case["vocab"] - 1, CPU)
 
 
-def gradients(monkeypatch, case, examples, steps, **changed):
+def gradients(monkeypatch, case, examples, steps, *convert):
     """The losses of one iteration, and the gradients that prompt and student were updated on, {"prompt": [...], "student": [...]}."""
-    run, grads, update = bench.make_run(case, CPU, freeze(bench.make_model(case, "teacher"))), {}, train.update
+    run, grads, update = bench.make_run(case, CPU, freeze(bench.make_model(case, "teacher")), *convert), {}, train.update
 
     def recording_update(optimizer):
         name = "prompt" if optimizer is run.prompt_optimizer else "student"
         grads[name] = [p.grad.clone() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         return update(optimizer)
 
-    for name, change in changed.items():
-        setattr(run, name, change(getattr(run, name)))
     run.clock = {"since": 0.0}
     with monkeypatch.context() as patch, said_by(examples, case):
         patch.setattr(train, "update", recording_update)
@@ -76,9 +74,9 @@ def test_recipe_and_train_agree_on_a_window_of_one_pair_of_rows_of_one_length(mo
 
 
 def test_recipe_averages_micro_batches_and_updates_once(monkeypatch):
-    """Four rows of one length: the student's loss differs from ours by the prompt alone, which is stale for the first pair."""
+    """Four rows of one length, at a rate of zero: otherwise the first pair distils from the prompt of before, and differs from ours."""
     examples = bench.make_examples(TINY)
-    monkeypatch.setattr(train, "set_rate", lambda optimizer, lr: [group.update(lr=0.0) for group in optimizer.param_groups])  # no staleness
+    monkeypatch.setattr(train, "set_rate", lambda optimizer, lr: [group.update(lr=0.0) for group in optimizer.param_groups])
     losses, grads, _ = gradients(monkeypatch, TINY, examples, recipe())
     ours, wanted, _ = gradients(monkeypatch, TINY, examples, train.promptkd_step)
     assert losses["loss"] == pytest.approx(float(ours["loss"]), abs=1e-4)
@@ -103,13 +101,8 @@ def test_rows_of_a_pair_are_padded_to_the_limits_and_padding_counts_for_nothing(
 def test_transformers_side_is_the_recipe_too(monkeypatch):
     pytest.importorskip("transformers")
     losses, _, _ = gradients(monkeypatch, TINY, UNEQUAL, recipe())
-
-    def convert(model):
-        return bench.to_hf(model).requires_grad_(model.wte.weight.requires_grad).eval()
-
-    functions = (bench.hf_logits, bench.hf_sample)
-    ours, _, _ = gradients(monkeypatch, TINY, UNEQUAL, recipe(TINY, *functions), student=convert, teacher=convert)
-    assert ours == pytest.approx(losses, abs=1e-4)
+    ours, _, run = gradients(monkeypatch, TINY, UNEQUAL, recipe(TINY, bench.hf_logits, bench.hf_sample), bench.to_hf)
+    assert ours == pytest.approx(losses, abs=1e-4) and "transformers" in type(run.student).__module__
 
 
 def test_both_ways_of_sampling_say_the_given_responses_and_do_all_the_work(monkeypatch):
