@@ -474,9 +474,9 @@ def show_sampling(args, device, rates, case=CASES["M"] | {"request": 64, "max_ne
         at_best = n_tokens / floor_seconds(count_work(case, examples, 2 if device.type == "cuda" else 4), rates)["sampling"]
         rate = {name: [n_tokens / s for s in seconds] for name, seconds in times.items()}
         gain = median(rate["ours"]) / max(median(values) for name, values in rate.items() if name != "ours")
-        lines.append([f"{n} rows", *(with_spread(values, 0) for values in rate.values()), f"{gain:.2f}", f"{at_best:,.0f}"])
+        lines.append([f"{n:,}", *(with_spread(values, 0) for values in rate.values()), f"{gain:.2f}", f"{at_best:,.0f}"])
     print(f"\nsampling, tokens/s: {case['student']}, {case['request']} + {case['max_new']} tokens")
-    print(lay_out([["", *rate, "ours / best other", "at the floor"], *lines]))
+    print(lay_out([["rows", *rate, "ours / best other", "at the floor"], *lines]))
 
 
 def time_sampling(model, hf, case, examples, device, repeats):
