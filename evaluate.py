@@ -65,21 +65,24 @@ def rouge_l(responses, references):
     return [100 * max(scorer.score(r, text)["rougeL"].fmeasure for r in refs) for text, refs in zip(responses, references)]
 
 
-def evaluate(model, tokenizer, rows, key, label=None, **how):
+def evaluate(model, tokenizer, rows, key, label=None, at_once=64, **how):
     """A model's responses to rows and their ROUGE-L, sampled and scored by all ranks together, each a part.
 
     key: what the random numbers hang on before the row's index, as (seed, "evaluate", set). Returns for every row, in order,
     on every rank: {"index", "text", "rouge_l", "shortened": whether its request was cut to fit}.
     """
-    mine = ranks.share(rows)
-    requests = [request_tokens(row, tokenizer) for row in mine]
     model.eval()
-    responses, _ = sample_all(model, [tokens for tokens, _ in requests], [(*key, row.index) for row in mine], tokenizer.eot_token, label=label, **how)
-    texts = [to_text(response, tokenizer) for response in responses]
-    scores = rouge_l(texts, [row.references for row in mine])
-    results = [
-        {"index": row.index, "text": text, "rouge_l": score, "shortened": cut} for row, text, score, (_, cut) in zip(mine, texts, scores, requests)
-    ]
+    ordered, results = sorted(rows, key=lambda row: -len(row.instruction + row.input)), []
+    # Ranks share whole batches, so that a row meets the same others, and the same rounding, on any number of ranks.
+    batches = ranks.share([ordered[i : i + at_once] for i in range(0, len(ordered), at_once)])
+    for batch in tqdm(batches, desc=label, unit="batch", leave=False, disable=None if label and ranks.rank() == 0 else True):
+        requests, shortened = zip(*(request_tokens(row, tokenizer) for row in batch))
+        responses, _ = sample_all(model, requests, [(*key, row.index) for row in batch], tokenizer.eot_token, at_once=at_once, **how)
+        texts = [to_text(response, tokenizer) for response in responses]
+        scores = rouge_l(texts, [row.references for row in batch])
+        results += [
+            {"index": row.index, "text": t, "rouge_l": score, "shortened": cut} for row, t, score, cut in zip(batch, texts, scores, shortened)
+        ]
     return sorted(ranks.gather(results), key=lambda result: result["index"])
 
 
