@@ -75,7 +75,9 @@ def evaluate(model, tokenizer, rows, key, label=None, at_once=64, **how):
     ordered, results = sorted(rows, key=lambda row: -len(row.instruction + row.input)), []
     # Ranks share whole batches, so that a row meets the same others, and the same rounding, on any number of ranks.
     batches = ranks.share([ordered[i : i + at_once] for i in range(0, len(ordered), at_once)])
-    for batch in tqdm(batches, desc=label, unit="batch", leave=False, disable=None if label and ranks.rank() == 0 else True):
+    if label:
+        batches = tqdm(batches, desc=label, unit="batch", leave=False, disable=None if ranks.rank() == 0 else True)
+    for batch in batches:
         requests, shortened = zip(*(request_tokens(row, tokenizer) for row in batch))
         responses, _ = sample_all(model, requests, [(*key, row.index) for row in batch], tokenizer.eot_token, at_once=at_once, **how)
         texts = [to_text(response, tokenizer) for response in responses]
