@@ -7,6 +7,8 @@ the caller can divide their sum by the number of response tokens in the whole gl
 import torch
 import torch.nn.functional as F
 
+from model import linear
+
 
 def cross_entropy(logits, targets):
     """- log q(y_t | y_<t, x): logits (N, V), targets (N,) -> (N,)."""
@@ -14,26 +16,38 @@ def cross_entropy(logits, targets):
 
 
 class _KL(torch.autograd.Function):
-    """With gradients in closed form: a quarter of the passes over (N, V) tensors that autograd would make."""
+    """KL(first || other) for each of k others, with gradients in closed form: far fewer passes over (N, V) than autograd would make."""
 
     @staticmethod
-    def forward(ctx, first, second):
-        log_first, log_second = F.log_softmax(first, dim=-1), F.log_softmax(second, dim=-1)
-        probs = log_first.exp()
-        log_ratio = log_first.sub_(log_second)
-        values = torch.linalg.vecdot(probs, log_ratio)  # (N,)
-        ctx.save_for_backward(probs, log_ratio, values, log_second if ctx.needs_input_grad[1] else None)
+    def forward(ctx, first, *others):
+        log_first = F.log_softmax(first, dim=-1)
+        probs, ratios, to_others = log_first.exp(), [], ctx.needs_input_grad[1:]
+        of_others = []
+        for other, needed in zip(others, to_others):
+            log_other = F.log_softmax(other, dim=-1)
+            of_others.append(log_other.exp() if needed else None)
+            ratios.append(torch.sub(log_first, log_other, out=log_other))
+        values = torch.stack([torch.linalg.vecdot(probs, ratio) for ratio in ratios])  # (k, N)
+        ctx.save_for_backward(probs, values, *ratios, *of_others)
         return values
 
     @staticmethod
-    def backward(ctx, grad):  # (N,)
-        probs, log_ratio, values, log_second = ctx.saved_tensors
-        to_first = to_second = None
-        if ctx.needs_input_grad[0]:
-            to_first = (log_ratio - values[:, None]).mul_(probs).mul_(grad[:, None])
-        if ctx.needs_input_grad[1]:
-            to_second = log_second.exp().sub_(probs).mul_(grad[:, None])
-        return to_first, to_second
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # (k, N)
+        probs, values, *rest = ctx.saved_tensors
+        ratios, of_others = rest[: len(values)], rest[len(values) :]
+        to_first = None
+        if ctx.needs_input_grad[0]:  # p ⊙ (m - p·m), with m = Σ_j g_j log(first / other_j)
+            to_first = ratios[0] * grad[0][:, None]
+            for ratio, g in zip(ratios[1:], grad[1:]):
+                to_first.addcmul_(ratio, g[:, None])
+            to_first.sub_((grad * values).sum(0)[:, None]).mul_(probs)
+        return to_first, *(None if q is None else (q - probs).mul_(g[:, None]) for q, g in zip(of_others, grad))
+
+
+def kls(first, *others):
+    """KL(first || other) at each token, exact over the vocabulary, for each of k others: logits (N, V), each (N, V) -> (k, N)."""
+    return _KL.apply(first.float(), *(other.float() for other in others))
 
 
 def kl(first, second):
@@ -41,7 +55,7 @@ def kl(first, second):
 
     Zero for equal distributions. Forward KL is kl(p, q), reverse KL is kl(q, p), for teacher p and student q.
     """
-    return _KL.apply(first.float(), second.float())
+    return kls(first, second)[0]
 
 
 def directed_kl(trained, target, direction):
@@ -55,8 +69,11 @@ def prompt_loss(p_prompted, q, p_bare, lam, reg=1.0, prompt_kl="reverse", reg_kl
     p_prompted: logits of p(y | P, x), which carry the gradient to P; q: of the student; p_bare: of p(y | x); all (N, V).
     lam: λ = 1 - t/T. Returns L_P, L_kd and L_reg, each (N,).
     """
-    L_kd = directed_kl(p_prompted, q, prompt_kl)  # (1)
-    L_reg = directed_kl(p_prompted, p_bare, reg_kl)  # (2)
+    if prompt_kl == reg_kl == "reverse":
+        L_kd, L_reg = kls(p_prompted, q, p_bare)  # (1), (2), which share the work on p_prompted
+    else:
+        L_kd = directed_kl(p_prompted, q, prompt_kl)  # (1)
+        L_reg = directed_kl(p_prompted, p_bare, reg_kl)  # (2)
     return L_kd + reg * lam * L_reg, L_kd, L_reg  # (3)
 
 
@@ -114,19 +131,20 @@ def minillm_loss(q_theta, p, targets, log_q, w, R):
 
 # ---- the memory-lean form -----------------------------------------------------------------------------------------------------------
 
-CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}  # of one chunk's float32 logits: what a CPU's cache holds, and what keeps a GPU busy
+CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**28}  # of one chunk's float32 logits: enough rows for a matrix product to be fast
 
 
 def token_chunks(hidden, head):
-    """Slices of the N tokens, each of as many as the logits of one chunk may be."""
-    size = max(1, CHUNK_BYTES[hidden.device.type] // (4 * len(head)))
-    return [slice(start, start + size) for start in range(0, len(hidden), size)]
+    """Slices of the N tokens, of equal size and each of no more than the logits of one chunk may be."""
+    n_chunks = -(-len(hidden) * 4 * len(head) // CHUNK_BYTES[hidden.device.type])
+    size = -(-len(hidden) // max(1, n_chunks))
+    return [slice(start, start + size) for start in range(0, len(hidden), size or 1)]
 
 
 def token_log_probs(head, hidden, targets):
     """log q(y_t | y_<t, x) of tokens (N,), from hidden states (N, C) and head (V, C) -> (N,), a chunk at a time. Without gradients."""
     chunks = token_chunks(hidden, head)
-    return torch.cat([hidden.new_zeros(0), *(-cross_entropy(F.linear(hidden[i], head), targets[i]) for i in chunks)])
+    return torch.cat([hidden.new_zeros(0), *(-cross_entropy(linear(hidden[i], head), targets[i]) for i in chunks)])
 
 
 def sum_over_tokens(loss_of, hidden, head):
@@ -147,7 +165,7 @@ class _SumOverTokens(torch.autograd.Function):
         d_head = torch.zeros_like(head) if to_head else None
         total = 0
         for i in token_chunks(hidden, head) or [slice(0, 0)]:
-            logits = F.linear(hidden[i], head).requires_grad_(to_hidden or to_head)  # (n, V)
+            logits = linear(hidden[i], head).requires_grad_(to_hidden or to_head)  # (n, V)
             with torch.set_grad_enabled(logits.requires_grad):
                 losses = loss_of(logits, i).sum(-1)  # () or (k,)
                 loss = losses if losses.ndim == 0 else losses[0]

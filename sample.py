@@ -49,7 +49,9 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 
     logits (B, V), u (B,) -> tokens (B,) and their log-probabilities (B,) under the distribution that they were drawn from.
     """
-    logits = logits.float() / (temperature if u is not None else 1.0)
+    logits = logits.float()
+    if u is not None and temperature != 1.0:
+        logits = logits / temperature
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
     if top_p < 1.0:

@@ -195,6 +195,12 @@ def target_hidden(model, batch, P=None):
     return teacher_hidden(model.eval(), batch.ids, P)[batch.where]
 
 
+@torch.no_grad()
+def target_logits(model, hidden):
+    """A target's logits (n, V), which get no gradient."""
+    return model.logits(hidden)
+
+
 def window(run, examples):
     """The global batch as this rank's micro-batches, and the number of response tokens in all of it, over all ranks.
 
@@ -271,8 +277,8 @@ def promptkd_step(run, examples, t):
             h_pP = teacher_hidden(p, b.ids, run.P)[b.where]  # of p(y | P, x)
 
             def L_P(pP_logits, i):
-                p_logits = p.logits(h_p[i])
-                losses = prompt_loss(pP_logits, q.logits(h_q[i]), p_logits, lam, s.reg, s.prompt_kl, s.reg_kl)  # (1), (2), (3)
+                p_logits = target_logits(p, h_p[i])
+                losses = prompt_loss(pP_logits, target_logits(q, h_q[i]), p_logits, lam, s.reg, s.prompt_kl, s.reg_kl)  # (1), (2), (3)
                 drift = losses[2] if s.reg_kl == "reverse" else kl(pP_logits, p_logits)  # KL(p(y | P, x) || p(y | x))
                 return torch.stack([*losses, drift])
 
@@ -286,7 +292,7 @@ def promptkd_step(run, examples, t):
     # Distillation from the teacher behind the prompt just updated. Gradient to θ only.
     def L_theta(b):
         h_pP = target_hidden(p, b, run.P)
-        return lambda q_logits, i: student_loss(q_logits, p.logits(h_pP[i]))  # (4)
+        return lambda q_logits, i: student_loss(q_logits, target_logits(p, h_pP[i]))  # (4)
 
     values = train_student(run, loss=(L_theta, batches, n_tokens))
     prompt_losses = dict(zip(("prompt_loss", "prompt_kd", "prompt_reg", "kl_prompted_bare"), ranks.add_up(sums)))
@@ -300,7 +306,7 @@ def gkd_step(run, examples, t):
 
     def L_theta(b):
         h_p = target_hidden(p, b)
-        return lambda q_logits, i: student_loss(q_logits, p.logits(h_p[i]))  # KL(q(y | x) || p(y | x))
+        return lambda q_logits, i: student_loss(q_logits, target_logits(p, h_p[i]))  # KL(q(y | x) || p(y | x))
 
     return train_student(run, loss=(L_theta, batches, n_tokens))
 
@@ -319,7 +325,7 @@ def against_teacher(run):
 
     def L_theta(b):
         h_p = target_hidden(run.teacher, b)
-        return lambda q_logits, i: kd_loss(q_logits, run.teacher.logits(h_p[i]), b.targets[i])
+        return lambda q_logits, i: kd_loss(q_logits, target_logits(run.teacher, h_p[i]), b.targets[i])
 
     return L_theta
 
@@ -353,7 +359,7 @@ def minillm_step(run, examples, t):
 
         def loss(q_logits, i):
             log_q, w, R = tokens[i].T
-            return minillm_loss(q_logits, run.teacher.logits(h_p[i]), b.targets[i], log_q, w, R)
+            return minillm_loss(q_logits, target_logits(run.teacher, h_p[i]), b.targets[i], log_q, w, R)
 
         return loss
 
