@@ -7,8 +7,14 @@ import sys
 # OpenMP's threads spin by default while they wait; where other processes want the cores too, that slows a step tenfold.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# glibc gives large blocks back to the system and has them cleared page by page when they are wanted again, at every step.
-if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
-    ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+def keep_memory(keep=True):
+    """Whether the process keeps memory that it frees. By default glibc gives large blocks back to the system, which clears them page by
+    page when they are wanted again: at every step. Other C libraries are left alone."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0 if keep else 65_536)
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 128 * 1024)
+
+
+keep_memory()

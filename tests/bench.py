@@ -19,7 +19,7 @@ import resource
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
@@ -29,7 +29,7 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import ranks  # before torch: data/__init__.py says why
+from data import keep_memory, ranks  # before torch: data/__init__.py says why
 
 import numpy as np
 import torch
@@ -109,6 +109,17 @@ def forced(responses, max_new, end, device):
 
     with patch.object(sample, "row_uniforms", uniforms), patch.object(sample, "draw", forced_draw):
         yield
+
+
+@contextmanager
+def stock():
+    """For the turns of the other sides: PyTorch's own F.linear and glibc's own handling of memory, in place of this project's."""
+    keep_memory(False)
+    try:
+        with patch("model.linear", torch.nn.functional.linear):
+            yield
+    finally:
+        keep_memory(True)
 
 
 def until_end(rows, end):
@@ -292,7 +303,10 @@ def make_side(name, case, device, teacher):
     def side(examples, t):
         begin = time.perf_counter()
         run.clock = {"since": begin}
-        with forced({e.index: e.response for e in examples}, case["max_new"], case["vocab"] - 1, device):
+        with (
+            forced({e.index: e.response for e in examples}, case["max_new"], case["vocab"] - 1, device),
+            nullcontext() if "ours" in name else stock(),
+        ):
             losses = steps[name](examples, t)
         return losses, {phase: run.clock.get(phase, 0.0) for phase in PHASES} | {"whole": run.clock["since"] - begin}
 
@@ -485,9 +499,9 @@ def time_sampling(model, hf, case, examples, device, repeats):
     end, limit, max_new = case["vocab"] - 1, case["request"], case["max_new"]
     said, keys = token_table(responses.values(), max_new, end, device), [(10, "rollout", 0, e.index) for e in examples]
     sides = {
-        "plain": lambda: plain_sample(model, requests, said, limit, end),
+        "plain": stock()(lambda: plain_sample(model, requests, said, limit, end)),
         "ours": lambda: sample.sample_all(model, requests, keys, end, max_new)[0],
-        "transformers": lambda: hf_sample(hf, requests, said, limit, end),
+        "transformers": stock()(lambda: hf_sample(hf, requests, said, limit, end)),
     }
     if hf is None:
         del sides["transformers"]
@@ -513,6 +527,7 @@ def time_evaluation(model, tokenizer, rows, repeats, max_new=sample.MAX_NEW):
     end, device = tokenizer.eot_token, model.wte.weight.device
     responses = {row.index: [*tokenizer.encode_ordinary(row.references[0]), end][:max_new] for row in rows}
 
+    @stock()
     def in_batches_of_8():
         results = []
         for batch in (rows[i : i + 8] for i in range(0, len(rows), 8)):
