@@ -5,6 +5,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import statistics
 import textwrap
 from collections import Counter
@@ -17,7 +18,7 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 from tqdm import tqdm
 
-from data.files import InputError, command, model_directory, pyplot, write_atomic
+from data.files import InputError, check_out, command, model_directory, parse_arguments, pyplot, write_atomic
 from data.prepare import PUBLIC_SETS, data_directory
 from data.ranks import say
 from data.rows import is_text_list, read_jsonl, read_rows, request_tokens
@@ -168,7 +169,7 @@ def kept_summary(path, made_from):
         return None
     try:
         found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         found = {}
     wanted = made_from | {"responses": hashlib.sha256(path.read_bytes()).hexdigest()}
     if found == wanted:
@@ -195,7 +196,7 @@ class Model:
 def read_record(directory):
     """The run.json of a directory, None where there is none."""
     path = Path(directory) / "run.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None
     fields = {"name": str, "settings": dict, "paper": str | None, "parameters": int | None, "hours": float | int | None}
     try:
@@ -205,7 +206,7 @@ def read_record(directory):
     for field, kind in fields.items():
         if not isinstance(record, dict) or not isinstance(record.get(field), kind):
             raise InputError(f"{path}: is no run's record ('{field}' is wrong); remove {directory} and train it again")
-    return record
+    return {field: value for field, value in record.items() if value is not None}
 
 
 def kind_of(record):
@@ -225,7 +226,7 @@ def open_models(names):
     """The models of these names, {label: Model}, in the table's order. A directory without a model is left out, and said."""
     found = []
     for name in names:
-        if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("best/config.json", "config.json")):
+        if os.path.isdir(name) and not any((Path(name) / file).is_file() for file in ("best/config.json", "config.json")):
             say(f"{name}: has no model (neither best/ nor config.json), left out")
         else:
             found.append(name)
@@ -286,7 +287,7 @@ def paper_figures(model, columns, sets, averages):
 
     columns: {column: (set, n of the banned n-grams)}, of public sets alone.
     """
-    kind, size = (model.paper or " ").split(" ", 1)
+    kind, _, size = (model.paper or "").partition(" ")
     published = dict(zip(PAPER_SETS, PAPER_SCORES.get(kind, {}).get(size, ())))
     as_there = {column: name for column, (name, ban) in columns.items() if ban == BANNED_NGRAM and len(sets[name]) == PAPER_SETS.get(name)}
     figures = {column: published[name] for column, name in as_there.items() if name in published}
@@ -505,7 +506,7 @@ def score_file(responses_path, references_path):
 
 def named_once(labels):
     """The labels, each made unlike the others by as many parent folders as it takes. labels: paths or names."""
-    parts = [Path(label).resolve().parts if Path(label).exists() else (label,) for label in labels]
+    parts = [Path(label).resolve().parts if os.path.exists(label) else (label,) for label in labels]
     depth = 1
     while len({p[-depth:] for p in parts}) < len(set(parts)):
         depth += 1
@@ -541,7 +542,7 @@ def main(argv=None):
     parser.add_argument("--references", metavar="TEST", help="with --score: the data file (JSON lines with 'output') that they respond to")
     parser.add_argument("--json", metavar="FILE", help="with --score: where the scores go too")
     add_decoding_options(parser)
-    args = parser.parse_args(argv)
+    args = parse_arguments(parser, argv)
     if args.score or args.references:
         if not (args.score and args.references) or args.models:
             raise InputError("--score RESPONSES.jsonl goes with --references TEST.jsonl, and without models")
@@ -556,6 +557,7 @@ def main(argv=None):
         raise InputError("name at least one run or model, as in: evaluate.py gpt2 --data dolly")
     if len(args.by or []) > 2:
         raise InputError(f"--by takes one or two fields, not {len(args.by)}")
+    check_out(args.out)
     device = ranks.start()
     if args.cost:
         ranks.on_first(table_2, args.models, Path(args.out))

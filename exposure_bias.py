@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.files import InputError, command, model_directory, pyplot, write_atomic
+from data.files import InputError, check_out, command, parse_arguments, pyplot, write_atomic
 from data.prepare import data_directory
 from data.ranks import say
-from data.rows import Example, load_tokenizer, make_batch, read_rows, request_tokens, same_tokens
+from data.rows import Example, make_batch, read_rows, request_tokens, same_tokens
 from losses import kl
-from model import CheckpointError, read_config
-from sample import MAX_NEW, in_range, load_model, sample_all
+from model import CheckpointError
+from sample import MAX_NEW, find_model, in_range, load_model, sample_all
 
 STEPS = 150  # of Figure 3a: as long as one Dolly reference in six
 AT = 50  # l of Figure 3b
@@ -119,7 +119,7 @@ def checkpoints(run):
     try:
         best = json.loads(record.read_text(encoding="utf-8"))["best_step"]
         sound = type(best) is int and best > 0
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound:
         raise InputError(f"{record}: has no 'best_step'; give the directory of a complete run of train.py --keep 20")
@@ -235,18 +235,17 @@ def main(argv=None):
     parser.add_argument("--batch", type=positive, default=64, help="responses sampled at once (default 64)")
     parser.add_argument("--micro-batch", type=positive, default=8, help="responses scored at once on one rank (default 8)")
     parser.add_argument("--out", default="out/exposure_bias", metavar="DIR", help="where tables and pictures go (default out/exposure_bias)")
-    args = parser.parse_args(argv)
+    args = parse_arguments(parser, argv)
     if not args.students and not args.along:
         raise InputError("name --students RUN|MODEL... for curves over generation steps, or --along RUN... for one along training")
+    check_out(args.out)
 
     device = ranks.start()
     rows = read_rows(ranks.on_first(data_directory, args.data) / "test.jsonl", args.rows, needs_output=False)
     along = {run: ranks.on_first(checkpoints, run) for run in args.along}
     p, tokenizer = load_model(args.teacher, device)
     for name in [*args.students, *(directory for of_run in along.values() for directory in of_run.values())]:  # before anything takes long
-        directory = ranks.on_first(model_directory, str(name))
-        read_config(directory)
-        if not same_tokens(load_tokenizer(directory), tokenizer):
+        if not same_tokens(find_model(name)[1], tokenizer):
             raise InputError(f"teacher {args.teacher} and student {name} have different tokenizers; a KL over the vocabulary needs one for both")
     tokens = {row.index: request_tokens(row, tokenizer) for row in rows}
     if cut := sum(shortened for _, shortened in tokens.values()):

@@ -198,18 +198,17 @@ def load(directory, dropout=None):
             raise CheckpointError(f"{path}: tensor '{name}' is no part of GPT-2 with {config.n_layer} layers; config.json belongs to another model")
         if not tensor.is_floating_point():
             raise CheckpointError(f"{path}: tensor '{name}' is {tensor.dtype}; floating-point weights are wanted")
-        tensor = tensor.float()
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{path}: tensor '{name}' has values that are not finite; the file is damaged or its training diverged")
-        if name.endswith(TRANSPOSED):
-            tensor = tensor.T.contiguous() if tensor.ndim == 2 else tensor
+        if name.endswith(TRANSPOSED) and tensor.ndim == 2:
+            tensor = tensor.T
         if tensor.shape != wanted[name].shape:
             raise CheckpointError(f"{path}: tensor '{name}' has shape {tuple(state[name].shape)}, which does not fit config.json")
-        state[name] = tensor
+        state[name] = tensor.float().contiguous()
+        if not torch.isfinite(state[name]).all():
+            raise CheckpointError(f"{path}: tensor '{name}' has values that are not finite; the file is damaged or its training diverged")
     for name in wanted:
         if name not in state:
             raise CheckpointError(f"{path}: tensor '{name}' is missing; fetch the file again")
-    if head is not None and not torch.equal(head.float(), state["wte.weight"]):
+    if head is not None and (head.shape != state["wte.weight"].shape or not torch.equal(head.float(), state["wte.weight"])):
         raise CheckpointError(f"{path}: tensor 'lm_head.weight' differs from 'wte.weight'; GPT-2's head is its token embedding")
     model.load_state_dict(state, assign=True)
     return model
@@ -226,7 +225,7 @@ def read_config(directory, dropout=None):
     except KeyError as error:
         raise CheckpointError(f"{path}: field {error} is missing; this is no GPT-2") from error
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: can't be read as a JSON object ({error})") from error
+        raise CheckpointError(f"{path}: can't be read as a JSON object ({error}); fetch it again") from error
     for name, size in sizes.items():
         most = 1_000 if name == "n_layer" else 1_000_000
         if type(size) is not int or not 0 < size <= most:
@@ -263,7 +262,7 @@ def _read_tensors(directory):
         raise CheckpointError(f"{path}: is cut short, damaged, or holds more than tensors ({type(error).__name__}); fetch it again") from error
     plain = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
     if not plain or not all(v.layout == torch.strided and v.device.type == "cpu" for v in state.values()):
-        raise CheckpointError(f"{path}: is no dictionary of tensors")
+        raise CheckpointError(f"{path}: is no dictionary of tensors; GPT-2's weights by name are wanted")
     return path, state
 
 

@@ -48,17 +48,17 @@ def load_prompt(path, width):
 
     width: the C of the model that it is to stand before. Raises CheckpointError where it does not fit or can't be read.
     """
-    path = Path(path)
+    path, where = Path(path), "a PromptKD run keeps its prompt in best/prompt.safetensors"
     path = path / "prompt.safetensors" if path.is_dir() else path
     try:
         tensors = load_file(path)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file; a PromptKD run keeps its prompt in best/prompt.safetensors") from error
+        raise CheckpointError(f"{path}: no such file; {where}") from error
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: is cut short or damaged ({error})") from error
+        raise CheckpointError(f"{path}: is cut short or damaged ({error}); {where}") from error
     P = tensors.get("prompt")
     if P is None or P.ndim != 2 or len(P) == 0 or not P.is_floating_point() or not torch.isfinite(P).all():
-        raise CheckpointError(f"{path}: has no finite floating-point tensor 'prompt' of two dimensions")
+        raise CheckpointError(f"{path}: has no finite floating-point tensor 'prompt' of two dimensions; {where}")
     if P.shape[1] != width:
         raise CheckpointError(f"{path}: tensor 'prompt' is {P.shape[1]} wide and the model {width}; take the teacher that it was tuned for")
     return P.float()

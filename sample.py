@@ -13,23 +13,29 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.files import InputError, command, model_directory
+from data.files import InputError, command, model_directory, parse_arguments
 from data.rows import Row, load_tokenizer, pad, read_rows, request_tokens, training_examples
-from model import CheckpointError, KVCache, load
+from model import CheckpointError, KVCache, load, read_config
 from prompt import load_prompt
 
 MAX_NEW = 256  # tokens of a response, whatever the request's length
 
 
-def load_model(name, device, dropout=None):
-    """A model by its name (data.files.model_directory says which there are), on the device, with its tokenizer."""
+def find_model(name):
+    """The directory of a model by its name (data.files.model_directory says which there are), and its tokenizer. Its weights are not read yet."""
     directory = ranks.on_first(model_directory, str(name))
-    model, tokenizer = load(directory, dropout).to(device).eval(), load_tokenizer(directory)
-    if model.config.vocab_size != tokenizer.n_vocab:
+    config, tokenizer = read_config(directory), load_tokenizer(directory)
+    if config.vocab_size != tokenizer.n_vocab:
         raise InputError(
-            f"{directory}: the model has {model.config.vocab_size} tokens and its tokenizer {tokenizer.n_vocab}; put the model's vocab.json and merges.txt there"
+            f"{directory}: the model has {config.vocab_size} tokens and its tokenizer {tokenizer.n_vocab}; put the model's vocab.json and merges.txt there"
         )
-    return model, tokenizer
+    return directory, tokenizer
+
+
+def load_model(name, device, dropout=None):
+    """A model by its name, on the device, with its tokenizer."""
+    directory, tokenizer = find_model(name)
+    return load(directory, dropout).to(device).eval(), tokenizer
 
 
 def precision(device):
@@ -215,7 +221,7 @@ def in_range(kind, low, high, low_open=False):
     def parse(text):
         value = kind(text)
         if not low <= value <= high or (low_open and value == low):
-            raise argparse.ArgumentTypeError(f"must be {'above' if low_open else 'at least'} {low} and at most {high}, not {text}")
+            raise argparse.ArgumentTypeError(f"must be {'above' if low_open else 'at least'} {low} and at most {high}, not {text!r}")
         return value
 
     parse.__name__ = "number" if kind is float else "whole number"  # argparse names it in its own message
@@ -247,12 +253,14 @@ def main(argv=None):
         "--no-repeat-ngram", type=in_range(int, 0, 100), default=0, metavar="N", help="no N-gram twice in request and response (0: off)"
     )
     add_decoding_options(parser)
-    args = parser.parse_args(argv)
+    args = parse_arguments(parser, argv)
     if (args.instruction is None) == (args.file is None):
         raise InputError("give either --instruction TEXT or --file FILE")
+    if args.file is not None and args.input:
+        raise InputError("--input goes with --instruction; a row of --file has its own 'input'")
 
     device = ranks.start()
-    rows = read_rows(args.file, needs_output=False) if args.file else [Row(0, args.instruction, args.input, ())]
+    rows = read_rows(args.file, needs_output=False) if args.file is not None else [Row(0, args.instruction, args.input, ())]
     model, tokenizer = load_model(args.model, device)
     P = None if args.prompt is None else load_prompt(args.prompt, model.config.n_embd).to(device)
     requests, shortened = zip(*(request_tokens(row, tokenizer) for row in rows))

@@ -25,7 +25,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from data.demo import TOKENIZER_DIR
-from data.files import OFFICIAL_MODELS, InputError, command, model_directory, pyplot, write_atomic
+from data.files import OFFICIAL_MODELS, InputError, check_out, command, model_directory, parse_arguments, pyplot, write_atomic
 from data.prepare import data_directory
 from data.ranks import say
 from data.rows import (
@@ -56,7 +56,7 @@ from losses import (
 )
 from model import GPT, CheckpointError, Config, read_config, save
 from prompt import freeze, initial_prompt, save_prompt, teacher_hidden
-from sample import MAX_NEW, in_range, load_model, precision, sample_all, sample_to_file
+from sample import MAX_NEW, find_model, in_range, load_model, precision, sample_all, sample_to_file
 
 # ---- presets: the paper's Appendix A, read with the released scripts ----------------------------------------------------------
 
@@ -821,7 +821,7 @@ def parse(argv):
     every.add_argument("--micro-batch", type=positive, metavar="ROWS", help="rows of one forward on one rank (default 8; the demo 64)")
     every.add_argument("--train-rows", type=positive, metavar="N", help="only the first N training rows")
     every.add_argument("--dev-rows", type=positive, metavar="N", help="only the first N validation rows")
-    return parser.parse_args(argv)
+    return parse_arguments(parser, argv)
 
 
 OVERRIDES = ("lr", "prompt_lr", "epochs", "steps", "global_batch", "dropout", "lm_data", "prompt_text", "prompt_length", "prompt_init", "reg",
@@ -836,10 +836,15 @@ def record_of(name):
 
 def label_of(name):
     """A model's short name, for naming what is made from it: gpt2-xl, or of a stage before, that of the model that it started from."""
-    if (record := record_of(name)) and record["name"].startswith(("pretrain-", "init-", "teacher-")):
-        return label_of(record["settings"]["student"])
     path = Path(name).resolve()
-    return path.parent.name if path.name == "best" else path.name
+    path = path.parent if path.name == "best" else path
+    if (record := record_of(name)) and record["name"].startswith(("pretrain-", "init-", "teacher-")):
+        start = record["settings"].get("student")
+        if not isinstance(start, str):
+            raise InputError(f"{path / 'run.json'}: does not say what model the run started from ('student'); remove {path} and train it again")
+        if Path(start).resolve() != path:  # it may: a run of gpt2, copied to a folder `gpt2`
+            return label_of(start)
+    return path.name
 
 
 def paper_row(kind, values, given):
@@ -858,7 +863,10 @@ def paper_row(kind, values, given):
 
 
 def check_idle(args):
-    """Raise InputError where an option was given that the method does not use."""
+    """Raise InputError where an option was given that the method does not use, or one with nothing in it."""
+    for name, value in vars(args).items():
+        if value == "":
+            raise InputError(f"--{name.replace('_', '-')} is empty; give something, or leave it out")
     idle = [name for name in OVERRIDES if name.startswith(("prompt", "reg"))] if args.method != "promptkd" else []
     idle += ["shape"] if args.method != "pretrain" else ["student"]
     idle += ["teacher", "sft_teacher"] if args.method in ("pretrain", "sft") else ["teacher"] if args.sft_teacher else []
@@ -869,15 +877,40 @@ def check_idle(args):
             raise InputError(f"--{name.replace('_', '-')} has no effect here (method {args.method}); leave it out")
 
 
+def check_inputs(args, teacher, student):
+    """Raise InputError or CheckpointError where an input of a later stage is wrong, before the earlier ones take their hours.
+
+    teacher, student: names of models, None where the demo makes its own.
+    """
+    if args.lm_data is not None:
+        ranks.on_first(lambda: len(read_texts(args.lm_data)))
+    tokenizers = [find_model(name)[1] for name in (teacher, student) if name]
+    if tokenizers and not same_tokens(tokenizers[0], tokenizers[-1]):
+        raise InputError(f"teacher {teacher} and student {student} have different tokenizers; a KL over the vocabulary needs one for both")
+
+
+def check_shape(shape):
+    """Raise InputError where --shape is none, or none that memory holds or a checkpoint may have."""
+    if shape is None:
+        raise InputError("--method pretrain needs --shape LAYERSxWIDTHxHEADS, as in --shape 6x256x8")
+    config = config_of_shape(shape, 1, 0.0)
+    if config.n_layer > 1000 or 12 * config.n_layer * config.n_embd**2 > 10**10:
+        raise InputError(f"--shape {shape}: is of more than 1,000 layers or 10 billion parameters; give a smaller one, as in 6x256x8")
+
+
 def main(argv=None):
     args = parse(argv)
+    check_out(args.out)
     device, started = ranks.start(), time.perf_counter()
     check_idle(args)
+    if args.method == "pretrain":
+        check_shape(args.shape)
     data = args.data or ("dolly" if args.student or args.teacher or args.init or args.sft_teacher else "demo")
     demo = data == "demo"
     data_label = ("" if data == "dolly" else f"-{Path(data).name}") + (f"-{args.train_rows}rows" if args.train_rows else "")
     given = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
-    ranks.on_first(data_directory, data)  # before any model is downloaded
+    home = ranks.on_first(data_directory, data)  # before any model is downloaded
+    read_rows(home / "dev.jsonl", args.dev_rows)
 
     def stage(kind, model, teacher=None, responses=None):
         """Run one stage on a model: its preset, under the options given if it is the method's own."""
@@ -889,7 +922,7 @@ def main(argv=None):
         if kind == args.method:
             values |= {"seed": args.seed}
             for option, value in own.items():
-                value = f"{zlib.crc32(value.encode()):08x}" if option == "prompt_text" else Path(value).stem if option == "lm_data" else value
+                value = f"{zlib.crc32(value.encode('utf-8', 'surrogatepass')):08x}" if option == "prompt_text" else Path(value).stem if option == "lm_data" else value
                 name += f"-{option.replace('_', '')}{value}"
             name += f"-s{args.seed}" if kind != "pretrain" or args.seed != 10 else ""
         values = {"method": "sft" if kind in ("teacher", "init") else kind, "student": model, "teacher": teacher, "data": data,
@@ -898,15 +931,16 @@ def main(argv=None):
         return run_stage(name, Settings(**values), args.out, micro_batch, device, paper_row(kind, values, own), keep)
 
     if args.method == "pretrain":
-        if args.shape is None:
-            raise InputError("--method pretrain needs --shape LAYERSxWIDTHxHEADS, as in --shape 6x256x8")
         stage("pretrain", args.shape)
     else:
         from_init = args.method in FROM_INIT
-        teacher = responses = None
+        teacher = None if args.method == "sft" else args.sft_teacher or args.teacher or (None if demo else "gpt2-xl")
+        student = args.init or args.student or (None if demo else "gpt2")
+        responses = None
+        check_inputs(args, teacher, student)
         if args.method != "sft":
-            teacher = args.sft_teacher or stage("teacher", args.teacher or (stage("pretrain", DEMO_TEACHER) if demo else "gpt2-xl"))
-        student = args.init or args.student or (stage("pretrain", DEMO_STUDENT) if demo else "gpt2")
+            teacher = args.sft_teacher or stage("teacher", teacher or stage("pretrain", DEMO_TEACHER))
+        student = student or stage("pretrain", DEMO_STUDENT)
         if from_init and not args.init:
             student = stage("init", student)
         if args.method == "seqkd":

@@ -1,5 +1,6 @@
 """What every command needs around its files: one-line errors, atomic writes, downloads, and finding a model by its name."""
 
+import errno
 import http.client
 import os
 import re
@@ -14,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 OFFICIAL_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 class InputError(Exception):
@@ -26,13 +27,20 @@ def command(main, *expected):
     sys.stdout.reconfigure(errors="backslashreplace")  # a model's text may hold what the terminal can't show
     try:
         main()
+        sys.stdout.flush()  # it may be a file on a full disk
     except (InputError, OSError, *expected) as error:
         # Under torchrun all ranks tend to fail alike: rank 0 speaks and leaves first, which ends the others. One that is still here after
         # a while has an error of its own.
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(5)
         print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
-        os._exit(2) if torch.distributed.is_initialized() else sys.exit(2)  # never wait for a peer on the way out
+        if torch.distributed.is_initialized():
+            os._exit(2)  # never wait for a peer on the way out
+        try:
+            sys.stdout.flush()
+        except OSError:
+            sys.stdout = None  # or Python would try again, and complain, at its end
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted")
     if torch.distributed.is_torchelastic_launched():
@@ -40,9 +48,29 @@ def command(main, *expected):
         os._exit(0)  # gloo's threads, taken down at the interpreter's end, abort the process once in a while
 
 
+def parse_arguments(parser, argv):
+    """The parser's answer to the command line. Under torchrun rank 0 alone says what is wrong with it: see `command`."""
+
+    def refuse(message):
+        raise InputError(message)
+
+    if int(os.environ.get("RANK", 0)) > 0:
+        parser.error = refuse
+    return parser.parse_args(argv)
+
+
+def check_out(path):
+    """Raise InputError where no directory can be made at `path` or nothing written in it, before hours of work end with that."""
+    there = next(p for p in (Path(path), *Path(path).absolute().parents) if os.path.lexists(p))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"--out {path}: {there} is no directory that can be written to; choose another")
+
+
 def write_atomic(path, content):
     """Write text or bytes so that `path` holds the whole of the old or the whole of the new content at any moment."""
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EEXIST, "is no plain file, and is not replaced by one", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -52,9 +80,11 @@ def write_atomic(path, content):
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # that the disk is full comes without a name
         raise
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 def _umask():
@@ -103,6 +133,9 @@ def download(url, path, attempts=3):
                     raise InputError(f"{url}: {problem}: nothing public has this name; check it") from error
             except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, EOFError, ValueError) as error:
                 problem = str(getattr(error, "reason", error))
+            except OSError as error:
+                error.filename = error.filename or str(path)
+                raise
             if attempt < attempts:
                 time.sleep(attempt)
     finally:
@@ -130,7 +163,7 @@ def model_directory(name):
     Under torchrun call it on one rank and let the others wait (ranks.on_first).
     """
     directory = Path(name)
-    if name and directory.is_dir():  # "" would be the current one
+    if os.path.isdir(name):
         return directory / "best" if (directory / "best").is_dir() else directory
     repository = f"openai-community/{name}" if name in OFFICIAL_MODELS else name
     if not HUB_ID.fullmatch(repository) or ".." in repository:
@@ -144,9 +177,9 @@ def _in_hub_cache(repository):
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
     for folder in ("models--" + repository.replace("/", "--"), "models--" + repository.removeprefix("openai-community/")):
-        revision = cache / folder / "refs" / "main"
-        if revision.is_file():
-            snapshot = cache / folder / "snapshots" / revision.read_text().strip()
+        main = cache / folder / "refs" / "main"
+        if main.is_file() and re.fullmatch(r"\w+", revision := main.read_text(errors="replace").strip()):
+            snapshot = cache / folder / "snapshots" / revision
             if (snapshot / "config.json").is_file() and any((snapshot / w).is_file() for w in ("model.safetensors", "pytorch_model.bin")):
                 return snapshot
     return None

@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -131,7 +132,7 @@ def data_directory(name):
         if not all((HOME / name / f"{split}.jsonl").is_file() for split in PUBLIC_SETS[name][2]):
             print(prepare(name), flush=True)
         return HOME / name
-    if not name or not Path(name).is_dir():
+    if not os.path.isdir(name):
         raise InputError(
             f"data {name!r}: no such directory; give one with train.jsonl, dev.jsonl and test.jsonl, or one of {', '.join(PUBLIC_SETS)}, demo"
         )

@@ -109,7 +109,7 @@ def read_jsonl(path):
     """The objects of a JSON-lines file, in order. Raises InputError with file and line where one is not an object in UTF-8."""
     path, objects = Path(path), []
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: {'is a directory; a file is wanted' if path.is_dir() else 'no such file'}")
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -131,9 +131,7 @@ def read_jsonl(path):
 
 def read_texts(path, limit=None):
     """The documents of a text corpus: the field `text` of JSON lines; or, of a file that is not named .jsonl, what blank lines separate."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
-    if Path(path).suffix != ".jsonl":
+    if Path(path).suffix != ".jsonl" and Path(path).is_file():
         try:
             return [text for text in re.split(r"\n\s*\n", Path(path).read_text(encoding="utf-8-sig")) if text.strip()][:limit]
         except UnicodeDecodeError as error:
@@ -200,7 +198,7 @@ def training_examples(rows, tokenizer, max_length=MAX_LENGTH, max_request=MAX_RE
             continue
         if row.ids is not None:
             if max(row.ids, default=0) >= tokenizer.n_vocab:
-                raise InputError(f"row {row.index + 1}: 'ids' has a token beyond the tokenizer's {tokenizer.n_vocab}; it was made with another")
+                raise InputError(f"data, line {row.index + 1}: 'ids' has a token beyond the tokenizer's {tokenizer.n_vocab}; leave 'ids' out")
             response = list(row.ids)
         else:
             response = [*tokenizer.encode_ordinary(row.references[0]), tokenizer.eot_token]
