@@ -28,32 +28,11 @@ from data.demo import TOKENIZER_DIR
 from data.files import OFFICIAL_MODELS, InputError, check_out, command, model_directory, parse_arguments, pyplot, write_atomic
 from data.prepare import data_directory
 from data.ranks import say
-from data.rows import (
-    Example,
-    epoch_order,
-    load_tokenizer,
-    micro_batches,
-    packed_blocks,
-    read_rows,
-    read_texts,
-    same_tokens,
-    tokenizer_files,
-    training_examples,
-)
+from data.rows import (Example, epoch_order, load_tokenizer, micro_batches, packed_blocks, read_rows, read_texts, same_tokens, tokenizer_files,
+    training_examples)  # fmt: skip
 from evaluate import evaluate, evaluate_models, lay_out, mean_rouge_l, open_sets, read_record, table, with_averages
-from losses import (
-    cross_entropy,
-    importance_weight,
-    kd_loss,
-    kl,
-    minillm_loss,
-    minillm_returns,
-    prompt_loss,
-    student_loss,
-    sum_over_tokens,
-    token_log_probs,
-    whiten,
-)
+from losses import (cross_entropy, importance_weight, kd_loss, kl, minillm_loss, minillm_returns, prompt_loss, student_loss, sum_over_tokens,
+    token_log_probs, whiten)  # fmt: skip
 from model import GPT, CheckpointError, Config, read_config, save
 from prompt import freeze, initial_prompt, save_prompt, teacher_hidden
 from sample import MAX_NEW, find_model, in_range, load_model, precision, sample_all, sample_to_file
