@@ -856,11 +856,12 @@ def check_idle(args):
             raise InputError(f"--{name.replace('_', '-')} has no effect here (method {args.method}); leave it out")
 
 
-def check_inputs(args, teacher, student):
+def check_inputs(args, home, teacher, student):
     """Raise InputError or CheckpointError where an input of a later stage is wrong, before the earlier ones take their hours.
 
-    teacher, student: names of models, None where the demo makes its own.
+    home: the data's directory. teacher, student: names of models, None where the demo makes its own.
     """
+    read_rows(home / "dev.jsonl", args.dev_rows)
     if args.lm_data is not None:
         ranks.on_first(lambda: len(read_texts(args.lm_data)))
     tokenizers = [find_model(name)[1] for name in (teacher, student) if name]
@@ -889,7 +890,6 @@ def main(argv=None):
     data_label = ("" if data == "dolly" else f"-{Path(data).name}") + (f"-{args.train_rows}rows" if args.train_rows else "")
     given = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
     home = ranks.on_first(data_directory, data)  # before any model is downloaded
-    read_rows(home / "dev.jsonl", args.dev_rows)
 
     def stage(kind, model, teacher=None, responses=None):
         """Run one stage on a model: its preset, under the options given if it is the method's own."""
@@ -916,7 +916,7 @@ def main(argv=None):
         teacher = None if args.method == "sft" else args.sft_teacher or args.teacher or (None if demo else "gpt2-xl")
         student = args.init or args.student or (None if demo else "gpt2")
         responses = None
-        check_inputs(args, teacher, student)
+        check_inputs(args, home, teacher, student)
         if args.method != "sft":
             teacher = args.sft_teacher or stage("teacher", teacher or stage("pretrain", DEMO_TEACHER))
         student = student or stage("pretrain", DEMO_STUDENT)

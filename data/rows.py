@@ -198,7 +198,7 @@ def training_examples(rows, tokenizer, max_length=MAX_LENGTH, max_request=MAX_RE
             continue
         if row.ids is not None:
             if max(row.ids, default=0) >= tokenizer.n_vocab:
-                raise InputError(f"data, line {row.index + 1}: 'ids' has a token beyond the tokenizer's {tokenizer.n_vocab}; leave 'ids' out")
+                raise InputError(f"data, row {row.index + 1}: 'ids' has a token beyond the tokenizer's {tokenizer.n_vocab}; leave 'ids' out")
             response = list(row.ids)
         else:
             response = [*tokenizer.encode_ordinary(row.references[0]), tokenizer.eot_token]

@@ -318,6 +318,7 @@ def plan(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "run_stage", run_stage)
     monkeypatch.setattr(train, "sample_responses", sample_responses)
     monkeypatch.setattr(train, "data_directory", Path)
+    monkeypatch.setattr(train, "check_inputs", lambda *_: None)
     monkeypatch.setattr(train, "show_demo", lambda models, device: None)
 
     def planned(*options):
