@@ -6,14 +6,17 @@ torchrun --nproc_per_node=8 train.py --student gpt2    the paper's main result, 
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import platform
 import resource
 import shutil
+import signal
 import sys
 import time
+import zipfile
 import zlib
 from contextlib import nullcontext
 from dataclasses import asdict, astuple, dataclass, replace
@@ -389,7 +392,7 @@ def validate(run, rows, examples):
     """The student's loss on the validation rows, ROUGE-L of its responses, sampled with the same random numbers every time, and the
     loss of the prompted teacher."""
     values = {"val_loss": validation_loss(run, run.student, examples)}
-    if run.settings.best_by == "rouge_l":
+    if run.settings.best_by == "rouge_l" and math.isfinite(values["val_loss"]):  # what has diverged can't be sampled from
         key = (run.settings.seed, "validate")
         values["val_rouge_l"] = mean_rouge_l(evaluate(run.student, run.tokenizer, rows, key, "validation", max_new=run.settings.max_new))
     if run.P is not None:
@@ -400,15 +403,21 @@ def validate(run, rows, examples):
 # ---- a stage: its data, its models, the loop, and what it leaves behind ---------------------------------------------------------
 
 
+def data_files(s):
+    """The files that a stage trains and validates on, and for pre-training the one of its texts, where there is one."""
+    directory = ranks.on_first(data_directory, s.data)
+    texts = [directory / "pretrain.jsonl"] if s.method == "pretrain" and (directory / "pretrain.jsonl").is_file() else []
+    return [Path(s.responses or directory) / "train.jsonl", directory / "dev.jsonl", *texts]
+
+
 def open_data(s):
     """A stage's tokenizer, validation rows, and a function that gives an epoch's training examples in their order."""
-    directory = ranks.on_first(data_directory, s.data)
-    path = Path(s.responses or directory) / "train.jsonl"
-    rows, dev_rows = read_rows(path, s.train_rows), read_rows(directory / "dev.jsonl", s.dev_rows)
+    path, dev_path, *texts = data_files(s)
+    rows, dev_rows = read_rows(path, s.train_rows), read_rows(dev_path, s.dev_rows)
     if s.method == "pretrain":
         tokenizer = load_tokenizer(TOKENIZER_DIR if s.data == "demo" else None)
-        if (texts := directory / "pretrain.jsonl").is_file():
-            documents = [[*tokenizer.encode_ordinary(text), tokenizer.eot_token] for text in read_texts(texts, s.train_rows)]
+        if texts:
+            documents = [[*tokenizer.encode_ordinary(text), tokenizer.eot_token] for text in read_texts(texts[0], s.train_rows)]
         else:
             documents = [e.request + e.response for e in training_examples(rows, tokenizer)]
 
@@ -453,6 +462,10 @@ def build(s, total, global_batch, tokenizer, micro_batch, device):
     wrapped = student
     if torch.distributed.is_initialized():
         wrapped = DistributedDataParallel(student, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+        # DDP lays its buckets anew behind its first pass, and the order in which more than two ranks' gradients are summed hangs on them:
+        # a pass for nothing, so that a run that goes on sums as one that was never stopped.
+        wrapped(torch.zeros(1, 1, dtype=torch.long, device=device)).sum().backward()
+        student.zero_grad(set_to_none=True)
     run = Run(s, total, global_batch, micro_batch, device, tokenizer, student, wrapped, adamw(student.parameters(), s))
     if s.teacher is not None:
         teacher, teacher_tokenizer = load_model(s.teacher, device)
@@ -513,13 +526,15 @@ def check_prompt(run, dev_rows, dev_examples):
     return values
 
 
-def run_stage(name, s, out, micro_batch, device, paper=None, keep=0):
+def run_stage(name, s, out, micro_batch, device, paper=None, keep=0, save_every=None):
     """Train one stage in `out/name`, or go on with it where it stopped, or skip it where it is complete. Returns its directory.
 
-    paper: which of the paper's rows this is, for run.json. keep: how many checkpoints to save, evenly, in `kept/`.
+    paper: which of the paper's rows this is, for run.json. keep: how many checkpoints to save, evenly, in `kept/`. save_every: steps
+    between states, beside those at validations. SIGTERM or SIGINT, to any rank, ends the process behind the step that it falls in, with
+    its state saved and status 128 + signal.
     """
     directory = Path(out) / name
-    record = ranks.on_first(open_record, directory, {"name": name, "paper": paper, "settings": asdict(s)})
+    record = ranks.on_first(open_record, directory, {"name": name, "paper": paper, "settings": asdict(s)}, data_files(s))
     if "hours" in record:
         say(f"{directory}: complete, skipped")
         return str(directory)
@@ -546,6 +561,8 @@ def run_stage(name, s, out, micro_batch, device, paper=None, keep=0):
     ranks.on_first(write_atomic, directory / "run.json", json.dumps(record, indent=1) + "\n")
     done = load_state(run, directory)
     first, log = done["step"], Log(directory / "metrics.jsonl", done["step"])
+    if first and done["best_step"] == first:  # written behind the state, so it may be missing
+        save_checkpoint(run, directory / "best")
 
     record |= {"parameters": run.student.n_parameters(), "total_steps": total, "ranks": ranks.world(), "device": device.type}
     going_on = f", going on behind step {first:,}" if first else ""
@@ -558,38 +575,51 @@ def run_stage(name, s, out, micro_batch, device, paper=None, keep=0):
         log.write(check_prompt(run, dev_rows, dev_examples))
 
     begin, hours, shown, at = time.perf_counter(), done["hours"], 0.0, 0
-    for t in range(first, total):
-        epoch, k = divmod(t, per_epoch)
-        if epoch != at:
-            examples, at = epoch_examples(epoch), epoch
-        start = k // rollout_steps * rollout_rows
-        line = {"step": t + 1, "epoch": (t + 1) / per_epoch, **step(run, ranks.share(examples[start : start + rollout_rows]), t)}
-        if not math.isfinite(line["loss"] + line["grad_norm"]):
-            raise InputError(
-                f"{directory}: loss {line['loss']} and gradient norm {line['grad_norm']} at step {t + 1}; the training has diverged: lower --lr"
-            )
-        validating = (t + 1) % (s.validate_every or per_epoch) == 0 or t + 1 == total
-        if validating:
-            line |= validate(run, dev_rows, dev_examples)
-            score = line["val_rouge_l"] if s.best_by == "rouge_l" else -line["val_loss"]
-            if done["best"] is None or score > done["best"]:
-                done |= {"best": score, "best_step": t + 1}
+    with ranks.signals_noted() as signals:
+        for t in range(first, total):
+            epoch, k = divmod(t, per_epoch)
+            if epoch != at:
+                examples, at = epoch_examples(epoch), epoch
+            start = k // rollout_steps * rollout_rows
+            line = {"step": t + 1, "epoch": (t + 1) / per_epoch, **step(run, ranks.share(examples[start : start + rollout_rows]), t)}
+            check_finite(directory, line)
+            validating = (t + 1) % (s.validate_every or per_epoch) == 0 or t + 1 == total
+            if validating:
+                line |= validate(run, dev_rows, dev_examples)
+                check_finite(directory, line)
+                score = line["val_rouge_l"] if s.best_by == "rouge_l" else -line["val_loss"]
+                if done["best"] is None or score > done["best"]:
+                    done |= {"best": score, "best_step": t + 1}
+            if (t + 1) * keep // total > t * keep // total:
+                save_checkpoint(run, directory / "kept" / f"step-{t + 1:06d}")
+            log.write(line)
+            elapsed = time.perf_counter() - begin
+            done |= {"step": t + 1, "hours": hours + elapsed / 3600}
+            stop = ranks.largest(max(signals, default=0))
+            if validating or stop or (t + 1) % (save_every or total) == 0:
+                save_state(run, directory, done)
+            if done["best_step"] == t + 1:  # behind the state, from which it can be written again
                 save_checkpoint(run, directory / "best")
-        if (t + 1) * keep // total > t * keep // total:
-            save_checkpoint(run, directory / "kept" / f"step-{t + 1:06d}")
-        log.write(line)
-        elapsed = time.perf_counter() - begin
-        done |= {"step": t + 1, "hours": hours + elapsed / 3600}
-        if validating:
-            save_state(run, directory, done)
-        if validating or time.perf_counter() - shown > 5:
-            shown, left = time.perf_counter(), clock_time(elapsed / (t + 1 - first) * (total - t - 1))
-            say(f"step {t + 1:,}/{total:,}  {describe(line)}  {line['tokens_per_second']:,.0f} tokens/s  {left} left")
+            if validating or time.perf_counter() - shown > 5:
+                shown, left = time.perf_counter(), clock_time(elapsed / (t + 1 - first) * (total - t - 1))
+                say(f"step {t + 1:,}/{total:,}  {describe(line)}  {line['tokens_per_second']:,.0f} tokens/s  {left} left")
+            if stop:
+                say(f"{directory}: stopped by {signal.Signals(stop).name}, saved at step {t + 1:,}; the same command goes on from there")
+                sys.exit(128 + stop)
 
     record |= {"best": abs(done["best"]), "best_step": done["best_step"], "hours": done["hours"]}
     picture = ranks.on_first(finish, directory, record)
     say(f"{directory}: done in {clock_time(3600 * record['hours'])}, best {s.best_by} {record['best']:.2f}; {picture}")
     return str(directory)
+
+
+def check_finite(directory, line):
+    """Raise InputError where a step's losses or norms are not finite: before anything of it is saved."""
+    bad = {name: value for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)}
+    if bad:
+        phase, rates = ("prompt", "--prompt-lr or --lr") if any("prompt" in name for name in bad) else ("student", "--lr")
+        what = ", ".join(f"{name} {value}" for name, value in bad.items())
+        raise InputError(f"{directory}: {what} at step {line['step']}, {phase} phase; the training has diverged: lower {rates}")
 
 
 def step(run, rows, t):
@@ -611,16 +641,17 @@ def sample_responses(name, s, out, device):
     s: what they hang on, {"student": the teacher, "data", "train_rows", "max_new", "seed"}.
     """
     directory = Path(out) / name
-    record = ranks.on_first(open_record, directory, {"name": name, "settings": {"method": "responses", **s}})
+    begin, source = time.perf_counter(), ranks.on_first(data_directory, s["data"])
+    described = {"name": name, "settings": {"method": "responses", **s}}
+    record = ranks.on_first(open_record, directory, described, [source / "train.jsonl"])
     if "hours" in record:
         say(f"{directory}: complete, skipped")
         return str(directory)
-    begin, source = time.perf_counter(), ranks.on_first(data_directory, s["data"])
     model, tokenizer = load_model(s["student"], device)
     rows = read_rows(source / "train.jsonl", s["train_rows"])
     ranks.on_first(write_atomic, directory / "run.json", json.dumps(record, indent=1) + "\n")
     say(f"\n{directory}: sampling the responses of {s['student']} to {len(rows):,} requests")
-    if not (directory / "train.jsonl").is_file():
+    if not ranks.on_first((directory / "train.jsonl").is_file):
         sample_to_file(freeze(model), tokenizer, rows, (s["seed"], "responses"), directory / "train.jsonl", s["max_new"])
     if ranks.rank() == 0:
         for file in ("dev.jsonl", "test.jsonl"):
@@ -632,28 +663,51 @@ def sample_responses(name, s, out, device):
 
 
 def save_state(run, directory, done):
-    """What going on needs, under its name only when whole. done: step, best score and its step, and hours so far."""
-    if ranks.rank() == 0:
-        state = {"done": done, "student": run.student.state_dict(), "optimizer": run.optimizer.state_dict()}
-        if run.P is not None:
-            state |= {"P": run.P.detach(), "prompt_optimizer": run.prompt_optimizer.state_dict()}
-        if run.rollout is not None:
-            state["rollout"] = [astuple(row) for row in run.rollout]
-        path = directory / "state" / "state.pt"
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_suffix(".partial")
-        with open(partial, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    ranks.barrier()
+    """What going on needs, on disk. done: step, best score and its step, and hours so far."""
+    state = {"done": done, "student": run.student.state_dict(), "optimizer": run.optimizer.state_dict()}
+    if run.P is not None:
+        state |= {"P": run.P.detach(), "prompt_optimizer": run.prompt_optimizer.state_dict()}
+    if run.rollout is not None:
+        state["rollout"] = [astuple(row) for row in run.rollout]
+    ranks.on_first(write_state, directory / "state" / f"step-{done['step']:06d}.pt", state)
+
+
+def write_state(path, state):
+    """Write a state, which has its name only when whole. The one before it is kept, older ones go."""
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    for old in states(path.parent)[2:]:
+        old.unlink()
+
+
+def states(directory):
+    """The saved states in a directory, the newest first."""
+    return sorted(directory.glob("*.pt"), key=lambda path: (len(path.name), path.name), reverse=True)
+
+
+def newest_state(directory):
+    """The newest saved state that is whole, None where there is none. Damaged ones are said and put aside."""
+    for path in (found := states(directory / "state")):
+        try:
+            whole = zipfile.ZipFile(path).testzip() is None  # torch.load does not look at the checksums
+        except Exception:  # zipfile has many ways to fail
+            whole = False
+        if whole:
+            return path
+        os.replace(path, path.with_suffix(".damaged"))
+        say(f"{path}: is damaged; " + ("this stage starts anew" if path == found[-1] else "going on from the state before it"))
+    return None
 
 
 def load_state(run, directory):
-    """Take up the saved state. Returns its step, best score and its step, and hours so far."""
-    path = directory / "state" / "state.pt"
-    if not path.is_file():
+    """Take up the newest state. Returns its step, best score and its step, and hours so far."""
+    path = ranks.on_first(newest_state, directory)
+    if path is None:
         return {"step": 0, "best": None, "best_step": None, "hours": 0.0}
     state = torch.load(path, map_location=run.device, weights_only=True)
     run.student.load_state_dict(state["student"])
@@ -677,8 +731,10 @@ def save_checkpoint(run, directory):
     ranks.barrier()
 
 
-def open_record(directory, described):
-    """A stage's run.json, as found, or as it is to begin. Raises InputError where the one found has other settings."""
+def open_record(directory, described, files):
+    """A stage's run.json, as found, or as it is to begin. Raises InputError where the one found has other settings, or was made from
+    data files with another content."""
+    described = described | {"files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}}
     path = directory / "run.json"
     if not path.is_file():
         return described | {"versions": {"python": platform.python_version(), "torch": torch.__version__}}
@@ -690,14 +746,22 @@ def open_record(directory, described):
     for name, value in described["settings"].items():
         if found.get(name) != value:
             raise InputError(f"{directory}: was made with {name} {found.get(name)!r}, not {value!r}; choose another --out, or remove it")
+    for name, value in described["files"].items():
+        if record.get("files", {}).get(name, value) != value:
+            raise InputError(f"{directory}: {name} of {found['data']} has changed since it was made; choose another --out, or remove it")
+    if "hours" in record:
+        shutil.rmtree(directory / "state", ignore_errors=True)  # where `finish` was cut short
     return record
 
 
 def finish(directory, record):
-    """Mark the stage as complete, drop its state, and draw the curves. Returns where the picture lies."""
+    """Draw the curves, mark the stage as complete, and drop its state. Returns where the picture lies."""
+    picture = draw_curves(directory)
+    for leftover in directory.rglob(".*"):  # of writes that were cut short
+        leftover.unlink()
     write_atomic(directory / "run.json", json.dumps(record, indent=1) + "\n")
-    (directory / "state" / "state.pt").unlink(missing_ok=True)
-    return draw_curves(directory)
+    shutil.rmtree(directory / "state", ignore_errors=True)
+    return picture
 
 
 def memory(device):
@@ -799,6 +863,7 @@ def parse(argv):
     every = parser.add_argument_group("for every stage")
     every.add_argument("--micro-batch", type=positive, metavar="ROWS", help="rows of one forward on one rank (default 8; the demo 64)")
     every.add_argument("--train-rows", type=positive, metavar="N", help="only the first N training rows")
+    every.add_argument("--save-every", type=positive, metavar="STEPS", help="save the state so often, too (default: at validations alone)")
     every.add_argument("--dev-rows", type=positive, metavar="N", help="only the first N validation rows")
     return parse_arguments(parser, argv)
 
@@ -907,7 +972,7 @@ def main(argv=None):
         values = {"method": "sft" if kind in ("teacher", "init") else kind, "student": model, "teacher": teacher, "data": data,
                   "responses": responses, "train_rows": args.train_rows, "dev_rows": args.dev_rows, **values, **own}  # fmt: skip
         keep, micro_batch = args.keep if kind == args.method else 0, args.micro_batch or (64 if demo else 8)
-        return run_stage(name, Settings(**values), args.out, micro_batch, device, paper_row(kind, values, own), keep)
+        return run_stage(name, Settings(**values), args.out, micro_batch, device, paper_row(kind, values, own), keep, args.save_every)
 
     if args.method == "pretrain":
         stage("pretrain", args.shape)

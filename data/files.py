@@ -4,6 +4,7 @@ import errno
 import http.client
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -23,8 +24,12 @@ class InputError(Exception):
 
 
 def command(main, *expected):
-    """Run a command. An InputError, an OSError or one of the `expected` exceptions ends it with one line and exit status 2."""
+    """Run a command. An InputError, an OSError or one of the `expected` exceptions ends it with one line and exit status 2; SIGINT and
+    SIGTERM end it with one line and 128 + signal."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a model's text may hold what the terminal can't show
+    status, launched = 0, torch.distributed.is_torchelastic_launched()
+    # Clean up on the way out. Not under torchrun: what waits for a peer would never come to Python's handler.
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL if launched else _interrupt)
     try:
         main()
         sys.stdout.flush()  # it may be a file on a full disk
@@ -34,18 +39,28 @@ def command(main, *expected):
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(5)
         print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
-        if torch.distributed.is_initialized():
-            os._exit(2)  # never wait for a peer on the way out
+        status = 2
+    except KeyboardInterrupt as error:
+        print("interrupted", file=sys.stderr)
+        status = 128 + (error.args or (signal.SIGINT,))[0]
+    except SystemExit as leaving:
+        status = leaving.code
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if launched:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status or 0)  # never wait for a peer; and gloo's threads, taken down at the interpreter's end, abort the process at times
+    if status:
         try:
             sys.stdout.flush()
         except OSError:
             sys.stdout = None  # or Python would try again, and complain, at its end
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
-    if torch.distributed.is_torchelastic_launched():
-        sys.stdout.flush()
-        os._exit(0)  # gloo's threads, taken down at the interpreter's end, abort the process once in a while
+        sys.exit(status)
+
+
+def _interrupt(number, frame):
+    raise KeyboardInterrupt(number)
 
 
 def parse_arguments(parser, argv):

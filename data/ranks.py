@@ -1,6 +1,9 @@
 """Data-parallel ranks under torchrun. Without torchrun there is one rank, and every function here is the identity."""
 
 import os
+import signal
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,8 +19,14 @@ def start():
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")
     if dist.is_torchelastic_launched() and not dist.is_initialized():
-        # gloo beside nccl: Python objects travel between CPUs
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+        store, number, size = next(dist.rendezvous("env://"))
+        if size == int(os.environ["LOCAL_WORLD_SIZE"]):
+            # With --max-restarts torchrun's store on one machine still has the addresses of the attempt before.
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        # gloo beside nccl: Python objects travel between CPUs. A peer that dies closes its connection, which gloo notices at once. The
+        # timeout is for one that hangs: longer than rank 0 takes to download GPT-2 XL while the others wait.
+        backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=timedelta(hours=2))
     if not gpu and world() > 1:
         # Processes with more threads than cores between them run ten times slower.
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -55,6 +64,29 @@ def add_up(tensor):
     if world() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def largest(number):
+    """The largest of all ranks' whole numbers."""
+    if world() > 1:
+        number = torch.tensor(number)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
+
+
+@contextmanager
+def signals_noted():
+    """Inside, SIGINT and SIGTERM end nothing: their numbers are appended to the list that is given. Those noted when it is left take
+    their usual effect then."""
+    noted = []
+    before = {number: signal.signal(number, lambda number, frame: noted.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in noted:
+        signal.raise_signal(number)
 
 
 def share(items):

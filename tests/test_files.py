@@ -67,7 +67,7 @@ def test_an_interrupted_command_says_so_without_a_traceback(capsys):
 
     with pytest.raises(SystemExit) as left:
         command(main)
-    assert left.value.code == "interrupted"  # which Python prints, and leaves with status 1
+    assert left.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
 # ---- write_atomic ----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import torch
 
 import data.prepare
 import train
+from data import ranks
 from data.demo import TOKENIZER_DIR, make_document, make_rows
 from data.files import InputError, command, model_directory
 from data.rows import Example, fill_template, load_tokenizer, read_rows
@@ -219,6 +220,7 @@ def test_minillms_optimizer_is_as_released_and_there_is_no_prompt(student, teach
 def test_steps_of_a_preset_run_on_dolly(hub, tmp_path, monkeypatch, stage, model, steps):
     dev_rows, totals = read_rows(data.prepare.HOME / "demo" / "dev.jsonl"), []
     examples = [Example(i, [1], [2]) for i in range(11_435)]
+    monkeypatch.setattr(train, "data_files", lambda s: [])
     monkeypatch.setattr(train, "open_data", lambda s: (TOKENIZER, dev_rows, lambda epoch: examples))
 
     def build(s, total, global_batch, *rest):
@@ -300,8 +302,8 @@ def plan(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     stages = []
 
-    def run_stage(name, s, out, micro_batch, device, paper, keep):
-        stages.append(SimpleNamespace(name=name, settings=s, micro_batch=micro_batch, paper=paper, keep=keep))
+    def run_stage(name, s, out, micro_batch, device, paper, keep, save_every):
+        stages.append(SimpleNamespace(name=name, settings=s, micro_batch=micro_batch, paper=paper, keep=keep, save_every=save_every))
         directory = tmp_path / out / name
         if s.method == "pretrain":
             write_config(directory / "best", *map(int, s.student.split("x")))
@@ -1225,77 +1227,92 @@ def test_a_prompt_that_harms_the_teacher_is_warned_of_before_it_is_tuned(tmp_pat
         assert said.index("warning") < said.index("step 1/1")
 
 
-# ---- two ranks -------------------------------------------------------------------------------------------------------------------------
+# ---- two ranks, and four ----------------------------------------------------------------------------------------------------------------
 
 
 RANK = """
-import data.prepare, json, os, pathlib, sys, train
+import data.prepare, json, os, pathlib, sys, test_train, train
 from data import ranks
 from data.files import command
 
 data.prepare.HOME = pathlib.Path(sys.argv[1])
-train.show_demo = lambda models, device: None
+train.show_demo, train.draw_curves = lambda models, device: None, lambda directory: "no picture"
 ranks.stop = lambda: None  # the ranks stay together for the next command
+sample_all = train.sample_all
 
 def main():
-    for options in json.loads(sys.argv[2]):
+    for options, uneven in json.loads(sys.argv[2]):
+        train.sample_all = test_train.uneven_responses if uneven else sample_all
         train.main(options)
 
 command(main)
 """
 
 
-@pytest.fixture(scope="module")
-def two_and_one(tmp_path_factory, student, teacher):
-    """Each method's whole command under torchrun with two ranks, and in one process: the folders that they leave, and what the two said."""
-    home = tmp_path_factory.mktemp("ranks")
-    how = (
-        "--data",
-        "demo",
-        "--sft-teacher",
-        teacher,
-        "--steps",
-        3,
-        "--global-batch",
-        16,
-        "--dropout",
-        0,
-        "--micro-batch",
-        3,
-        "--lr",
-        0.01,
-        "--dev-rows",
-        4,
-    )
-    text = ("--lm-data", data.prepare.HOME / "demo" / "pretrain.jsonl")
-    commands = [("promptkd", "--init", student), ("minillm", "--init", student, *text), ("seqkd", "--student", student)]
-    commands = [[*map(str, ("--method", *method, *how))] for method in commands]
+def uneven_responses(model, requests, keys, end, max_new, **how):
+    """Every other row has no response, the others are at the limit: with two ranks, all of the one and all of the other."""
+    places = [i * ranks.world() + ranks.rank() for i in range(len(requests))]
+    return [[7] * max_new if place % 2 == 0 else [] for place in places], None
+
+
+def launch_ranks(n, home, commands):
+    """train.main with each of the options, uneven or not, one after the other under torchrun. Returns what was said."""
     (home / "rank.py").write_text(RANK)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    commands = [[[*options, "--out", str(home / str(n))], uneven] for options, uneven in commands]
     done = run_command(
-        "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}",
-        home / "rank.py", data.prepare.HOME, json.dumps([[*options, "--out", str(home / "two")] for options in commands]), PYTHONPATH=str(ROOT),
+        "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_addr=127.0.0.1", f"--master_port={port}", home / "rank.py",
+        data.prepare.HOME, json.dumps(commands), PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def by_ranks(tmp_path_factory, student, teacher):
+    """Each method's whole command in one process, and under torchrun with two ranks and with four: the folder that each leaves, and what
+    was said. The methods that sample are run with uneven responses, too, on two ranks."""
+    home = tmp_path_factory.mktemp("ranks")
+    how = ("--data", "demo", "--steps", 3, "--global-batch", 16, "--dropout", 0, "--micro-batch", 3, "--lr", 0.01, "--dev-rows", 4)
+    init, start, text = ("--init", student), ("--student", student), ("--lm-data", data.prepare.HOME / "demo" / "pretrain.jsonl")
+    methods = {"pretrain": ("--shape", "1x16x2"), "sft": start, "kd": start, "seqkd": start, "minillm": (*init, *text), "gkd": init, "promptkd": init}
+    commands = []
+    for method, options in methods.items():
+        taught = () if method in ("pretrain", "sft") else ("--sft-teacher", teacher)
+        commands.append(([*map(str, ("--method", method, *options, *taught, *how))], False))
+    uneven = [([*options, "--seed", "11"], True) for options, _ in commands[-3:]]
+    said = {n: launch_ranks(n, home, commands + (uneven if n == 2 else [])) for n in (2, 4)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "show_demo", lambda models, device: None)
-        for options in commands:
-            main(home / "one", *options)
-    return home / "two", home / "one", done.stdout
+        patch.setattr(train, "draw_curves", lambda directory: "no picture")
+        for options, _ in commands:
+            main(home / "1", *options)
+        patch.setattr(train, "sample_all", uneven_responses)
+        for options, _ in uneven:
+            main(home / "1", *options)
+    return SimpleNamespace(out={n: home / str(n) for n in (1, 2, 4)}, said=said)
 
 
-@pytest.mark.parametrize("method", ["promptkd", "minillm", "seqkd"])
-def test_two_ranks_train_as_one_does(two_and_one, method):
-    """The whole command under torchrun: the same metrics and weights as in one process, bar rounding, and each file written once."""
-    (two,), (one,) = (list(out.glob(f"{method}-*")) for out in two_and_one[:2])
-    assert two.name == one.name and record(two)["ranks"] == 2
+@pytest.mark.parametrize("method, n, seed", [
+    *((method, n, 10) for method in ("pretrain", "sft", "kd", "seqkd", "minillm", "gkd", "promptkd") for n in (2, 4)),
+    *((method, 2, 11) for method in ("minillm", "gkd", "promptkd")),
+])  # fmt: skip
+def test_several_ranks_train_as_one_does(by_ranks, method, n, seed):
+    """The whole command under torchrun: the same metrics and weights as in one process, bar rounding, and each file written once. Seed 11:
+    the responses of the one rank are empty, those of the other at the limit."""
+    several, one = (
+        next(path for path in out.glob(f"{method}-*") if path.name.endswith("s11") == (seed == 11)) for out in (by_ranks.out[n], by_ranks.out[1])
+    )
+    assert several.name == one.name and record(several)["ranks"] == n
     unlike = ("tokens_per_second", "seconds", "memory_resident_gb")
-    for a, b in zip(metrics(two), metrics(one), strict=True):
+    for a, b in zip(metrics(several), metrics(one), strict=True):
         assert {k: v for k, v in a.items() if k not in unlike} == pytest.approx({k: v for k, v in b.items() if k not in unlike}, rel=1e-3, abs=1e-6)
-    assert two_and_one[2].count("step 3/3") == 3  # of each method one rank speaks
-    models = [load(directory / "best").state_dict() for directory in (two, one)]
+    if seed == 11:
+        assert {line["response_tokens"] for line in metrics(one) if line["step"]} == {8 * 40}  # of 16 rows
+    assert by_ranks.said[n].count("step 3/3") == {2: 10, 4: 7}[n]  # of each command one rank speaks
+    models = [load(directory / "best").state_dict() for directory in (several, one)]
     for name, w in models[0].items():
         # The keys' biases change no attention weight: their gradient is rounding alone, which AdamW scales up to full steps.
         real = torch.ones_like(w, dtype=torch.bool)
@@ -1304,8 +1321,9 @@ def test_two_ranks_train_as_one_does(two_and_one, method):
         assert w[real].allclose(models[1][name][real], atol=1e-4), name
 
 
-def test_two_ranks_sample_seqkds_responses_as_one_does(two_and_one):
-    two, one = (files(out / "responses-wide-demo") for out in two_and_one[:2])
+@pytest.mark.parametrize("n", [2, 4])
+def test_several_ranks_sample_seqkds_responses_as_one_does(by_ranks, n):
+    two, one = (files(by_ranks.out[number] / "responses-wide-demo") for number in (n, 1))
     assert {str(path) for path in two} == {str(path) for path in one} == {"train.jsonl", "dev.jsonl", "test.jsonl", "run.json"}
     for path, (content, _) in one.items():
         assert path.name == "run.json" or two[path][0] == content
