@@ -282,18 +282,23 @@ def save(model, directory):
         "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout, "initializer_range": 0.02, "tie_word_embeddings": True,
         "bos_token_id": c.vocab_size - 1, "eos_token_id": c.vocab_size - 1,
     }  # fmt: skip
-    partial = directory / ".config.json.partial"
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, directory / "config.json")
+    text = json.dumps(values, indent=2) + "\n"
+    _write(directory / "config.json", lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def save_tensors(tensors, path):
     """Write a safetensors file, whole or not at all."""
+    _write(path, lambda partial: save_file(tensors, partial, metadata={"format": "pt"}))
+
+
+def _write(path, write):
     partial = path.with_name(f".{path.name}.partial")
     try:
-        save_file(tensors, partial, metadata={"format": "pt"})
+        write(partial)
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: can't be written ({error}); make room on the disk, or choose another place") from error
     finally:
         partial.unlink(missing_ok=True)

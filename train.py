@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import platform
 import resource
 import shutil
@@ -709,15 +710,18 @@ def load_state(run, directory):
     path = ranks.on_first(newest_state, directory)
     if path is None:
         return {"step": 0, "best": None, "best_step": None, "hours": 0.0}
-    state = torch.load(path, map_location=run.device, weights_only=True)
-    run.student.load_state_dict(state["student"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    if run.P is not None:
-        run.P.data.copy_(state["P"])
-        run.prompt_optimizer.load_state_dict(state["prompt_optimizer"])
-    if "rollout" in state:
-        run.rollout = [Sampled(*row) for row in state["rollout"]]
-    return state["done"]
+    try:
+        state = torch.load(path, map_location=run.device, weights_only=True)
+        run.student.load_state_dict(state["student"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        if run.P is not None:
+            run.P.data.copy_(state["P"])
+            run.prompt_optimizer.load_state_dict(state["prompt_optimizer"])
+        if "rollout" in state:
+            run.rollout = [Sampled(*row) for row in state["rollout"]]
+        return state["done"]
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path}: is no state of this run; remove {path.parent} to start this stage anew") from error
 
 
 def save_checkpoint(run, directory):
@@ -740,8 +744,8 @@ def open_record(directory, described, files):
         return described | {"versions": {"python": platform.python_version(), "torch": torch.__version__}}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        found = record["settings"]
-    except (ValueError, KeyError, TypeError) as error:
+        found = dict(record["settings"].items())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: is damaged; remove {directory} to start this stage anew") from error
     for name, value in described["settings"].items():
         if found.get(name) != value:
@@ -966,7 +970,13 @@ def main(argv=None):
         if kind == args.method:
             values |= {"seed": args.seed}
             for option, value in own.items():
-                value = f"{zlib.crc32(value.encode('utf-8', 'surrogatepass')):08x}" if option == "prompt_text" else Path(value).stem if option == "lm_data" else value
+                value = (
+                    f"{zlib.crc32(value.encode('utf-8', 'surrogatepass')):08x}"
+                    if option == "prompt_text"
+                    else Path(value).stem
+                    if option == "lm_data"
+                    else value
+                )
                 name += f"-{option.replace('_', '')}{value}"
             name += f"-s{args.seed}" if kind != "pretrain" or args.seed != 10 else ""
         values = {"method": "sft" if kind in ("teacher", "init") else kind, "student": model, "teacher": teacher, "data": data,

@@ -289,7 +289,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr("model.save_file", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(CheckpointError, match="No space"):
         save(GPT(TINY).initialise(0), tmp_path)
     assert torch.equal(load(tmp_path).wte.weight, model.wte.weight)
 
