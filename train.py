@@ -677,11 +677,16 @@ def write_state(path, state):
     """Write a state, which has its name only when whole. The one before it is kept, older ones go."""
     path.parent.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except RuntimeError as error:  # torch.save's word for a full disk
+        raise InputError(f"{path}: can't be written ({error.__context__ or error}); make room, and the same command goes on") from error
+    finally:
+        partial.unlink(missing_ok=True)
     for old in states(path.parent)[2:]:
         old.unlink()
 
@@ -761,7 +766,7 @@ def open_record(directory, described, files):
 def finish(directory, record):
     """Draw the curves, mark the stage as complete, and drop its state. Returns where the picture lies."""
     picture = draw_curves(directory)
-    for leftover in directory.rglob(".*"):  # of writes that were cut short
+    for leftover in filter(Path.is_file, directory.rglob(".*")):  # of writes that were cut short
         leftover.unlink()
     write_atomic(directory / "run.json", json.dumps(record, indent=1) + "\n")
     shutil.rmtree(directory / "state", ignore_errors=True)

@@ -100,6 +100,12 @@ def record_of(stage):
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def begun(stage):
+    """When a stage was last begun or gone on with, which writes its record; None where it never was."""
+    path = Path("out") / stage / "run.json"
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
 def ended(processes, within):
     """Wait for processes to end. Returns their statuses, or fails where they take longer than so many seconds (of waiting, not of the
     clock: a machine may be put to sleep)."""
@@ -124,15 +130,16 @@ def where():
 
 
 def torture(commands, kills, world, rng, seconds):
-    """Start, kill, start again. seconds: what each stage takes. Returns the kills."""
+    """Start, kill, start again: about three kills a stage, none of which lets it come far. seconds: what each stage takes. Returns the kills."""
     done = []
     for i in range(kills):
         stage, saving = STAGES[i * len(STAGES) // kills], i % 3 == 2
-        processes = start(commands, world, (stage, rng.randint(1, 30)) if saving else None)
+        before = begun(stage)
+        processes = start(commands, world, (stage, rng.randint(1, 15)) if saving else None)
         if not saving:
-            while record_of(stage) is None:
+            while begun(stage) == before and "hours" not in (record_of(stage) or {}):
                 time.sleep(0.002)
-            time.sleep(rng.uniform(0, seconds[stage] + 0.05))
+            time.sleep(rng.uniform(0, seconds[stage] / 4))
             alone = world > 1 and rng.random() < 0.5
             for process in [rng.choice(processes)] if alone else processes:
                 os.kill(process, signal.SIGKILL)
@@ -156,9 +163,9 @@ def main():
     for name in ("whole", "killed"):
         (args.folder / name).mkdir(parents=True)
     os.chdir(args.folder / "whole")
-    begun = time.monotonic()
+    start_of_whole = time.monotonic()
     assert set(ended(start(commands, args.ranks), 600)) == {0}
-    whole = time.monotonic() - begun
+    whole = time.monotonic() - start_of_whole
     seconds = {stage: 3600 * record_of(stage)["hours"] for stage in STAGES}
     os.chdir("../killed")
     kills = torture(commands, args.kills, args.ranks, random.Random(args.kills), seconds)
