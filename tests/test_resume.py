@@ -68,7 +68,7 @@ def no_pictures():
 
 @pytest.mark.parametrize("n_ranks, steps, kills", [
     (1, 8, 4),
-    pytest.param(1, 60, 25, marks=pytest.mark.slow),
+    pytest.param(1, 80, 25, marks=pytest.mark.slow),
     pytest.param(2, 60, 25, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_torture_a_run_of_every_stage_that_is_killed_at_random_ends_with_the_same_bits(tmp_path, n_ranks, steps, kills):
