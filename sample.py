@@ -72,6 +72,7 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         # Scaled by the last cumulative value: u < 1, so rounding can't point past the vocabulary, nor at a word without probability.
         cdf = probs.cumsum(-1)
         tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(-1)
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)  # of a model that has diverged, whose loss will tell
     return tokens, probs.gather(-1, tokens[:, None]).squeeze(-1).log()
 
 

@@ -766,8 +766,9 @@ def open_record(directory, described, files):
 def finish(directory, record):
     """Draw the curves, mark the stage as complete, and drop its state. Returns where the picture lies."""
     picture = draw_curves(directory)
-    for leftover in filter(Path.is_file, directory.rglob(".*")):  # of writes that were cut short
-        leftover.unlink()
+    for leftover in directory.rglob(".*.*"):  # `.name.xyz` beside `name`: of a write that was cut short
+        if leftover.with_name(leftover.name[1:].rpartition(".")[0]).is_file():
+            leftover.unlink()
     write_atomic(directory / "run.json", json.dumps(record, indent=1) + "\n")
     shutil.rmtree(directory / "state", ignore_errors=True)
     return picture
