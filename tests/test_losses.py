@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import losses
 import reference
 from losses import cross_entropy, directed_kl, importance_weight, kd_loss, kl, minillm_loss, minillm_returns, policy_gradient_loss, prompt_loss
 from losses import student_loss, whiten
@@ -376,3 +377,72 @@ def test_minillms_single_step_term_is_the_exact_reverse_kl():
     losses.sum().backward()
     log_q, log_p = (np.stack([log_softmax(row) for row in array]) for array in (q_theta, p))
     close(z.grad, np.exp(log_q) * (log_q - log_p - (np.exp(log_q) * (log_q - log_p)).sum(1, keepdims=True)), 1e-5)
+
+
+# ---- the memory-lean form ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[1, 3, 7, 100])
+def chunked(request, monkeypatch):
+    """Chunks of so many tokens' logits at most, of 13 words."""
+    monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", request.param * 4 * 13)
+    return request.param
+
+
+def hidden_head_and_target(n=7, C=5, V=13):
+    generator = torch.Generator().manual_seed(3)
+    hidden, head, target = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((n, C), (V, C), (n, V)))
+    return hidden.requires_grad_(), head.requires_grad_(), target
+
+
+def test_chunks_cover_every_token_once_and_none_is_over_the_limit(chunked):
+    for n in (0, 1, 2, 6, 7, 22):
+        chunks = losses.token_chunks(torch.zeros(n, 5), torch.zeros(13, 5))
+        assert [i for chunk in chunks for i in range(n)[chunk]] == list(range(n))
+        assert all(len(range(n)[chunk]) <= chunked for chunk in chunks)
+
+
+@pytest.mark.parametrize("loss", [losses.student_loss, lambda q, p: losses.kl(p, q), lambda q, p: losses.kd_loss(q, p, p.argmax(-1))], ids=["reverse", "forward", "kd"])
+def test_sum_over_tokens_is_the_plain_sum_with_the_plain_gradients(chunked, loss, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # keep float64
+    hidden, head, target = hidden_head_and_target()
+    lean = losses.sum_over_tokens(lambda logits, i: loss(logits, target[i]), hidden, head)
+    gradients = torch.autograd.grad(2.5 * lean, (hidden, head))
+    plain = loss(hidden @ head.T, target).sum()
+    assert lean.item() == pytest.approx(plain.item(), rel=1e-12)
+    for gradient, wanted in zip(gradients, torch.autograd.grad(2.5 * plain, (hidden, head))):
+        assert (gradient - wanted).abs().max() < 1e-12
+
+
+def test_sum_over_tokens_differentiates_the_first_of_several_sums_alone(chunked, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)
+    hidden, head, target = hidden_head_and_target()
+    sums = losses.sum_over_tokens(lambda logits, i: torch.stack([losses.kl(logits, target[i]), logits.sum(-1)]), hidden, head)
+    assert sums.tolist() == pytest.approx([losses.kl(hidden @ head.T, target).sum().item(), (hidden @ head.T).sum().item()])
+    sums[0].backward()
+    (wanted,) = torch.autograd.grad(losses.kl(hidden @ head.T, target).sum(), hidden)
+    assert (hidden.grad - wanted).abs().max() < 1e-12
+    frozen = head.detach()  # a teacher's head: only the hidden states get a gradient
+    (alone,) = torch.autograd.grad(losses.sum_over_tokens(lambda logits, i: losses.kl(logits, target[i]), hidden, frozen), hidden)
+    assert (alone - wanted).abs().max() < 1e-12
+
+
+def test_sum_over_no_tokens_is_0_with_gradients_of_0():
+    hidden, head, _ = hidden_head_and_target(n=0)
+    total = losses.sum_over_tokens(lambda logits, i: losses.cross_entropy(logits, torch.zeros(0, dtype=torch.long)[i]), hidden, head)
+    total.backward()
+    assert total.item() == 0 and head.grad.abs().max() == 0 and hidden.grad.shape == (0, 5)
+
+
+def test_gradients_of_kls_are_those_of_finite_differences(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)
+    logits = [torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(n)).requires_grad_() for n in range(3)]
+    assert torch.autograd.gradcheck(losses.kls, logits)
+    assert torch.autograd.gradcheck(lambda first: losses.kls(first, *(other.detach() for other in logits[1:])), logits[:1])
+
+
+def test_token_log_probs_are_those_of_the_whole(chunked):
+    hidden, head, _ = (x.detach().float() for x in hidden_head_and_target())
+    targets = torch.tensor([0, 12, 3, 3, 5, 1, 7])
+    wanted = (hidden @ head.T).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    assert losses.token_log_probs(head, hidden, targets) == pytest.approx(wanted.numpy(), abs=1e-6)

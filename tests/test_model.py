@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from data.rows import fill_template, load_tokenizer, pad, tokenizer_files
 from helpers import GOLDEN, TINY, greedy_by_transformers, hf_config, soft_prompt, stored_weights, talker_config, tiny_model, tiny_tokenizer
 from helpers import transformers_logits, transformers_model, write_checkpoint
-from model import GPT, CheckpointError, Config, KVCache, load, save
+from model import GPT, CheckpointError, Config, KVCache, load, save, linear
 
 ROWS = [[5, 17, 60, 3, 3, 41, 8], [22], [9, 60, 60, 1, 30, 12, 55, 2, 19, 44, 7]]
 PROMPT = soft_prompt(5)
@@ -439,3 +439,18 @@ def test_a_checkpoint_that_is_wrong_gives_one_line_that_names_what(tmp_path, mon
 if __name__ == "__main__":
     GOLDEN.parent.mkdir(exist_ok=True)
     GOLDEN.write_text(json.dumps(golden_values()).replace("], ", "],\n") + "\n")
+
+
+@pytest.mark.parametrize("words, width", [(50_257, 32), (8_192, 160), (12_001, 96)])
+@pytest.mark.parametrize("rows", [1, 2, 32, 33, 65])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_whichever_product_is_taken_without_gradients_gives_f_linear(words, width, rows, with_bias):
+    """Few rows, many rows, and lengths that are no multiple of 16, all of weights large enough to leave F.linear."""
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = torch.randn(rows, width, generator=generator), torch.randn(words, width, generator=generator)
+    bias = torch.randn(words, generator=generator) if with_bias else None
+    wanted = torch.nn.functional.linear(x, weight, bias)
+    with torch.no_grad():
+        assert linear(x, weight, bias).allclose(wanted, atol=1e-4)
+        assert linear(x[None, :, :], weight, bias).shape == (1, rows, words)
+        assert linear(x[0], weight, bias).allclose(wanted[0], atol=1e-4)
