@@ -882,23 +882,36 @@ OVERRIDES = ("lr", "prompt_lr", "epochs", "steps", "global_batch", "dropout", "l
              "prompt_kl", "reg_kl")  # fmt: skip
 
 
+def run_directory(name):
+    """Where the run lies that a model is of: `best/` belongs to the directory around it."""
+    path = Path(name).resolve()
+    return path.parent if path.name == "best" else path
+
+
 def record_of(name):
     """The run.json of a model that is a run of ours, {} of any other."""
-    path = Path(name).resolve()
-    return read_record(path.parent if path.name == "best" else path) or {}
+    return read_record(run_directory(name)) or {}
 
 
 def label_of(name):
     """A model's short name, for naming what is made from it: gpt2-xl, or of a stage before, that of the model that it started from."""
-    path = Path(name).resolve()
-    path = path.parent if path.name == "best" else path
-    if (record := record_of(name)) and record["name"].startswith(("pretrain-", "init-", "teacher-")):
+    path, record = run_directory(name), record_of(name)
+    if record and record["name"].startswith(("pretrain-", "init-", "teacher-")):
         start = record["settings"].get("student")
         if not isinstance(start, str):
             raise InputError(f"{path / 'run.json'}: does not say what model the run started from ('student'); remove {path} and train it again")
         if Path(start).resolve() != path:  # it may: a run of gpt2, copied to a folder `gpt2`
             return label_of(start)
     return path.name
+
+
+def named(option, value):
+    """An override in a run's name, as -lr0.001: short, and without a path's or a sentence's letters."""
+    if option == "prompt_text":
+        value = f"{zlib.crc32(value.encode('utf-8', 'surrogatepass')):08x}"
+    if option == "lm_data":
+        value = Path(value).stem
+    return f"-{option.replace('_', '')}{value}"
 
 
 def paper_row(kind, values, given):
@@ -975,15 +988,7 @@ def main(argv=None):
             values = DEMO[kind] if demo else preset(kind, model)
         if kind == args.method:
             values |= {"seed": args.seed}
-            for option, value in own.items():
-                value = (
-                    f"{zlib.crc32(value.encode('utf-8', 'surrogatepass')):08x}"
-                    if option == "prompt_text"
-                    else Path(value).stem
-                    if option == "lm_data"
-                    else value
-                )
-                name += f"-{option.replace('_', '')}{value}"
+            name += "".join(named(option, value) for option, value in own.items())
             name += f"-s{args.seed}" if kind != "pretrain" or args.seed != 10 else ""
         values = {"method": "sft" if kind in ("teacher", "init") else kind, "student": model, "teacher": teacher, "data": data,
                   "responses": responses, "train_rows": args.train_rows, "dev_rows": args.dev_rows, **values, **own}  # fmt: skip
