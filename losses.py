@@ -7,8 +7,6 @@ the caller can divide their sum by the number of response tokens in the whole gl
 import torch
 import torch.nn.functional as F
 
-from model import linear
-
 
 def cross_entropy(logits, targets):
     """- log q(y_t | y_<t, x): logits (N, V), targets (N,) -> (N,)."""
@@ -131,51 +129,71 @@ def minillm_loss(q_theta, p, targets, log_q, w, R):
 
 # ---- the memory-lean form -----------------------------------------------------------------------------------------------------------
 
-CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**28}  # of one chunk's float32 logits: enough rows for a matrix product to be fast
+# Of float32 logits: a chunk has enough rows for its matrix products to be fast, a block few enough to stay in a CPU's cache while its loss is made.
+CHUNK_BYTES, BLOCK_BYTES = {"cpu": 2**26, "cuda": 2**28}, {"cpu": 2**23, "cuda": 2**28}
 
 
-def token_chunks(hidden, head):
-    """Slices of the N tokens, of equal size and each of no more than the logits of one chunk may be."""
-    n_chunks = -(-len(hidden) * 4 * len(head) // CHUNK_BYTES[hidden.device.type])
-    size = -(-len(hidden) // max(1, n_chunks))
-    return [slice(start, start + size) for start in range(0, len(hidden), size or 1)]
+def slices(n, head, most_bytes):
+    """Slices of n tokens, of equal size, the logits of each of which take no more than `most_bytes`; one empty slice where n is 0."""
+    size = max(1, -(-n // max(1, -(-n * 4 * len(head) // most_bytes[head.device.type]))))
+    return [slice(start, min(start + size, n)) for start in range(0, max(1, n), size)]
 
 
-def token_log_probs(head, hidden, targets):
+def head_logits(hidden, head):
+    """The logits (n, V') of hidden states (n, C) under a head (V, C), without gradients. V' is V; on a CPU rounded up to 16, with words of no
+    probability, since one row of GPT-2's 50,257 leaves the next at an odd address. Of the head, few enough words at a time to stay in cache."""
+    if hidden.is_cuda:
+        return F.linear(hidden, head)
+    V = len(head)
+    logits = hidden.new_empty(len(hidden), -(-V // 16) * 16)
+    logits[:, V:] = -1e30
+    for words, part in zip(head.split(1024), logits[:, :V].split(1024, dim=1)):
+        torch.mm(hidden, words.T, out=part)
+    return logits
+
+
+@torch.no_grad()
+def token_log_probs(hidden, head, tokens):
     """log q(y_t | y_<t, x) of tokens (N,), from hidden states (N, C) and head (V, C) -> (N,), a chunk at a time. Without gradients."""
-    chunks = token_chunks(hidden, head)
-    return torch.cat([hidden.new_zeros(0), *(-cross_entropy(linear(hidden[i], head), targets[i]) for i in chunks)])
+    chunks = slices(len(hidden), head, CHUNK_BYTES)
+    return torch.cat([-cross_entropy(head_logits(hidden[i], head), tokens[i]) for i in chunks])
 
 
-def sum_over_tokens(loss_of, hidden, head):
-    """The sum of a loss over N tokens, from hidden states (N, C) and head (V, C), a chunk of tokens at a time: no (N, V) tensor is ever made.
+def sum_over_tokens(loss_of, hidden, head, *targets):
+    """The sum of a loss over N tokens, from hidden states (N, C) and head (V, C), a few tokens at a time: no (N, V) tensor is ever made.
 
-    loss_of: logits of a chunk (n, V), and the slice of the N tokens that it is -> the loss (n,); or (k, n), whose first row is the loss and whose others
-    are for the log. Returns the sum (), or the sums (k,), of which the first carries gradients to hidden and head. They are made on the
-    spot, while a chunk's logits are there.
+    targets: (hidden, head) of each model that the loss compares with, which get no gradient.
+    loss_of: a slice i of the N tokens, their logits, and their logits of each target, (n, V') as head_logits makes them -> the loss
+    (n,); or (k, n), whose first row is the loss and whose others are for the log.
+    Returns the sum (), or the sums (k,), of which the first carries gradients to hidden and head. They are made on the spot, while the
+    logits are there.
     """
-    return _SumOverTokens.apply(loss_of, hidden, head)
+    return _SumOverTokens.apply(loss_of, targets, hidden, head)
 
 
 class _SumOverTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss_of, hidden, head):
-        _, to_hidden, to_head = ctx.needs_input_grad
+    def forward(ctx, loss_of, targets, hidden, head):
+        *_, to_hidden, to_head = ctx.needs_input_grad
         d_hidden = torch.empty_like(hidden) if to_hidden else None
         d_head = torch.zeros_like(head) if to_head else None
         total = 0
-        for i in token_chunks(hidden, head) or [slice(0, 0)]:
-            logits = linear(hidden[i], head).requires_grad_(to_hidden or to_head)  # (n, V)
-            with torch.set_grad_enabled(logits.requires_grad):
-                losses = loss_of(logits, i).sum(-1)  # () or (k,)
-                loss = losses if losses.ndim == 0 else losses[0]
-            total = total + losses.detach()
-            if logits.requires_grad:
-                (d_logits,) = torch.autograd.grad(loss, logits)
-                if to_hidden:
-                    d_hidden[i] = d_logits @ head
-                if to_head:
-                    d_head.addmm_(d_logits.to(d_head.dtype).T, hidden[i].to(d_head.dtype))
+        for i in slices(len(hidden), head, CHUNK_BYTES):
+            logits, *of_targets = (head_logits(h[i], w) for h, w in ((hidden, head), *targets))  # (n, V') each
+            for j in slices(len(logits), head, BLOCK_BYTES):
+                block = logits[j].detach().requires_grad_(to_hidden or to_head)
+                with torch.set_grad_enabled(block.requires_grad):
+                    at = slice(i.start + j.start, i.start + j.stop)
+                    losses = loss_of(at, block, *(z[j] for z in of_targets)).sum(-1)  # () or (k,)
+                    loss = losses if losses.ndim == 0 else losses[0]
+                total = total + losses.detach()
+                if block.requires_grad:
+                    logits[j] = torch.autograd.grad(loss, block)[0]  # in place of the logits, which are done with
+            d_logits = logits[:, : len(head)]
+            if to_hidden:
+                d_hidden[i] = d_logits @ head
+            if to_head:
+                d_head.addmm_(d_logits.to(d_head.dtype).T, hidden[i].to(d_head.dtype))
         ctx.save_for_backward(d_hidden, d_head)
         return total
 
@@ -183,4 +201,4 @@ class _SumOverTokens(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # () or (k,)
         scale = grad if grad.ndim == 0 else grad[0]
-        return None, *(None if d is None else d * scale for d in ctx.saved_tensors)
+        return None, None, *(None if d is None else d * scale for d in ctx.saved_tensors)

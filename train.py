@@ -172,16 +172,10 @@ class Run:
 
 
 @torch.no_grad()
-def target_hidden(model, batch, P=None):
-    """The hidden states (N, C) of a model as it stands that predict the response tokens, behind the prompt P if there is one; without
-    gradient or dropout."""
-    return teacher_hidden(model.eval(), batch.ids, P)[batch.where]
-
-
-@torch.no_grad()
-def target_logits(model, hidden):
-    """A target's logits (n, V), which get no gradient."""
-    return model.logits(hidden)
+def target(model, batch, P=None):
+    """What a model as it stands, behind the prompt P if there is one, says of the response tokens, without gradient or dropout: the
+    hidden states (N, C) that predict them, and its head (V, C)."""
+    return teacher_hidden(model.eval(), batch.ids, P)[batch.where], model.wte.weight
 
 
 def window(run, examples):
@@ -197,15 +191,16 @@ def window(run, examples):
 def backward(run, loss_of, batches, n_tokens):
     """Student gradients of the sum of per-token losses over the window, divided by its number of tokens.
 
-    loss_of: batch -> the loss (n,) of student's logits (n, V) at a slice of the batch's tokens. Ranks exchange gradients at the last micro-batch only; DDP averages them
-    over the ranks, which is undone. Returns the loss, over all ranks.
+    loss_of: batch -> the loss and the targets that it compares with, as sum_over_tokens takes them. Ranks exchange gradients at the last
+    micro-batch only; DDP averages them over the ranks, which is undone. Returns the loss, over all ranks.
     """
     total = torch.zeros((), device=run.device)
     for batch in batches:
         last = batch is batches[-1]
         with nullcontext() if last or run.wrapped is run.student else run.wrapped.no_sync(), precision(run.device):
             hidden = run.wrapped(batch.ids)[batch.where]  # (N, C): only what predicts a response token meets the head
-            loss = sum_over_tokens(loss_of(batch), hidden, run.student.wte.weight) / n_tokens
+            loss, *targets = loss_of(batch)
+            loss = sum_over_tokens(loss, hidden, run.student.wte.weight, *targets) / n_tokens
             (loss * ranks.world()).backward()
         total += loss.detach()
     return ranks.add_up(total)
@@ -256,16 +251,14 @@ def promptkd_step(run, examples, t):
     sums = torch.zeros(4, device=run.device)
     for b in batches:
         with precision(run.device):
-            h_q, h_p = target_hidden(q, b), target_hidden(p, b)  # of q(y | x), p(y | x)
             h_pP = teacher_hidden(p, b.ids, run.P)[b.where]  # of p(y | P, x)
 
-            def L_P(pP_logits, i):
-                p_logits = target_logits(p, h_p[i])
-                losses = prompt_loss(pP_logits, target_logits(q, h_q[i]), p_logits, lam, s.reg, s.prompt_kl, s.reg_kl)  # (1), (2), (3)
+            def L_P(i, pP_logits, q_logits, p_logits):
+                losses = prompt_loss(pP_logits, q_logits, p_logits, lam, s.reg, s.prompt_kl, s.reg_kl)  # (1), (2), (3)
                 drift = losses[2] if s.reg_kl == "reverse" else kl(pP_logits, p_logits)  # KL(p(y | P, x) || p(y | x))
                 return torch.stack([*losses, drift])
 
-            L = sum_over_tokens(L_P, h_pP, p.wte.weight) / n_tokens
+            L = sum_over_tokens(L_P, h_pP, p.wte.weight, target(q, b), target(p, b)) / n_tokens  # q(y | x), p(y | x)
             L[0].backward()
         sums += L.detach()
     ranks.add_up(run.P.grad)
@@ -274,8 +267,7 @@ def promptkd_step(run, examples, t):
 
     # Distillation from the teacher behind the prompt just updated. Gradient to θ only.
     def L_theta(b):
-        h_pP = target_hidden(p, b, run.P)
-        return lambda q_logits, i: student_loss(q_logits, target_logits(p, h_pP[i]))  # (4)
+        return lambda i, q_logits, pP_logits: student_loss(q_logits, pP_logits), target(p, b, run.P)  # (4)
 
     values = train_student(run, loss=(L_theta, batches, n_tokens))
     prompt_losses = dict(zip(("prompt_loss", "prompt_kd", "prompt_reg", "kl_prompted_bare"), ranks.add_up(sums)))
@@ -288,8 +280,7 @@ def gkd_step(run, examples, t):
     batches, n_tokens = window(run, rollout(run, examples, t))  # y ~ q_θ(y | x)
 
     def L_theta(b):
-        h_p = target_hidden(p, b)
-        return lambda q_logits, i: student_loss(q_logits, target_logits(p, h_p[i]))  # KL(q(y | x) || p(y | x))
+        return lambda i, q_logits, p_logits: student_loss(q_logits, p_logits), target(p, b)  # KL(q(y | x) || p(y | x))
 
     return train_student(run, loss=(L_theta, batches, n_tokens))
 
@@ -298,7 +289,7 @@ def sft_step(run, examples, t):
     """Cross-entropy on the rows' own responses. Pre-training is the same, on packed rows."""
 
     def L_theta(b):
-        return lambda q_logits, i: cross_entropy(q_logits, b.targets[i])
+        return (lambda i, q_logits: cross_entropy(q_logits, b.targets[i])),
 
     return train_student(run, loss=(L_theta, *window(run, examples)))
 
@@ -307,8 +298,7 @@ def against_teacher(run):
     """KD's loss, for `backward`."""
 
     def L_theta(b):
-        h_p = target_hidden(run.teacher, b)
-        return lambda q_logits, i: kd_loss(q_logits, target_logits(run.teacher, h_p[i]), b.targets[i])
+        return lambda i, q_logits, p_logits: kd_loss(q_logits, p_logits, b.targets[i]), target(run.teacher, b)
 
     return L_theta
 
@@ -337,14 +327,9 @@ def minillm_step(run, examples, t):
     rows = [run.rollout[i] for i in order[k * n : (k + 1) * n]]
 
     def L_theta(b):
-        h_p = target_hidden(run.teacher, b)
         tokens = torch.tensor([v for e in b.examples for v in e.tokens], dtype=torch.float64, device=run.device).float().view(-1, 3)
 
-        def loss(q_logits, i):
-            log_q, w, R = tokens[i].T
-            return minillm_loss(q_logits, target_logits(run.teacher, h_p[i]), b.targets[i], log_q, w, R)
-
-        return loss
+        return lambda i, q_logits, p_logits: minillm_loss(q_logits, p_logits, b.targets[i], *tokens[i].T), target(run.teacher, b)
 
     terms = {"loss": (L_theta, *window(run, ranks.share(rows)))}
     if run.text:
@@ -359,7 +344,7 @@ def minillm_rollout(run, examples, t):
     rows = []
     for b in micro_batches(rollout(run, examples, t, mix=(run.teacher, TEACHER_SHARE)), run.micro_batch, run.device):
         with precision(run.device):
-            log_q, log_p = (token_log_probs(model.wte.weight, target_hidden(model, b), b.targets).cpu() for model in (run.student, run.teacher))
+            log_q, log_p = (token_log_probs(*target(model, b), b.targets).cpu() for model in (run.student, run.teacher))
         lengths = [len(e.response) for e in b.examples]
         rows += zip(b.examples, log_q.split(lengths), log_p.split(lengths))
     examples, log_q, log_p = zip(*sorted(ranks.gather(rows), key=lambda row: row[0].index))  # of all ranks
@@ -383,7 +368,7 @@ def validation_loss(run, model, examples, P=None):
     sums = torch.zeros(2, dtype=torch.float64, device=run.device)
     for b in micro_batches(ranks.share(examples), run.micro_batch, run.device):
         with precision(run.device):
-            sums[0] -= token_log_probs(model.wte.weight, target_hidden(model, b, P), b.targets).sum()
+            sums[0] -= token_log_probs(*target(model, b, P), b.targets).sum()
         sums[1] += len(b.targets)
     loss, n_tokens = ranks.add_up(sums).tolist()
     return loss / max(1, n_tokens)

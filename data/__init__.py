@@ -4,8 +4,10 @@ import ctypes
 import os
 import sys
 
-# OpenMP's threads spin by default while they wait; where other processes want the cores too, that slows a step tenfold.
+# OpenMP's threads spin for long while they wait; where other processes want the cores too, that slows a step tenfold. Not at all is
+# slow as well: to be woken takes longer than the small products of a decoding step.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def keep_memory(keep=True):

@@ -382,54 +382,86 @@ def test_minillms_single_step_term_is_the_exact_reverse_kl():
 # ---- the memory-lean form ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[1, 3, 7, 100])
+@pytest.fixture(params=[(1, 1), (3, 1), (7, 2), (100, 3), (100, 100)])
 def chunked(request, monkeypatch):
-    """Chunks of so many tokens' logits at most, of 13 words."""
-    monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", request.param * 4 * 13)
-    return request.param
+    """Chunks and blocks of so many tokens' logits at most, of 13 words."""
+    for limit, n_tokens in zip((losses.CHUNK_BYTES, losses.BLOCK_BYTES), request.param):
+        monkeypatch.setitem(limit, "cpu", n_tokens * 4 * 13)
 
 
 def hidden_head_and_target(n=7, C=5, V=13):
+    """Hidden states and head of what is trained, and hidden states of a target of width 3."""
     generator = torch.Generator().manual_seed(3)
-    hidden, head, target = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((n, C), (V, C), (n, V)))
+    hidden, head, target = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((n, C), (V, C), (n, 3)))
     return hidden.requires_grad_(), head.requires_grad_(), target
 
 
-def test_chunks_cover_every_token_once_and_none_is_over_the_limit(chunked):
+@pytest.mark.parametrize("most", [1, 3, 7, 100])
+def test_slices_cover_every_token_once_and_none_is_over_the_limit(most):
+    head = torch.zeros(13, 5)
     for n in (0, 1, 2, 6, 7, 22):
-        chunks = losses.token_chunks(torch.zeros(n, 5), torch.zeros(13, 5))
-        assert [i for chunk in chunks for i in range(n)[chunk]] == list(range(n))
-        assert all(len(range(n)[chunk]) <= chunked for chunk in chunks)
+        slices = losses.slices(n, head, {"cpu": most * 4 * 13})
+        assert slices and [i for part in slices for i in range(n)[part]] == list(range(n))
+        assert all(len(range(n)[part]) <= most for part in slices)
 
 
-@pytest.mark.parametrize("loss", [losses.student_loss, lambda q, p: losses.kl(p, q), lambda q, p: losses.kd_loss(q, p, p.argmax(-1))], ids=["reverse", "forward", "kd"])
-def test_sum_over_tokens_is_the_plain_sum_with_the_plain_gradients(chunked, loss, monkeypatch):
+@pytest.mark.parametrize("V", [3, 16, 1024, 1025, 2100])
+def test_logits_of_the_head_have_words_without_probability_behind_the_vocabulary(V):
+    hidden, head = torch.randn(7, 5), torch.randn(V, 5)
+    logits, plain = losses.head_logits(hidden, head), hidden @ head.T
+    assert (logits[:, :V] - plain).abs().max() < 1e-5
+    assert (logits.log_softmax(-1)[:, :V] - plain.log_softmax(-1)).abs().max() < 1e-5
+    assert logits.is_contiguous() and logits.shape[1] % 16 == 0 and (logits.softmax(-1)[:, V:] == 0).all()
+
+
+def reverse(i, q, p):
+    return losses.student_loss(q, p)
+
+
+def forward(i, q, p):
+    return losses.kl(p, q)
+
+
+def with_tokens(i, q, p):
+    return losses.kd_loss(q, p, torch.arange(7)[i])
+
+
+def values_and_gradients(loss_of, chunked_sum):
+    """The sum of a loss over 7 tokens with its gradients, from sum_over_tokens or from logits of all tokens at once."""
+    hidden, head, p_hidden = hidden_head_and_target()
+    p_head = torch.randn(13, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    if chunked_sum:
+        total = losses.sum_over_tokens(loss_of, hidden, head, (p_hidden, p_head))
+    else:
+        total = loss_of(slice(0, 7), hidden @ head.T, p_hidden @ p_head.T).sum(-1)
+    return total, torch.autograd.grad(2.5 * (total if total.ndim == 0 else total[0]), (hidden, head))
+
+
+def two_losses(i, q, p):
+    return torch.stack([losses.kl(q, p), losses.cross_entropy(q, torch.arange(7)[i])])
+
+
+@pytest.mark.parametrize("loss_of", [reverse, forward, with_tokens, two_losses])
+def test_sum_over_tokens_is_the_plain_sum_with_the_plain_gradients(chunked, loss_of, monkeypatch):
+    """Of several losses, gradients are those of the first."""
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # keep float64
-    hidden, head, target = hidden_head_and_target()
-    lean = losses.sum_over_tokens(lambda logits, i: loss(logits, target[i]), hidden, head)
-    gradients = torch.autograd.grad(2.5 * lean, (hidden, head))
-    plain = loss(hidden @ head.T, target).sum()
-    assert lean.item() == pytest.approx(plain.item(), rel=1e-12)
-    for gradient, wanted in zip(gradients, torch.autograd.grad(2.5 * plain, (hidden, head))):
+    (lean, lean_gradients), (plain, plain_gradients) = (values_and_gradients(loss_of, chunked_sum) for chunked_sum in (True, False))
+    assert lean.tolist() == pytest.approx(plain.tolist(), rel=1e-12)
+    for gradient, wanted in zip(lean_gradients, plain_gradients):
         assert (gradient - wanted).abs().max() < 1e-12
 
 
-def test_sum_over_tokens_differentiates_the_first_of_several_sums_alone(chunked, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)
-    hidden, head, target = hidden_head_and_target()
-    sums = losses.sum_over_tokens(lambda logits, i: torch.stack([losses.kl(logits, target[i]), logits.sum(-1)]), hidden, head)
-    assert sums.tolist() == pytest.approx([losses.kl(hidden @ head.T, target).sum().item(), (hidden @ head.T).sum().item()])
-    sums[0].backward()
-    (wanted,) = torch.autograd.grad(losses.kl(hidden @ head.T, target).sum(), hidden)
-    assert (hidden.grad - wanted).abs().max() < 1e-12
-    frozen = head.detach()  # a teacher's head: only the hidden states get a gradient
-    (alone,) = torch.autograd.grad(losses.sum_over_tokens(lambda logits, i: losses.kl(logits, target[i]), hidden, frozen), hidden)
-    assert (alone - wanted).abs().max() < 1e-12
+def test_sum_over_tokens_of_a_frozen_head_gives_hidden_states_their_gradients_alone(chunked):
+    hidden, head, _ = hidden_head_and_target()
+    hidden, head = hidden.detach().float().requires_grad_(), head.detach().float()  # a teacher's
+    losses.sum_over_tokens(lambda i, logits: losses.cross_entropy(logits, torch.arange(7)[i]), hidden, head).backward()
+    (wanted,) = torch.autograd.grad(losses.cross_entropy(hidden @ head.T, torch.arange(7)).sum(), hidden)
+    assert (hidden.grad - wanted).abs().max() < 1e-5
 
 
 def test_sum_over_no_tokens_is_0_with_gradients_of_0():
     hidden, head, _ = hidden_head_and_target(n=0)
-    total = losses.sum_over_tokens(lambda logits, i: losses.cross_entropy(logits, torch.zeros(0, dtype=torch.long)[i]), hidden, head)
+    total = losses.sum_over_tokens(lambda i, logits: losses.cross_entropy(logits, torch.zeros(0, dtype=torch.long)[i]), hidden, head)
     total.backward()
     assert total.item() == 0 and head.grad.abs().max() == 0 and hidden.grad.shape == (0, 5)
 
@@ -445,4 +477,4 @@ def test_token_log_probs_are_those_of_the_whole(chunked):
     hidden, head, _ = (x.detach().float() for x in hidden_head_and_target())
     targets = torch.tensor([0, 12, 3, 3, 5, 1, 7])
     wanted = (hidden @ head.T).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
-    assert losses.token_log_probs(head, hidden, targets) == pytest.approx(wanted.numpy(), abs=1e-6)
+    assert losses.token_log_probs(hidden, head, targets) == pytest.approx(wanted.numpy(), abs=1e-6)
