@@ -6,8 +6,9 @@ python tests/bench.py --sampling            tokens/s of sampling alone, at GPT-2
 python tests/bench.py --evaluation          the time to evaluate Dolly's test rows
 python tests/bench.py --scaling             time and memory of a step against batch, length and vocabulary, as a picture
 
-All sides have the same weights and rows, take turns in one process, and do the whole work of sampling; only its outcome is forced, so
-that all of them train on the same responses. Peak memory is measured in a fresh process for each side.
+All sides have the same weights and rows, take turns, and do the whole work of sampling; only its outcome is forced, so that all of them
+train on the same responses. For --size and --scaling each side is a process of its own, without this project's settings where it is not
+ours. --sampling and --evaluation stay in one process, where `stock` undoes what it can of the settings for the turns of the others.
 """
 
 import argparse
@@ -16,26 +17,31 @@ import json
 import os
 import re
 import resource
-import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
+from subprocess import PIPE, Popen
 from types import SimpleNamespace
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import keep_memory, ranks  # before torch: data/__init__.py says why
+# A process of another side has libgomp's own default (ours is handed down), and glibc's: its thresholds adapt only while nobody sets them.
+if "--stock" in sys.argv:
+    os.environ["GOMP_SPINCOUNT"] = "300000"
+with patch("ctypes.CDLL") if "--stock" in sys.argv else nullcontext():
+    from data import keep_memory  # before torch: data/__init__.py says why
 
 import numpy as np
 import torch
 
 import sample
 import train
+from data import ranks
 from data.files import InputError, command, pyplot, write_atomic
 from data.rows import Example, load_tokenizer, pad, read_rows, request_tokens, training_examples
 from evaluate import evaluate, lay_out, rouge_l
@@ -113,7 +119,7 @@ def forced(responses, max_new, end, device):
 
 @contextmanager
 def stock():
-    """For the turns of the other sides: PyTorch's own F.linear and glibc's own handling of memory, in place of this project's."""
+    """For the turns of other sides in this process: PyTorch's own F.linear, and freed memory goes back to the system."""
     keep_memory(False)
     try:
         with patch("model.linear", torch.nn.functional.linear):
@@ -290,9 +296,9 @@ def make_run(case, device, teacher, convert=lambda model: model):
     return run
 
 
-def make_side(name, case, device, teacher):
-    """A function of examples and t that does one iteration and returns its losses, and the seconds of each phase and of the whole."""
-    run = make_run(case, device, teacher, *([to_hf] if name == "transformers" else []))
+def make_side(name, case, device):
+    """A function of examples and t that does one iteration: {"losses": by kind, "seconds": of each phase and of the whole}."""
+    run = make_run(case, device, freeze(make_model(case, "teacher").to(device)), *([to_hf] if name == "transformers" else []))
     steps = {
         "recipe": lambda examples, t: recipe_step(run, case, examples, t),
         "ours": lambda examples, t: train.promptkd_step(run, examples, t),
@@ -303,31 +309,11 @@ def make_side(name, case, device, teacher):
     def side(examples, t):
         begin = time.perf_counter()
         run.clock = {"since": begin}
-        with (
-            forced({e.index: e.response for e in examples}, case["max_new"], case["vocab"] - 1, device),
-            nullcontext() if "ours" in name else stock(),
-        ):
-            losses = steps[name](examples, t)
-        return losses, {phase: run.clock.get(phase, 0.0) for phase in PHASES} | {"whole": run.clock["since"] - begin}
+        with forced({e.index: e.response for e in examples}, case["max_new"], case["vocab"] - 1, device):
+            losses = {kind: float(loss) for kind, loss in steps[name](examples, t).items()}
+        return {"losses": losses, "seconds": {phase: run.clock.get(phase, 0.0) for phase in PHASES} | {"whole": run.clock["since"] - begin}}
 
     return side
-
-
-def time_steps(case, part, device, repeats):
-    """Seconds by side and phase, {side: {phase: one number a repeat}}; the sides take turns.
-
-    part: {side: how many of the rows it is timed on}; its seconds are then multiplied up to all of them.
-    """
-    examples, teacher = make_examples(case), freeze(make_model(case, "teacher").to(device))
-    sides = {name: make_side(name, case, device, teacher) for name in part}
-    times = {name: {phase: [] for phase in (*PHASES, "whole")} for name in part}
-    for side in sides.values():  # the first step of a process is slower
-        side(examples[:2], 0)
-    for t in range(repeats):
-        for name, side in sides.items():
-            for phase, seconds in side(examples[: part[name]], t)[1].items():
-                times[name][phase].append(seconds * len(examples) / part[name])
-    return times
 
 
 def peak_memory(device):
@@ -340,21 +326,61 @@ def peak_memory(device):
     return {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9}
 
 
-def in_a_process(case, name, steps, threads):
-    """The last of some steps of one side in a fresh process: {"seconds": of the step, "memory": peak in GB by kind, "before": the step}."""
-    job = json.dumps({"case": case, "name": name, "steps": steps})
-    done = subprocess.run([sys.executable, __file__, "--job", job, "--threads", str(threads)], stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise InputError(f"{name}: a step in a process of its own failed (exit status {done.returncode}); most likely memory did not suffice")
-    return json.loads(done.stdout.splitlines()[-1])
+def do_job(name, case, device):
+    """One side in this process. Each answer is a line of JSON: memory before any step; then what a step gave, for each line of stdin,
+    [number of rows, t]."""
+    with nullcontext() if "ours" in name else patch("model.linear", torch.nn.functional.linear):
+        side, examples = make_side(name, case, device), make_examples(case)
+        print(json.dumps(peak_memory(device)), flush=True)
+        for n, t in map(json.loads, sys.stdin):
+            print(json.dumps(side(examples[:n], t) | {"memory": peak_memory(device)}), flush=True)
 
 
-def do_job(case, name, steps, device):
-    side = make_side(name, case, device, freeze(make_model(case, "teacher").to(device)))
-    before = peak_memory(device)
-    for t in range(steps):
-        seconds = side(make_examples(case), t)[1]["whole"]
-    print(json.dumps({"seconds": seconds, "memory": peak_memory(device), "before": before}))
+@contextmanager
+def processes(names, case, threads):
+    """A process for each side, {side: process}; each waits for what `ask` asks of it. They end with the context, killed on an error."""
+    sides = {}
+    try:
+        for name in names:
+            job = ["--job", json.dumps({"name": name, "case": case}), "--threads", str(threads), *([] if "ours" in name else ["--stock"])]
+            sides[name] = Popen([sys.executable, __file__, *job], stdin=PIPE, stdout=PIPE, text=True, start_new_session=True)  # no Ctrl-C
+        yield sides
+    except BaseException:
+        for process in sides.values():
+            process.kill()
+        raise
+    finally:
+        for process in sides.values():
+            process.communicate()  # closes its stdin, and waits
+
+
+def ask(sides, name, *step):
+    """The next answer of a side's process: after its start without a step, then to a step, (number of rows, t)."""
+    with suppress(BrokenPipeError):  # then it is dead, and doesn't answer
+        if step:
+            print(json.dumps(step), file=sides[name].stdin, flush=True)
+    if answer := sides[name].stdout.readline():
+        return json.loads(answer)
+    raise InputError(f"{name}: a step in a process of its own failed (exit status {sides[name].wait()}); most likely memory did not suffice")
+
+
+def time_steps(case, part, threads, repeats):
+    """Steps of sides that take turns: seconds, {side: {phase: one number a repeat}}, and GB, {side: {"before": any step, "memory": peak}}.
+
+    part: {side: how many of the rows it is timed on}; its seconds are then multiplied up to all of them.
+    """
+    times, memory = {name: {phase: [] for phase in (*PHASES, "whole")} for name in part}, {}
+    with processes(part, case, threads) as sides:
+        for name in part:
+            memory[name] = {"before": ask(sides, name)}
+            ask(sides, name, 2, 0)  # the first step of a process is slower
+        for t in range(repeats):
+            for name, n in part.items():
+                answer = ask(sides, name, n, t)
+                memory[name]["memory"] = answer["memory"]
+                for phase, seconds in answer["seconds"].items():
+                    times[name][phase].append(seconds * case["rows"] / n)
+    return times, memory
 
 
 # ---- the floor ------------------------------------------------------------------------------------------------------------------------
@@ -437,28 +463,29 @@ def show_size(size, args, device, rates):
     case, share = CASES[size], RECIPE_SHARE.get(size, 1)
     if "source" in case:
         case = case | {"source": args.source}
-    names = ["recipe", "ours", "ours, gkd", *(["transformers"] if args.hf and has_transformers() else [])]
+    others = ["recipe", *(["transformers"] if args.hf and has_transformers() else [])]
+    names = ["recipe", "ours", "ours, gkd", *others[1:]]
     examples = make_examples(case)
     n_tokens, length = sum(len(e.response) for e in examples), sum(len(e.request) + len(e.response) for e in examples)
     models = f"student {case['student']}, teacher {case['teacher']}"
     print(f"\n{size}: {models}, {len(examples)} rows, {length:,} tokens, {n_tokens:,} of them of responses", flush=True)
-    part = {name: case["rows"] // (share if name in ("recipe", "transformers") else 1) for name in names}
-    memory = {name: in_a_process(case | {"rows": part[name]}, name, 1, args.threads) for name in names}
-    times = time_steps(case, part, device, args.repeats)
+    part = {name: case["rows"] // (share if name in others else 1) for name in names}
+    times, memory = time_steps(case, part, args.threads, args.repeats)
     floor = floor_seconds(count_work(case, examples, 2 if device.type == "cuda" else 4), rates)
 
-    lines = [["", *(cell for name in names for cell in (f"{name}, s", "tokens/s")), "recipe / ours", "floor, s", "ours / floor"]]
+    lines = [["", *(x for name in names for x in (f"{name}, s", "tokens/s")), *(f"{name} / ours" for name in others), "floor, s", "ours / floor"]]
     for phase in (*PHASES, "whole"):
         cells, ours = [], median(times["ours"][phase])
         for name in names:
             seconds = times[name][phase]
             cells += [with_spread(seconds), f"{n_tokens / median(seconds):,.0f}"] if any(seconds) else ["-", "-"]
         label = phase if phase == "sampling" else f"{phase} step"
-        lines.append([label, *cells, f"{median(times['recipe'][phase]) / ours:.2f}", f"{floor[phase]:.2f}", f"{ours / floor[phase]:.2f}"])
+        ratios = [f"{median(times[name][phase]) / ours:.2f}" for name in others]
+        lines.append([label, *cells, *ratios, f"{floor[phase]:.2f}", f"{ours / floor[phase]:.2f}"])
     for kind in memory["ours"]["memory"]:
         peaks = {name: memory[name]["memory"][kind] for name in names}
         cells = [cell for name in names for cell in (f"{peaks[name]:.2f} (before {memory[name]['before'][kind]:.2f})", "")]
-        lines.append([f"peak {kind}, GB", *cells, f"{peaks['recipe'] / peaks['ours']:.2f}", "", ""])
+        lines.append([f"peak {kind}, GB", *cells, *(f"{peaks[name] / peaks['ours']:.2f}" for name in others), "", ""])
     print(lay_out(lines))
     if share > 1:
         print(f"The recipe's seconds are {share} times those of {len(examples) // share} rows.")
@@ -562,7 +589,8 @@ def show_scaling(args, base=CASES["S"]):
                     break
                 key = json.dumps([name, case])
                 if key not in measured:
-                    measured[key] = in_a_process(case, name, 2, args.threads)
+                    times, memory = time_steps(case, {name: case["rows"]}, args.threads, 2)
+                    measured[key] = {"seconds": times[name]["whole"][-1], **memory[name]}
                 before = {"axis": axis, "value": value, "side": name, **measured[key]}
                 points.append(before)
                 print(f"{name} at {value:,} {axis}: {before['seconds']:.2f} s, {describe_memory(before['memory'])}", flush=True)
@@ -616,7 +644,8 @@ def main(argv=None):
     parser.add_argument("--rows", type=sample.in_range(int, 1, 100_000), default=500, help="of --evaluation (default 500)")
     parser.add_argument("--hf", action="store_true", help="the recipe on transformers' GPT-2 as well")
     parser.add_argument("--out", default="docs/scaling.png", help="the picture of --scaling; JSON is put beside it (default docs/scaling.png)")
-    parser.add_argument("--job", help=argparse.SUPPRESS)  # one side in this process: what in_a_process starts
+    parser.add_argument("--job", help=argparse.SUPPRESS)  # one side in this process: what `processes` starts
+    parser.add_argument("--stock", action="store_true", help=argparse.SUPPRESS)  # read where data is imported
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     device = ranks.start()

@@ -2,6 +2,7 @@
 is the one counted by hand, and every measure of bench.py runs at a tiny size."""
 
 import json
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -192,21 +193,61 @@ def test_floor_is_positive_and_grows_along_every_axis(axis):
 # ---- the measures ---------------------------------------------------------------------------------------------------------------------
 
 
-def fake_process(case, name, steps, threads):
+def fake_steps(case, part, threads, repeats):
     """Numbers that tell which job they are of: starting a process takes seconds."""
-    assert steps > 0 and threads == 1
+    assert repeats > 0 and threads == 1
     size = case["rows"] * case["vocab"]
-    return {"seconds": size / 1000, "memory": {"resident": 1.0 + size}, "before": {"resident": 0.25}}
+    seconds = {"recipe": 3 * size / 1000, "transformers": 5 * size / 1000}
+    times = {name: dict.fromkeys((*bench.PHASES, "whole"), [seconds.get(name, size / 1000)] * repeats) for name in part}
+    return times, {name: {"memory": {"resident": 1.0 + size}, "before": {"resident": 0.25}} for name in part}
 
 
-def test_a_step_in_a_process_of_its_own_gives_its_time_and_memory():
-    measured = bench.in_a_process(bench.CASES["XS"], "ours", 1, 1)
-    assert 0.05 < measured["before"]["resident"] <= measured["memory"]["resident"] < 4 and measured["seconds"] > 0
+def test_sides_in_processes_answer_with_losses_seconds_of_all_phases_and_memory():
+    """The process of the recipe and ours give the same losses on a pair of rows of one length."""
+    with bench.processes(["recipe", "ours"], TINY, 1) as sides:
+        before = {name: bench.ask(sides, name) for name in sides}
+        first = {name: bench.ask(sides, name, 2, 0) for name in sides}
+        second = bench.ask(sides, "ours", 4, 1)
+    for name in sides:
+        assert 0.05 < before[name]["resident"] <= first[name]["memory"]["resident"] < 4
+        assert set(first[name]["seconds"]) == {*bench.PHASES, "whole"} and min(first[name]["seconds"].values()) > 0
+        for kind in ("loss", "prompt_loss"):
+            assert first[name]["losses"][kind] == pytest.approx(first["ours"]["losses"][kind], abs=1e-4)
+    assert second["losses"] != first["ours"]["losses"] and second["memory"]["resident"] >= first["ours"]["memory"]["resident"]
+    assert [process.returncode for process in sides.values()] == [0, 0]
+
+
+def test_processes_are_gone_when_their_body_raises():
+    with pytest.raises(ZeroDivisionError), bench.processes(["recipe", "ours"], TINY, 1) as sides:
+        assert all(process.poll() is None for process in sides.values())
+        raise ZeroDivisionError
+    assert [process.returncode for process in sides.values()] == [-9, -9]
+
+
+def test_a_process_that_dies_between_two_steps_is_named():
+    message = r"^ours: .*\(exit status -9\); most likely memory did not suffice$"
+    with pytest.raises(InputError, match=message), bench.processes(["ours"], TINY, 1) as sides:
+        bench.ask(sides, "ours")
+        sides["ours"].kill()
+        sides["ours"].wait()
+        bench.ask(sides, "ours", 2, 0)
+
+
+def test_a_process_that_dies_ends_the_bench_with_one_line(monkeypatch, capsys, tmp_path):
+    dies = tmp_path / "python"
+    dies.write_text("#!/bin/sh\nkill -9 $$\n")
+    dies.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(dies))
+    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **how: None, raising=False)
+    monkeypatch.setattr(bench, "machine_rates", lambda device: (1e9, 1e9))
+    with pytest.raises(SystemExit) as ended:
+        bench.command(lambda: bench.main(["--size", "XS", "--threads", "1"]))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1 and said.startswith("error: recipe: ") and "(exit status -9)" in said
 
 
 def test_size_prints_a_table_with_every_phase(monkeypatch, capsys):
     monkeypatch.setattr(bench, "machine_rates", lambda device: (1e9, 1e9))
-    monkeypatch.setattr(bench, "in_a_process", fake_process)
     bench.main(["--size", "XS", "--repeats", "2", "--threads", "1"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0][0] == "cpu" and "torch" in lines[0] and lines[0][lines[0].index("threads,") - 1] == "1"
@@ -214,11 +255,23 @@ def test_size_prints_a_table_with_every_phase(monkeypatch, capsys):
     floor = bench.floor_seconds(bench.count_work(bench.CASES["XS"], bench.make_examples(bench.CASES["XS"])), (1e9, 1e9))
     for label in ("sampling", "prompt", "student", "whole"):
         assert table[label][-2] == f"{floor[label]:.2f}" and float(table[label][-1]) > 0 and float(table[label][-3]) > 0
-    assert table["peak"][3] == "2001.00"
+    assert 0.05 < float(table["peak"][3]) < 4
+
+
+def test_size_compares_with_the_recipe_and_with_transformers(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "machine_rates", lambda device: (1e9, 1e9))
+    monkeypatch.setattr(bench, "has_transformers", lambda: True)
+    monkeypatch.setattr(bench, "time_steps", fake_steps)
+    bench.main(["--size", "XS", "--hf", "--threads", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    table = {line.split()[0]: line.split() for line in lines if line}
+    assert any("recipe / ours  transformers / ours  floor, s" in line for line in lines)
+    assert all(table[label][-4:-2] == ["3.00", "5.00"] for label in ("sampling", "prompt", "student", "whole"))
+    assert table["peak"][3] == "2001.00" and table["peak"][-2:] == ["1.00", "1.00"]
 
 
 def test_scaling_writes_a_picture_and_leaves_out_what_takes_too_long(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(bench, "in_a_process", fake_process)
+    monkeypatch.setattr(bench, "time_steps", fake_steps)
     monkeypatch.setattr(bench, "TOO_LONG", 500)
     path = tmp_path / "made" / "scaling.png"
     bench.main(["--scaling", "--out", str(path), "--threads", "1"])
