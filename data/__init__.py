@@ -1,4 +1,4 @@
-"""Data and what the commands need around it. Importing it settles two things of the process, so it comes before torch."""
+"""Data and what the commands need around it. Importing it settles how the process waits and keeps memory, so it comes before torch."""
 
 import ctypes
 import os
@@ -10,13 +10,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
-def keep_memory(keep=True):
-    """Whether the process keeps memory that it frees. By default glibc gives large blocks back to the system, which clears them page by
-    page when they are wanted again: at every step. Other C libraries are left alone."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0 if keep else 65_536)
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 128 * 1024)
-
-
-keep_memory()
+# The process keeps memory that it frees. By default glibc gives large blocks back to the system, which clears them page by page when
+# they are wanted again: at every step. Other C libraries are left alone.
+if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+    ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)

@@ -6,9 +6,9 @@ python tests/bench.py --sampling            tokens/s of sampling alone, at GPT-2
 python tests/bench.py --evaluation          the time to evaluate Dolly's test rows
 python tests/bench.py --scaling             time and memory of a step against batch, length and vocabulary, as a picture
 
-All sides have the same weights and rows, take turns, and do the whole work of sampling; only its outcome is forced, so that all of them
-train on the same responses. For --size and --scaling each side is a process of its own, without this project's settings where it is not
-ours. --sampling and --evaluation stay in one process, where `stock` undoes what it can of the settings for the turns of the others.
+All sides have the same weights and rows, and do the whole work of sampling; only its outcome is forced, so that all of them say the
+same. Each side is a process of its own, with this project's settings where it is ours and with PyTorch's own where it is not. They take
+turns: a side waits while another works.
 """
 
 import argparse
@@ -34,14 +34,13 @@ sys.path.insert(0, str(ROOT))
 if "--stock" in sys.argv:
     os.environ["GOMP_SPINCOUNT"] = "300000"
 with patch("ctypes.CDLL") if "--stock" in sys.argv else nullcontext():
-    from data import keep_memory  # before torch: data/__init__.py says why
+    from data import ranks  # before torch: data/__init__.py says why
 
 import numpy as np
 import torch
 
 import sample
 import train
-from data import ranks
 from data.files import InputError, command, pyplot, write_atomic
 from data.rows import Example, load_tokenizer, pad, read_rows, request_tokens, training_examples
 from evaluate import evaluate, lay_out, rouge_l
@@ -115,17 +114,6 @@ def forced(responses, max_new, end, device):
 
     with patch.object(sample, "row_uniforms", uniforms), patch.object(sample, "draw", forced_draw):
         yield
-
-
-@contextmanager
-def stock():
-    """For the turns of other sides in this process: PyTorch's own F.linear, and freed memory goes back to the system."""
-    keep_memory(False)
-    try:
-        with patch("model.linear", torch.nn.functional.linear):
-            yield
-    finally:
-        keep_memory(True)
 
 
 def until_end(rows, end):
@@ -296,9 +284,12 @@ def make_run(case, device, teacher, convert=lambda model: model):
     return run
 
 
-def make_side(name, case, device):
-    """A function of examples and t that does one iteration: {"losses": by kind, "seconds": of each phase and of the whole}."""
-    run = make_run(case, device, freeze(make_model(case, "teacher").to(device)), *([to_hf] if name == "transformers" else []))
+def make_step(name, case, device):
+    """An iteration on n of the case's rows, as a function of n and t: {"losses": by kind, "seconds": of each phase and of the whole}."""
+    run, examples = (
+        make_run(case, device, freeze(make_model(case, "teacher").to(device)), *([to_hf] if name == "transformers" else [])),
+        make_examples(case),
+    )
     steps = {
         "recipe": lambda examples, t: recipe_step(run, case, examples, t),
         "ours": lambda examples, t: train.promptkd_step(run, examples, t),
@@ -306,14 +297,66 @@ def make_side(name, case, device):
         "transformers": lambda examples, t: recipe_step(run, case, examples, t, hf_logits, hf_sample),
     }
 
-    def side(examples, t):
+    def step(n, t):
         begin = time.perf_counter()
         run.clock = {"since": begin}
-        with forced({e.index: e.response for e in examples}, case["max_new"], case["vocab"] - 1, device):
-            losses = {kind: float(loss) for kind, loss in steps[name](examples, t).items()}
+        with forced({e.index: e.response for e in examples[:n]}, case["max_new"], case["vocab"] - 1, device):
+            losses = {kind: float(loss) for kind, loss in steps[name](examples[:n], t).items()}
         return {"losses": losses, "seconds": {phase: run.clock.get(phase, 0.0) for phase in PHASES} | {"whole": run.clock["since"] - begin}}
 
-    return side
+    return step
+
+
+def make_sampling(name, case, device):
+    """Sampling the responses to n of the case's rows in one batch, as a function of n and t: {"seconds": of the whole}."""
+    model, examples = make_model(case, "student").to(device).eval(), make_examples(case)
+    model = to_hf(model) if name == "transformers" else model
+    end, limit, max_new = case["vocab"] - 1, case["request"], case["max_new"]
+
+    def sampling(n, t):
+        requests, responses = [e.request for e in examples[:n]], {e.index: e.response for e in examples[:n]}
+        said, keys = token_table(responses.values(), max_new, end, device), [(10, "rollout", t, index) for index in responses]
+        begin = time.perf_counter()
+        with forced(responses, max_new, end, device), train.precision(device):
+            if name == "ours":
+                result = sample.sample_all(model, requests, keys, end, max_new)[0]
+            else:
+                result = (hf_sample if name == "transformers" else plain_sample)(model, requests, said, limit, end)
+        assert result == [*responses.values()], "something else was said"
+        return {"seconds": {"whole": time.perf_counter() - begin}}
+
+    return sampling
+
+
+def make_evaluation(name, case, device):
+    """Sampling and scoring the responses to n of Dolly's test rows, which end where the first reference does, by evaluate.evaluate, or in
+    batches of 8 that run until all of a batch have ended; as a function of n and t: {"seconds": of the whole, "rouge_l": the mean}."""
+    model, tokenizer, max_new = make_model(case, "student").to(device).eval(), load_tokenizer(), case["max_new"]
+    rows, end = read_rows(find_file(case["source"], "test.jsonl", "valid.jsonl"), case["rows"]), tokenizer.eot_token
+    responses = {row.index: [*tokenizer.encode_ordinary(row.references[0]), end][:max_new] for row in rows}
+
+    def in_batches_of_8(rows):
+        results = []
+        for batch in (rows[i : i + 8] for i in range(0, len(rows), 8)):
+            requests = [request_tokens(row, tokenizer)[0] for row in batch]
+            said = token_table([responses[row.index] for row in batch], max_new, end, device)
+            with train.precision(device):
+                results += plain_sample(model, requests, said, max(len(request) for request in requests), end)
+        return rouge_l([sample.to_text(response, tokenizer) for response in results], [row.references for row in rows])
+
+    def evaluation(n, t):
+        begin = time.perf_counter()
+        with forced(responses, max_new, end, device):
+            if name == "ours":
+                scores = [result["rouge_l"] for result in evaluate(model, tokenizer, rows[:n], (10, "evaluate", "dolly"), max_new=max_new)]
+            else:
+                scores = in_batches_of_8(rows[:n])
+        return {"seconds": {"whole": time.perf_counter() - begin}, "rouge_l": fmean(scores)}
+
+    return evaluation
+
+
+WORK = {"step": make_step, "sampling": make_sampling, "evaluation": make_evaluation}
 
 
 def peak_memory(device):
@@ -326,23 +369,29 @@ def peak_memory(device):
     return {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9}
 
 
-def do_job(name, case, device):
-    """One side in this process. Each answer is a line of JSON: memory before any step; then what a step gave, for each line of stdin,
-    [number of rows, t]."""
+def do_job(work, name, case, device):
+    """One side in this process. Each answer is a line of JSON: memory before any work; then what a piece of it gave, for each line of
+    stdin, [number of rows, t]."""
     with nullcontext() if "ours" in name else patch("model.linear", torch.nn.functional.linear):
-        side, examples = make_side(name, case, device), make_examples(case)
+        side = WORK[work](name, case, device)
         print(json.dumps(peak_memory(device)), flush=True)
         for n, t in map(json.loads, sys.stdin):
-            print(json.dumps(side(examples[:n], t) | {"memory": peak_memory(device)}), flush=True)
+            print(json.dumps(side(n, t) | {"memory": peak_memory(device)}), flush=True)
 
 
 @contextmanager
-def processes(names, case, threads):
+def processes(work, names, case, threads):
     """A process for each side, {side: process}; each waits for what `ask` asks of it. They end with the context, killed on an error."""
     sides = {}
     try:
         for name in names:
-            job = ["--job", json.dumps({"name": name, "case": case}), "--threads", str(threads), *([] if "ours" in name else ["--stock"])]
+            job = [
+                "--job",
+                json.dumps({"work": work, "name": name, "case": case}),
+                "--threads",
+                str(threads),
+                *([] if "ours" in name else ["--stock"]),
+            ]
             sides[name] = Popen([sys.executable, __file__, *job], stdin=PIPE, stdout=PIPE, text=True, start_new_session=True)  # no Ctrl-C
         yield sides
     except BaseException:
@@ -355,7 +404,7 @@ def processes(names, case, threads):
 
 
 def ask(sides, name, *step):
-    """The next answer of a side's process: after its start without a step, then to a step, (number of rows, t)."""
+    """The next answer of a side's process: after its start without a step, then to a step, number of rows and t."""
     with suppress(BrokenPipeError):  # then it is dead, and doesn't answer
         if step:
             print(json.dumps(step), file=sides[name].stdin, flush=True)
@@ -364,23 +413,24 @@ def ask(sides, name, *step):
     raise InputError(f"{name}: a step in a process of its own failed (exit status {sides[name].wait()}); most likely memory did not suffice")
 
 
-def time_steps(case, part, threads, repeats):
-    """Steps of sides that take turns: seconds, {side: {phase: one number a repeat}}, and GB, {side: {"before": any step, "memory": peak}}.
+def take_turns(work, part, case, threads, repeats):
+    """What the sides answer, {side: one answer a repeat}, and their memory before any work, {side: GB by kind}.
 
-    part: {side: how many of the rows it is timed on}; its seconds are then multiplied up to all of them.
+    part: {side: how many of the case's rows it works on}.
     """
-    times, memory = {name: {phase: [] for phase in (*PHASES, "whole")} for name in part}, {}
-    with processes(part, case, threads) as sides:
-        for name in part:
-            memory[name] = {"before": ask(sides, name)}
-            ask(sides, name, 2, 0)  # the first step of a process is slower
+    answers, before = {name: [] for name in part}, {}
+    with processes(work, part, case, threads) as sides:
+        for name, n in part.items():
+            before[name] = ask(sides, name)
+            ask(sides, name, min(2, n), 0)  # the first work of a process is slower
         for t in range(repeats):
             for name, n in part.items():
-                answer = ask(sides, name, n, t)
-                memory[name]["memory"] = answer["memory"]
-                for phase, seconds in answer["seconds"].items():
-                    times[name][phase].append(seconds * case["rows"] / n)
-    return times, memory
+                answers[name].append(ask(sides, name, n, t))
+    return answers, before
+
+
+def seconds_of(answers, phase="whole"):
+    return [answer["seconds"][phase] for answer in answers]
 
 
 # ---- the floor ------------------------------------------------------------------------------------------------------------------------
@@ -470,105 +520,52 @@ def show_size(size, args, device, rates):
     models = f"student {case['student']}, teacher {case['teacher']}"
     print(f"\n{size}: {models}, {len(examples)} rows, {length:,} tokens, {n_tokens:,} of them of responses", flush=True)
     part = {name: case["rows"] // (share if name in others else 1) for name in names}
-    times, memory = time_steps(case, part, args.threads, args.repeats)
+    answers, before = take_turns("step", part, case, args.threads, args.repeats)
     floor = floor_seconds(count_work(case, examples, 2 if device.type == "cuda" else 4), rates)
 
     lines = [["", *(x for name in names for x in (f"{name}, s", "tokens/s")), *(f"{name} / ours" for name in others), "floor, s", "ours / floor"]]
     for phase in (*PHASES, "whole"):
-        cells, ours = [], median(times["ours"][phase])
-        for name in names:
-            seconds = times[name][phase]
+        cells, times = [], {name: [case["rows"] / part[name] * s for s in seconds_of(answers[name], phase)] for name in names}
+        for name, seconds in times.items():
             cells += [with_spread(seconds), f"{n_tokens / median(seconds):,.0f}"] if any(seconds) else ["-", "-"]
         label = phase if phase == "sampling" else f"{phase} step"
-        ratios = [f"{median(times[name][phase]) / ours:.2f}" for name in others]
+        ours = median(times["ours"])
+        ratios = [f"{median(times[name]) / ours:.2f}" for name in others]
         lines.append([label, *cells, *ratios, f"{floor[phase]:.2f}", f"{ours / floor[phase]:.2f}"])
-    for kind in memory["ours"]["memory"]:
-        peaks = {name: memory[name]["memory"][kind] for name in names}
-        cells = [cell for name in names for cell in (f"{peaks[name]:.2f} (before {memory[name]['before'][kind]:.2f})", "")]
+    for kind in before["ours"]:
+        peaks = {name: answers[name][-1]["memory"][kind] for name in names}
+        cells = [cell for name in names for cell in (f"{peaks[name]:.2f} (before {before[name][kind]:.2f})", "")]
         lines.append([f"peak {kind}, GB", *cells, *(f"{peaks[name] / peaks['ours']:.2f}" for name in others), "", ""])
     print(lay_out(lines))
     if share > 1:
         print(f"The recipe's seconds are {share} times those of {len(examples) // share} rows.")
     if size == "L":
-        print(f"The paper's {PAPER_STEPS} steps at this rate: {PAPER_STEPS * median(times['ours']['whole']) / 3600:.2f} hours, without validation.")
-
-
-def take_turns(sides, repeats):
-    """Seconds of functions without arguments, {name: one number a repeat}, and what each returned last."""
-    times, results = {name: [] for name in sides}, {}
-    for _ in range(repeats):
-        for name, side in sides.items():
-            begin = time.perf_counter()
-            results[name] = side()
-            times[name].append(time.perf_counter() - begin)
-    return times, results
+        print(f"The paper's {PAPER_STEPS} steps at this rate: {PAPER_STEPS * ours / 3600:.2f} hours, without validation.")
 
 
 def show_sampling(args, device, rates, case=CASES["M"] | {"request": 64, "max_new": 64}):
     """Tokens/s of sampling at the base shape, all rows in one batch on every side."""
-    model, lines = make_model(case, "student").to(device).eval(), []
-    hf = to_hf(model) if has_transformers() else None
+    names, lines = ["plain", "ours", *(["transformers"] if has_transformers() else [])], []
     for n in (1, 8, 32):
-        examples = make_examples(case | {"rows": n})
-        times = time_sampling(model, hf, case, examples, device, args.repeats)
-        n_tokens = n * case["max_new"]
-        at_best = n_tokens / floor_seconds(count_work(case, examples, 2 if device.type == "cuda" else 4), rates)["sampling"]
-        rate = {name: [n_tokens / s for s in seconds] for name, seconds in times.items()}
+        answers, _ = take_turns("sampling", dict.fromkeys(names, n), case | {"rows": n}, args.threads, args.repeats)
+        n_tokens, work = n * case["max_new"], count_work(case, make_examples(case | {"rows": n}), 2 if device.type == "cuda" else 4)
+        rate = {name: [n_tokens / s for s in seconds_of(answers[name])] for name in names}
         gain = median(rate["ours"]) / max(median(values) for name, values in rate.items() if name != "ours")
+        at_best = n_tokens / floor_seconds(work, rates)["sampling"]
         lines.append([f"{n:,}", *(with_spread(values, 0) for values in rate.values()), f"{gain:.2f}", f"{at_best:,.0f}"])
     print(f"\nsampling, tokens/s: {case['student']}, {case['request']} + {case['max_new']} tokens")
-    print(lay_out([["rows", *rate, "ours / best other", "at the floor"], *lines]))
+    print(lay_out([["rows", *names, "ours / best other", "at the floor"], *lines]))
 
 
-def time_sampling(model, hf, case, examples, device, repeats):
-    """Seconds of sampling all examples in one batch, {side: one number a repeat}. hf: transformers' model, or None."""
-    requests, responses = [e.request for e in examples], {e.index: e.response for e in examples}
-    end, limit, max_new = case["vocab"] - 1, case["request"], case["max_new"]
-    said, keys = token_table(responses.values(), max_new, end, device), [(10, "rollout", 0, e.index) for e in examples]
-    sides = {
-        "plain": stock()(lambda: plain_sample(model, requests, said, limit, end)),
-        "ours": lambda: sample.sample_all(model, requests, keys, end, max_new)[0],
-        "transformers": stock()(lambda: hf_sample(hf, requests, said, limit, end)),
-    }
-    if hf is None:
-        del sides["transformers"]
-    with forced(responses, max_new, end, device), train.precision(device):
-        take_turns(sides, 1)  # the first is slower
-        times, results = take_turns(sides, repeats)
-    assert all(result == [*responses.values()] for result in results.values()), "a side said something else"
-    return times
-
-
-def show_evaluation(args, device):
+def show_evaluation(args):
     """Time to evaluate Dolly's test rows at S's student."""
-    rows, model = read_rows(find_file(args.source, "test.jsonl", "valid.jsonl"), args.rows), make_model(CASES["S"], "student")
-    times, scores = time_evaluation(model.to(device).eval(), load_tokenizer(), rows, args.repeats)
-    print(f"\nevaluation of {len(rows)} Dolly rows, {CASES['S']['student']}, sampling and scoring")
-    print(lay_out([["", "seconds", "ROUGE-L"], *([name, with_spread(times[name]), f"{fmean(scores[name]):.2f}"] for name in times)]))
-    print(f"batches of 8 / ours: {median(times['batches of 8']) / median(times['ours']):.2f}")
-
-
-def time_evaluation(model, tokenizer, rows, repeats, max_new=sample.MAX_NEW):
-    """Seconds and ROUGE-L of evaluating rows in batches of 8 that run until all of a batch have ended, and by evaluate.evaluate, as
-    take_turns gives them. Responses end where the first reference does."""
-    end, device = tokenizer.eot_token, model.wte.weight.device
-    responses = {row.index: [*tokenizer.encode_ordinary(row.references[0]), end][:max_new] for row in rows}
-
-    @stock()
-    def in_batches_of_8():
-        results = []
-        for batch in (rows[i : i + 8] for i in range(0, len(rows), 8)):
-            requests = [request_tokens(row, tokenizer)[0] for row in batch]
-            said = token_table([responses[row.index] for row in batch], max_new, end, device)
-            with train.precision(device):
-                results += plain_sample(model, requests, said, max(len(request) for request in requests), end)
-        return rouge_l([sample.to_text(response, tokenizer) for response in results], [row.references for row in rows])
-
-    def ours():
-        return [result["rouge_l"] for result in evaluate(model, tokenizer, rows, (10, "evaluate", "dolly"), max_new=max_new)]
-
-    with forced(responses, max_new, end, device):
-        return take_turns({"batches of 8": in_batches_of_8, "ours": ours}, repeats)
+    n_rows = len(read_rows(find_file(args.source, "test.jsonl", "valid.jsonl"), args.rows))
+    case = CASES["S"] | {"rows": n_rows, "max_new": sample.MAX_NEW, "source": args.source}
+    answers, _ = take_turns("evaluation", dict.fromkeys(["batches of 8", "ours"], n_rows), case, args.threads, args.repeats)
+    print(f"\nevaluation of {n_rows} Dolly rows, {case['student']}, sampling and scoring")
+    lines = [[name, with_spread(seconds_of(of_side)), f"{of_side[-1]['rouge_l']:.2f}"] for name, of_side in answers.items()]
+    print(lay_out([["", "seconds", "ROUGE-L"], *lines]))
+    print(f"batches of 8 / ours: {median(seconds_of(answers['batches of 8'])) / median(seconds_of(answers['ours'])):.2f}")
 
 
 def scaled(case, axis, value):
@@ -589,8 +586,8 @@ def show_scaling(args, base=CASES["S"]):
                     break
                 key = json.dumps([name, case])
                 if key not in measured:
-                    times, memory = time_steps(case, {name: case["rows"]}, args.threads, 2)
-                    measured[key] = {"seconds": times[name]["whole"][-1], **memory[name]}
+                    answers, memory = take_turns("step", {name: case["rows"]}, case, args.threads, 2)
+                    measured[key] = {"seconds": seconds_of(answers[name])[-1], "memory": answers[name][-1]["memory"], "before": memory[name]}
                 before = {"axis": axis, "value": value, "side": name, **measured[key]}
                 points.append(before)
                 print(f"{name} at {value:,} {axis}: {before['seconds']:.2f} s, {describe_memory(before['memory'])}", flush=True)
@@ -667,7 +664,7 @@ def main(argv=None):
     if args.sampling:
         show_sampling(args, device, rates)
     if args.evaluation:
-        show_evaluation(args, device)
+        show_evaluation(args)
     if args.scaling:
         show_scaling(args)
 

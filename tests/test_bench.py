@@ -14,7 +14,7 @@ import bench
 import sample
 import train
 from data.files import InputError
-from data.rows import Example, Row
+from data.rows import Example
 from helpers import run_command, talker_config, tiny_model, tiny_tokenizer
 from prompt import freeze
 
@@ -193,18 +193,18 @@ def test_floor_is_positive_and_grows_along_every_axis(axis):
 # ---- the measures ---------------------------------------------------------------------------------------------------------------------
 
 
-def fake_steps(case, part, threads, repeats):
+def fake_turns(work, part, case, threads, repeats):
     """Numbers that tell which job they are of: starting a process takes seconds."""
-    assert repeats > 0 and threads == 1
+    assert work == "step" and repeats > 0 and threads == 1
     size = case["rows"] * case["vocab"]
-    seconds = {"recipe": 3 * size / 1000, "transformers": 5 * size / 1000}
-    times = {name: dict.fromkeys((*bench.PHASES, "whole"), [seconds.get(name, size / 1000)] * repeats) for name in part}
-    return times, {name: {"memory": {"resident": 1.0 + size}, "before": {"resident": 0.25}} for name in part}
+    seconds = {name: {"recipe": 3, "transformers": 5}.get(name, 1) * size / 1000 for name in part}
+    answers = {name: [{"seconds": dict.fromkeys((*bench.PHASES, "whole"), seconds[name]), "memory": {"resident": 1.0 + size}}] * repeats for name in part}
+    return answers, dict.fromkeys(part, {"resident": 0.25})
 
 
 def test_sides_in_processes_answer_with_losses_seconds_of_all_phases_and_memory():
     """The process of the recipe and ours give the same losses on a pair of rows of one length."""
-    with bench.processes(["recipe", "ours"], TINY, 1) as sides:
+    with bench.processes("step", ["recipe", "ours"], TINY, 1) as sides:
         before = {name: bench.ask(sides, name) for name in sides}
         first = {name: bench.ask(sides, name, 2, 0) for name in sides}
         second = bench.ask(sides, "ours", 4, 1)
@@ -218,7 +218,7 @@ def test_sides_in_processes_answer_with_losses_seconds_of_all_phases_and_memory(
 
 
 def test_processes_are_gone_when_their_body_raises():
-    with pytest.raises(ZeroDivisionError), bench.processes(["recipe", "ours"], TINY, 1) as sides:
+    with pytest.raises(ZeroDivisionError), bench.processes("step", ["recipe", "ours"], TINY, 1) as sides:
         assert all(process.poll() is None for process in sides.values())
         raise ZeroDivisionError
     assert [process.returncode for process in sides.values()] == [-9, -9]
@@ -226,7 +226,7 @@ def test_processes_are_gone_when_their_body_raises():
 
 def test_a_process_that_dies_between_two_steps_is_named():
     message = r"^ours: .*\(exit status -9\); most likely memory did not suffice$"
-    with pytest.raises(InputError, match=message), bench.processes(["ours"], TINY, 1) as sides:
+    with pytest.raises(InputError, match=message), bench.processes("step", ["ours"], TINY, 1) as sides:
         bench.ask(sides, "ours")
         sides["ours"].kill()
         sides["ours"].wait()
@@ -261,7 +261,7 @@ def test_size_prints_a_table_with_every_phase(monkeypatch, capsys):
 def test_size_compares_with_the_recipe_and_with_transformers(monkeypatch, capsys):
     monkeypatch.setattr(bench, "machine_rates", lambda device: (1e9, 1e9))
     monkeypatch.setattr(bench, "has_transformers", lambda: True)
-    monkeypatch.setattr(bench, "time_steps", fake_steps)
+    monkeypatch.setattr(bench, "take_turns", fake_turns)
     bench.main(["--size", "XS", "--hf", "--threads", "1"])
     lines = capsys.readouterr().out.splitlines()
     table = {line.split()[0]: line.split() for line in lines if line}
@@ -271,7 +271,7 @@ def test_size_compares_with_the_recipe_and_with_transformers(monkeypatch, capsys
 
 
 def test_scaling_writes_a_picture_and_leaves_out_what_takes_too_long(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(bench, "time_steps", fake_steps)
+    monkeypatch.setattr(bench, "take_turns", fake_turns)
     monkeypatch.setattr(bench, "TOO_LONG", 500)
     path = tmp_path / "made" / "scaling.png"
     bench.main(["--scaling", "--out", str(path), "--threads", "1"])
@@ -290,19 +290,31 @@ def test_scaling_writes_a_picture_and_leaves_out_what_takes_too_long(monkeypatch
 
 def test_sampling_is_timed_on_every_side(monkeypatch, capsys):
     monkeypatch.setattr(bench, "has_transformers", lambda: False)
-    args = SimpleNamespace(repeats=1)
+    args = SimpleNamespace(repeats=1, threads=1)
     bench.show_sampling(args, CPU, (1e9, 1e9), TINY)
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()]
     assert [row[0] for row in rows] == ["1", "8", "32"] and all(float(row[-2]) > 0 for row in rows)
 
 
-def test_evaluation_gives_the_scores_of_the_references_both_ways():
-    tokenizer = tiny_tokenizer()
+def test_evaluation_gives_the_scores_of_the_references_both_ways(monkeypatch, capsys, tmp_path):
+    """In this process, in place of one for each side."""
     model = tiny_model(replace(talker_config(), n_positions=288))
-    rows = [Row(i, "name " + "a" * (i % 5), "", ("the task" + " or so" * (i % 3), "an other")) for i in range(11)]
-    times, scores = bench.time_evaluation(model, tokenizer, rows, 2, max_new=24)
-    assert scores["batches of 8"] == pytest.approx([100.0] * 11) and scores["ours"] == pytest.approx([100.0] * 11)
-    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in times.values())
+    rows = [{"instruction": "name " + "a" * (i % 5), "output": ["the task" + " or so" * (i % 3), "an other"]} for i in range(11)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(bench, "make_model", lambda case, name: model)
+    monkeypatch.setattr(bench, "load_tokenizer", tiny_tokenizer)
+    monkeypatch.setattr(sample, "MAX_NEW", 24)
+
+    def turns(work, part, case, threads, repeats):
+        sides = {name: bench.WORK[work](name, case, CPU) for name in part}
+        return {name: [side(part[name], t) for t in range(repeats)] for name, side in sides.items()}, {}
+
+    monkeypatch.setattr(bench, "take_turns", turns)
+    bench.main(["--evaluation", "--source", str(tmp_path), "--repeats", "2", "--threads", "1"])
+    said = capsys.readouterr().out
+    lines = [line.split() for line in said.splitlines()]
+    assert "evaluation of 11 Dolly rows" in said and [line[-1] for line in lines if line[:1] in (["batches"], ["ours"])][:2] == ["100.00", "100.00"]
+    assert float(lines[-1][-1]) > 0
 
 
 def test_dolly_rows_have_their_own_lengths_within_the_limits(shared, monkeypatch):
