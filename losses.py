@@ -130,7 +130,7 @@ def minillm_loss(q_theta, p, targets, log_q, w, R):
 # ---- the memory-lean form -----------------------------------------------------------------------------------------------------------
 
 # Of float32 logits: a chunk has enough rows for its matrix products to be fast, a block few enough to stay in a CPU's cache while its loss is made.
-CHUNK_BYTES, BLOCK_BYTES = {"cpu": 2**26, "cuda": 2**28}, {"cpu": 2**23, "cuda": 2**28}
+CHUNK_BYTES, BLOCK_BYTES = {"cpu": 2**27, "cuda": 2**28}, {"cpu": 2**23, "cuda": 2**28}
 
 
 def slices(n, head, most_bytes):
