@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from data.files import InputError, command, model_directory, parse_arguments
 from data.rows import Row, load_tokenizer, pad, read_rows, request_tokens, training_examples
-from model import CheckpointError, KVCache, load, read_config
+from model import CheckpointError, KVCache, load, packed_weights, read_config
 from prompt import load_prompt
 
 MAX_NEW = 256  # tokens of a response, whatever the request's length
@@ -127,7 +127,7 @@ def sample(model, requests, uniforms, end, max_new=MAX_NEW, temperature=1.0, top
     u = None if uniforms is None else torch.as_tensor(uniforms, device=device)
     ban = RepeatBan(requests, no_repeat) if no_repeat else None
 
-    with precision(device):
+    with precision(device), packed_weights(*models):
         hidden = [m(ids, prefix=P, cache=cache)[rows, lengths - 1] for m, cache in zip(models, caches)]  # (B, C) each, the row's last real token
         for cache in caches:
             cache.set_lengths(lengths)

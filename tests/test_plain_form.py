@@ -1,6 +1,6 @@
 """Whole stages trained twice, by the fast forms and by plain ones: losses, gradient norms, responses and weights must be the same.
 
-Fast are the losses, a block of tokens at a time with gradients made on the spot; the swapped product of few rows; and the sampling of a
+Fast are the losses, a block of tokens at a time with gradients made on the spot; packed weights; and the sampling of a
 ragged batch with a KV cache, which drops rows as they end. The plain forms are written out here, with no thought of speed or memory.
 """
 
@@ -74,9 +74,8 @@ def use_plain_forms(patch):
     patch.setattr("train.token_log_probs", plain_token_log_probs)
     patch.setattr("train.prompt_loss", plain_prompt_loss)
     patch.setattr("losses.kls", plain_kls)
-    patch.setattr("model.linear", torch.nn.functional.linear)
     patch.setattr("sample.sample", plain_sample)
-    for name in ("losses._SumOverTokens", "losses._KL", "losses.head_logits", "sample.KVCache"):
+    for name in ("losses._SumOverTokens", "losses._KL", "losses.head_logits", "sample.KVCache", "sample.packed_weights"):
         patch.setattr(name, None)  # whatever still came to a fast form would fail
 
 
@@ -99,8 +98,8 @@ def train_stage(out, name, method, micro_batch=4, **values):
 
 @pytest.fixture(scope="module")
 def student_and_teacher(tmp_path_factory, world):
-    """Models that have learnt how long responses are, so that rows end at different tokens. The teacher is just wide enough for the
-    swapped product."""
+    """Models that have learnt how long responses are, so that rows end at different tokens. The teacher is just wide enough for its
+    weights to be packed."""
     out, directories = tmp_path_factory.mktemp("models"), []
     for name, config in {"student": Config(2, 32, 4, V), "teacher": Config(1, 384, 6, V)}.items():
         start = write_checkpoint(out / "start" / name, config, TOKENIZER)
