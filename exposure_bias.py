@@ -50,7 +50,7 @@ def step_kl(p, q, requests, responses, micro_batch=8):
     for start in tqdm(starts, desc="scoring", leave=False, disable=True if ranks.rank() else None):
         chunk = examples[start : start + micro_batch]
         batch = make_batch(chunk, device)
-        p_logits, q_logits = (m.logits(m(batch.ids)[batch.where]) for m in (p, q))  # (N, V), at response tokens only
+        p_logits, q_logits = (m.logits(m(batch.ids, where=batch.where)) for m in (p, q))  # (N, V), at response tokens only
         for e, values in zip(chunk, kl(p_logits, q_logits).cpu().split([len(e.response) for e in chunk])):
             result[e.index] = values.tolist()
     return result

@@ -125,8 +125,9 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict({"c_fc": Linear(config.n_embd, 4 * config.n_embd), "c_proj": Linear(4 * config.n_embd, config.n_embd)})
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, mask=None, cache=None, layer=None):  # (B, T, C) -> (B, T, C)
+    def forward(self, x, mask=None, cache=None, layer=None, where=None):  # (B, T, C) -> (B, T, C), or (N, C) of the N tokens `where`
         x = x + self.drop(self.attn(self.ln_1(x), mask, cache, layer))
+        x = x if where is None else x[where]
         h = F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh")
         return x + self.drop(self.mlp["c_proj"](h))
 
@@ -143,12 +144,14 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
 
-    def forward(self, ids, prefix=None, cache=None):
+    def forward(self, ids, prefix=None, cache=None, where=None):
         """Hidden states after the last LayerNorm.
 
         ids: tokens (B, T), right-padded. prefix: embeddings (P, C) in front of every row, at positions 0 to P - 1.
         cache: a KVCache that holds what stands before `ids`; it takes in the new tokens.
-        Returns (B, P + T, C). A position sees what is before it in its row, so padding changes no real token's state.
+        where: the N tokens of `ids` whose hidden states are wanted, as two (N,) tensors, row and place in `ids`; the last layer
+        spares itself the others.
+        Returns (B, P + T, C), or (N, C). A position sees what is before it in its row, so padding changes no real token's state.
         """
         x = self.wte(ids)  # (B, T, C)
         if prefix is not None:
@@ -158,8 +161,10 @@ class GPT(nn.Module):
         else:
             positions, mask = cache.extend(x.shape[1])
         x = self.drop(x + self.wpe(positions))
+        if where is not None and prefix is not None:
+            where = (where[0], where[1] + len(prefix))
         for layer, block in enumerate(self.h):
-            x = block(x, mask, cache, layer)
+            x = block(x, mask, cache, layer, where if block is self.h[-1] else None)
         return self.ln_f(x)
 
     def logits(self, hidden):

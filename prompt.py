@@ -29,13 +29,14 @@ def freeze(teacher):
     return teacher.bfloat16() if teacher.wte.weight.is_cuda else teacher
 
 
-def teacher_hidden(teacher, ids, P=None):
+def teacher_hidden(teacher, ids, P=None, where=None):
     """The teacher's hidden states for p(y | P, x), or for p(y | x) without a prompt.
 
-    ids (B, T), P (P, C) -> (B, T, C): the prompt's own positions are cut off, so both forms line up token by token.
+    ids (B, T), P (P, C) -> (B, T, C): the prompt's own positions are cut off, so both forms line up token by token. With `where`,
+    row and place of N tokens of ids, theirs alone, (N, C).
     """
-    hidden = teacher(ids, prefix=P)
-    return hidden if P is None else hidden[:, len(P) :]
+    hidden = teacher(ids, prefix=P, where=where)
+    return hidden if P is None or where is not None else hidden[:, len(P) :]
 
 
 def save_prompt(P, directory):

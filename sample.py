@@ -114,7 +114,7 @@ def sample(model, requests, uniforms, end, max_new=MAX_NEW, temperature=1.0, top
     device = model.wte.weight.device
     models, shares = ([model], [1.0]) if mix is None else ([model, mix[0]], [1 - mix[1], mix[1]])
     ids, lengths = pad(requests, device)  # (B, T), (B,)
-    lengths = lengths + (0 if P is None else len(P))
+    last, lengths = lengths - 1, lengths + (0 if P is None else len(P))  # a request's last token, and its length behind the prompt
     capacity = int(lengths.max()) + max_new
     if capacity > (n_positions := min(m.config.n_positions for m in models)):
         raise InputError(f"a request of {int(lengths.max())} tokens and {max_new} new ones exceed the model's {n_positions} positions; shorten them")
@@ -128,7 +128,7 @@ def sample(model, requests, uniforms, end, max_new=MAX_NEW, temperature=1.0, top
     ban = RepeatBan(requests, no_repeat) if no_repeat else None
 
     with precision(device), packed_weights(*models):
-        hidden = [m(ids, prefix=P, cache=cache)[rows, lengths - 1] for m, cache in zip(models, caches)]  # (B, C) each, the row's last real token
+        hidden = [m(ids, prefix=P, cache=cache, where=(rows, last)) for m, cache in zip(models, caches)]  # (B, C) each
         for cache in caches:
             cache.set_lengths(lengths)
         for t in range(max_new):

@@ -175,7 +175,7 @@ class Run:
 def target(model, batch, P=None):
     """What a model as it stands, behind the prompt P if there is one, says of the response tokens, without gradient or dropout: the
     hidden states (N, C) that predict them, and its head (V, C)."""
-    return teacher_hidden(model.eval(), batch.ids, P)[batch.where], model.wte.weight
+    return teacher_hidden(model.eval(), batch.ids, P, batch.where), model.wte.weight
 
 
 def window(run, examples):
@@ -198,7 +198,7 @@ def backward(run, loss_of, batches, n_tokens):
     for batch in batches:
         last = batch is batches[-1]
         with nullcontext() if last or run.wrapped is run.student else run.wrapped.no_sync(), precision(run.device):
-            hidden = run.wrapped(batch.ids)[batch.where]  # (N, C): only what predicts a response token meets the head
+            hidden = run.wrapped(batch.ids, where=batch.where)  # (N, C): only what predicts a response token meets the head
             loss, *targets = loss_of(batch)
             loss = sum_over_tokens(loss, hidden, run.student.wte.weight, *targets) / n_tokens
             (loss * ranks.world()).backward()
@@ -251,7 +251,7 @@ def promptkd_step(run, examples, t):
     sums = torch.zeros(4, device=run.device)
     for b in batches:
         with precision(run.device):
-            h_pP = teacher_hidden(p, b.ids, run.P)[b.where]  # of p(y | P, x)
+            h_pP = teacher_hidden(p, b.ids, run.P, b.where)  # of p(y | P, x)
 
             def L_P(i, pP_logits, q_logits, p_logits):
                 losses = prompt_loss(pP_logits, q_logits, p_logits, lam, s.reg, s.prompt_kl, s.reg_kl)  # (1), (2), (3)
@@ -289,7 +289,7 @@ def sft_step(run, examples, t):
     """Cross-entropy on the rows' own responses. Pre-training is the same, on packed rows."""
 
     def L_theta(b):
-        return (lambda i, q_logits: cross_entropy(q_logits, b.targets[i])),
+        return [lambda i, q_logits: cross_entropy(q_logits, b.targets[i])]
 
     return train_student(run, loss=(L_theta, *window(run, examples)))
 
@@ -856,7 +856,7 @@ def parse(argv):
         "--keep", type=in_range(int, 0, 10**6), default=0, metavar="N", help="save N checkpoints of the method's run, evenly (Figure 3b)"
     )
     every = parser.add_argument_group("for every stage")
-    every.add_argument("--micro-batch", type=positive, metavar="ROWS", help="rows of one forward on one rank (default 8; the demo 64)")
+    every.add_argument("--micro-batch", type=positive, metavar="ROWS", help="rows of one forward on one rank (default 8; the demo 32)")
     every.add_argument("--train-rows", type=positive, metavar="N", help="only the first N training rows")
     every.add_argument("--save-every", type=positive, metavar="STEPS", help="save the state so often, too (default: at validations alone)")
     every.add_argument("--dev-rows", type=positive, metavar="N", help="only the first N validation rows")
@@ -977,7 +977,7 @@ def main(argv=None):
             name += f"-s{args.seed}" if kind != "pretrain" or args.seed != 10 else ""
         values = {"method": "sft" if kind in ("teacher", "init") else kind, "student": model, "teacher": teacher, "data": data,
                   "responses": responses, "train_rows": args.train_rows, "dev_rows": args.dev_rows, **values, **own}  # fmt: skip
-        keep, micro_batch = args.keep if kind == args.method else 0, args.micro_batch or (64 if demo else 8)
+        keep, micro_batch = args.keep if kind == args.method else 0, args.micro_batch or (32 if demo else 8)
         return run_stage(name, Settings(**values), args.out, micro_batch, device, paper_row(kind, values, own), keep, args.save_every)
 
     if args.method == "pretrain":

@@ -453,6 +453,18 @@ def test_packed_weights_give_the_same_hidden_states_and_logits_and_are_gone_behi
     assert all(getattr(w, "packed", None) is None for w in model.parameters())
 
 
+@pytest.mark.parametrize("with_prefix", [False, True])
+def test_hidden_states_of_some_tokens_are_those_of_all_with_the_same_gradients(with_prefix):
+    model = GPT(Config(2, 32, 4, 61, 64, 0.0)).initialise(3)
+    ids = torch.randint(61, (3, 9), generator=torch.Generator().manual_seed(1))
+    prefix = torch.randn(4, 32, requires_grad=True) if with_prefix else None
+    where, leaves = (torch.tensor([0, 0, 2, 1]), torch.tensor([0, 8, 3, 7])), [*model.parameters(), *([prefix] if with_prefix else [])]
+    wanted, some = model(ids, prefix)[where[0], where[1] + (4 if with_prefix else 0)], model(ids, prefix, where=where)
+    assert (some - wanted).abs().max() < 1e-5
+    for grad, want in zip(torch.autograd.grad(some.square().sum(), leaves), torch.autograd.grad(wanted.square().sum(), leaves)):
+        assert (grad - want).abs().max() < 1e-4
+
+
 def test_packed_weights_are_gone_when_sampling_fails_and_doubles_are_left_alone():
     model = GPT(Config(1, 288, 4, 1_009, 64)).initialise(3)
     with pytest.raises(ZeroDivisionError), packed_weights(model):
