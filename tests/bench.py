@@ -612,8 +612,9 @@ def draw_scaling(points, base, path):
         column[1].set_xlabel({"vocab": "words in the vocabulary", "rows": "rows in the batch"}.get(axis, axis))
         for panel in column:
             panel.set_xticks(AXES[axis], [f"{value / 1000:.0f}k" if value >= 1000 else value for value in AXES[axis]])
-            panel.set_ylim(bottom=0)
             panel.grid(alpha=0.3)
+    for line in panels:  # at last: it fixes the top, which the panels of a line share
+        line[0].set_ylim(bottom=0)
     panels[0, 0].set_ylabel("seconds a step")
     panels[1, 0].set_ylabel(f"peak memory, {kind}, GB")
     panels[0, 0].legend()
