@@ -286,10 +286,8 @@ def make_run(case, device, teacher, convert=lambda model: model):
 
 def make_step(name, case, device):
     """An iteration on n of the case's rows, as a function of n and t: {"losses": by kind, "seconds": of each phase and of the whole}."""
-    run, examples = (
-        make_run(case, device, freeze(make_model(case, "teacher").to(device)), *([to_hf] if name == "transformers" else [])),
-        make_examples(case),
-    )
+    teacher, convert = freeze(make_model(case, "teacher").to(device)), [to_hf] if name == "transformers" else []
+    run, examples = make_run(case, device, teacher, *convert), make_examples(case)
     steps = {
         "recipe": lambda examples, t: recipe_step(run, case, examples, t),
         "ours": lambda examples, t: train.promptkd_step(run, examples, t),
@@ -384,14 +382,9 @@ def processes(work, names, case, threads):
     sides = {}
     try:
         for name in names:
-            job = [
-                "--job",
-                json.dumps({"work": work, "name": name, "case": case}),
-                "--threads",
-                str(threads),
-                *([] if "ours" in name else ["--stock"]),
-            ]
-            sides[name] = Popen([sys.executable, __file__, *job], stdin=PIPE, stdout=PIPE, text=True, start_new_session=True)  # no Ctrl-C
+            job, stock = json.dumps({"work": work, "name": name, "case": case}), [] if "ours" in name else ["--stock"]
+            words = [sys.executable, __file__, "--job", job, "--threads", str(threads), *stock]
+            sides[name] = Popen(words, stdin=PIPE, stdout=PIPE, text=True, start_new_session=True)  # Ctrl-C doesn't reach it
         yield sides
     except BaseException:
         for process in sides.values():

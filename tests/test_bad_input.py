@@ -513,10 +513,10 @@ def broken(world, bad):
     return Path(shutil.copytree(world / "student", bad.parent / "broken")).relative_to(bad.parent)
 
 
-def change_config(folder, **values):
-    path = folder / "config.json"
-    config = json.loads(path.read_text()) | values
-    path.write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
+def change_json(path, **values):
+    """Set fields of a JSON file, or take out those given as `...`."""
+    fields = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({name: value for name, value in fields.items() if value is not ...}))
 
 
 SIZES = ("n_layer", "n_embd", "n_head", "vocab_size", "n_positions")
@@ -525,7 +525,7 @@ SIZES = ("n_layer", "n_embd", "n_head", "vocab_size", "n_positions")
 @pytest.mark.parametrize("field", SIZES)
 def test_a_size_in_config_json_that_is_none(refused, broken, field):
     for value in (..., None, 0, -1, 1.5, 2.0, "2", True, [2], {}, 10**7, 10**30, float("nan"), float("inf")):
-        change_config(broken, **{field: value})
+        change_json(broken / "config.json", **{field: value})
         has(refused(*read_by("sample.py", broken)), "broken/config.json", f"'{field}'", "is missing" if value is ... else "must be a whole number")
 
 
@@ -538,7 +538,7 @@ def test_a_size_in_config_json_that_is_none(refused, broken, field):
     ("resid_pdrop", None, "a rate"), ("resid_pdrop", [0.1], "a rate"), ("resid_pdrop", float("nan"), "a rate"), ("n_head", 5, "can't be divided"),
 ])  # fmt: skip
 def test_a_field_of_config_json_that_is_not_gpt2_s(refused, broken, field, value, words):
-    change_config(broken, **{field: value})
+    change_json(broken / "config.json", **{field: value})
     has(refused(*read_by("sample.py", broken)), "broken/config.json", field, words)
 
 
@@ -548,7 +548,7 @@ def test_a_field_of_config_json_that_is_not_gpt2_s(refused, broken, field, value
     ("vocab_size", 10**6, "1000000 tokens and its tokenizer"), ("vocab_size", CONFIG.vocab_size + 1, "put the model's vocab.json and merges.txt there"),
 ])  # fmt: skip
 def test_sizes_that_are_not_the_weights_own(refused, broken, field, value, words):
-    change_config(broken, **{field: value})
+    change_json(broken / "config.json", **{field: value})
     has(refused(*read_by("sample.py", broken)), "broken" if field == "vocab_size" else "broken/model.safetensors", words)
 
 
@@ -729,7 +729,7 @@ def test_weights_that_are_no_file(refused, broken, what):
 @pytest.mark.parametrize("what", ["config", "tokenizer", "nothing"])
 def test_a_damaged_model_wherever_one_is_named_before_anything_is_trained(refused, broken, program, what):
     if what == "config":
-        change_config(broken, n_layer="two")
+        change_json(broken / "config.json", n_layer="two")
     elif what == "tokenizer":
         (broken / "merges.txt").write_text("#version: 0.2\na b c\n")
     else:
@@ -892,12 +892,6 @@ def run(world, bad):
     return Path(shutil.copytree(world / "sft-student-s10", bad.parent / "run")).relative_to(bad.parent)
 
 
-def change_record(run, **values):
-    path = run / "run.json"
-    record = json.loads(path.read_text()) | values
-    path.write_text(json.dumps({name: value for name, value in record.items() if value is not ...}))
-
-
 RECORD_FILES = {"empty": b"", "cut off": b'{"name": "sf', "an array": b"[]", "null": b"null", "not UTF-8": b'{"a": "\xff"}', "nested": b"[" * 200_000}
 OF_RUN = {
     "evaluate.py": ["evaluate.py", "run", "--data", "data"],
@@ -927,26 +921,26 @@ def test_a_field_of_run_json_of_a_wrong_kind(refused, run, program):
     sound = (run / "run.json").read_text()
     for field, value in WRONG_RECORDS:
         (run / "run.json").write_text(sound)
-        change_record(run, **{field: value})
+        change_json(run / "run.json", **{field: value})
         has(refused(*OF_RUN[program]), "run/run.json", f"'{field}' is wrong", "train it again")
 
 
 @pytest.mark.parametrize("kind", ["init", "pretrain", "teacher"])
 def test_a_run_json_that_does_not_say_what_it_started_from(refused, run, kind):
     for settings in ({}, {"student": None}, {"student": 5}, {"student": ["a"]}):
-        change_record(run, name=f"{kind}-student", settings=settings)
+        change_json(run / "run.json", name=f"{kind}-student", settings=settings)
         has(refused(*OF_RUN["init"]), "run/run.json", "('student')", "train it again")
 
 
 def test_a_run_that_is_said_to_start_from_itself(bad, run):
     """As where out/init-gpt2 was copied to a folder `gpt2`."""
-    change_record(run, name="init-run", settings={"student": "run"})
+    change_json(run / "run.json", name="init-run", settings={"student": "run"})
     assert train.label_of("run") == "run" and train.label_of("run/best") == "run"
 
 
 @pytest.mark.parametrize("values", [{"paper": "sft"}, {"paper": ""}, {"hours": None}, {"parameters": None}, {"hours": float("nan")}])
 def test_strange_values_of_run_json_that_do_no_harm(run, bad, capsys, values):
-    change_record(run, **values)
+    change_json(run / "run.json", **values)
     for option in (["--data", "data", "--seeds", "10", "--rows", "1", "--max-new", "2", "--greedy"], ["--cost"]):
         command(lambda option=option: evaluate.main(["run", "sft-student-s10", *option, "--out", "out"]), CheckpointError)
     shutil.rmtree("out")
@@ -954,7 +948,7 @@ def test_strange_values_of_run_json_that_do_no_harm(run, bad, capsys, values):
 
 def test_a_run_whose_best_step_is_none(refused, run):
     for value in (..., None, 0, -4, 1.5, "4", True, [4]):
-        change_record(run, best_step=value)
+        change_json(run / "run.json", best_step=value)
         has(refused(*OF_RUN["along"]), "run/run.json", "'best_step'", "train.py --keep 20")
 
 
