@@ -23,7 +23,7 @@ from data.prepare import PUBLIC_SETS, data_directory
 from data.ranks import say
 from data.rows import is_text_list, read_jsonl, read_rows, request_tokens
 from model import GPT, CheckpointError, read_config
-from sample import MAX_NEW, add_decoding_options, in_range, load_model, sample_all, to_text
+from sample import MAX_NEW, add_decoding_options, add_precision_option, in_range, load_model, rows_at_once, sample_all, to_text
 
 BANNED_NGRAM = 6  # the published numbers on the five public sets were sampled under this ban (the paper does not say so)
 DEMO_SETS = ("test", "wording", "words", "longer", "combined")  # what `demo` stands for: its test set, and four unlike the training data
@@ -66,7 +66,7 @@ def rouge_l(responses, references):
     return [100 * max(scorer.score(r, text)["rougeL"].fmeasure for r in refs) for text, refs in zip(responses, references)]
 
 
-def evaluate(model, tokenizer, rows, key, label=None, at_once=64, **how):
+def evaluate(model, tokenizer, rows, key, label=None, at_once=None, max_new=MAX_NEW, dtype="float32", **how):
     """A model's responses to rows and their ROUGE-L, sampled and scored by all ranks together, each a part.
 
     key: what the random numbers hang on before the row's index, as (seed, "evaluate", set). Returns for every row, in order,
@@ -74,13 +74,15 @@ def evaluate(model, tokenizer, rows, key, label=None, at_once=64, **how):
     """
     model.eval()
     ordered, results = sorted(rows, key=lambda row: -len(row.instruction + row.input)), []
-    # Ranks share whole batches, so that a row meets the same others, and the same rounding, on any number of ranks.
+    at_once = at_once or rows_at_once([model], -(-len(rows) // ranks.world()), max_new, dtype)
+    # Ranks share whole batches, so that on CPUs a row meets the same others, and the same rounding, on any number of ranks.
     batches = ranks.share([ordered[i : i + at_once] for i in range(0, len(ordered), at_once)])
     if label:
         batches = tqdm(batches, desc=label, unit="batch", leave=False, disable=None if ranks.rank() == 0 else True)
     for batch in batches:
         requests, shortened = zip(*(request_tokens(row, tokenizer) for row in batch))
-        responses, _ = sample_all(model, requests, [(*key, row.index) for row in batch], tokenizer.eot_token, at_once=at_once, **how)
+        keys = [(*key, row.index) for row in batch]
+        responses, _ = sample_all(model, requests, keys, tokenizer.eot_token, max_new, at_once, dtype=dtype, **how)
         texts = [to_text(response, tokenizer) for response in responses]
         scores = rouge_l(texts, [row.references for row in batch])
         results += [
@@ -93,7 +95,7 @@ def mean_rouge_l(results):
     return statistics.fmean(result["rouge_l"] for result in results)
 
 
-def evaluate_models(models, sets, seeds, device, columns=None, keep=None, at_once=64, **decoding):
+def evaluate_models(models, sets, seeds, device, columns=None, keep=None, at_once=None, **decoding):
     """Mean ROUGE-L of every model in every column: {model: {column: [a score for each seed]}}.
 
     models: {label: name of a model}. sets: {label: rows}. columns: {column: (set, n of the n-grams that may not repeat)};
@@ -111,7 +113,7 @@ def evaluate_models(models, sets, seeds, device, columns=None, keep=None, at_onc
         if done[job] is None:
             missing[job] = made_from
 
-    loaded, portion = None, at_once * ranks.world()
+    loaded, how = None, {"max_new": MAX_NEW, "dtype": "float32"} | decoding
     n_rows = sum(made_from["rows"] for made_from in missing.values())
     with tqdm(total=n_rows, unit="row", disable=None if missing and ranks.rank() == 0 else True) as bar:
         for (label, column, seed), made_from in missing.items():
@@ -121,8 +123,9 @@ def evaluate_models(models, sets, seeds, device, columns=None, keep=None, at_onc
             (name, ban), results = columns[column], []
             bar.set_description(f"{label} on {column}, seed {seed}")
             rows = sorted(sets[name], key=lambda row: -len(row.instruction + row.input))  # of like length together
+            portion = ranks.world() * (at_once or rows_at_once([model], len(rows), how["max_new"], how["dtype"]))
             for part in (rows[i : i + portion] for i in range(0, len(rows), portion)):
-                results += evaluate(model, tokenizer, part, (seed, "evaluate", name.rsplit("/")[-1]), at_once=at_once, no_repeat=ban, **decoding)
+                results += evaluate(model, tokenizer, part, (seed, "evaluate", name.rsplit("/")[-1]), at_once=at_once, no_repeat=ban, **how)
                 bar.update(len(part))
             results.sort(key=lambda result: result["index"])
             done[label, column, seed] = summary(results)
@@ -533,7 +536,7 @@ def main(argv=None):
         metavar="N",
         help=f"no N-gram twice in request and response; several: a column each (default: {BANNED_NGRAM} on public sets, as published; else 0)",
     )
-    parser.add_argument("--batch", type=in_range(int, 1, 10**6), default=64, help="rows sampled at once (default 64)")
+    parser.add_argument("--batch", type=in_range(int, 1, 10**6), help="rows sampled at once (default: 64 on a CPU, what memory holds on a GPU)")
     parser.add_argument("--out", default="out/evaluation", metavar="DIR", help="where tables and pictures go (default out/evaluation)")
     parser.add_argument("--samples", type=in_range(int, 1, 10**6), metavar="N", help="Table 6: N requests of the first set with all responses")
     parser.add_argument("--by", nargs="+", metavar="FIELD", help="also group the runs by one or two fields of their run.json, as in --by reg")
@@ -542,6 +545,7 @@ def main(argv=None):
     parser.add_argument("--references", metavar="TEST", help="with --score: the data file (JSON lines with 'output') that they respond to")
     parser.add_argument("--json", metavar="FILE", help="with --score: where the scores go too")
     add_decoding_options(parser)
+    add_precision_option(parser)
     args = parse_arguments(parser, argv)
     if args.score or args.references:
         if not (args.score and args.references) or args.models:
@@ -558,7 +562,7 @@ def main(argv=None):
     if len(args.by or []) > 2:
         raise InputError(f"--by takes one or two fields, not {len(args.by)}")
     check_out(args.out)
-    device = ranks.start()
+    device, args.dtype = ranks.start(args.dtype)
     if args.cost:
         ranks.on_first(table_2, args.models, Path(args.out))
     else:
@@ -582,13 +586,15 @@ def table_1(args, device):
             columns[label + suffix] = label, ban
             averages.setdefault("average" + suffix, []).append(label + suffix)
     decoding = {name: getattr(args, name) for name in ("max_new", "temperature", "top_k", "top_p", "greedy")}
+    as_published = decoding == {"max_new": MAX_NEW, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "greedy": False}
+    decoding["dtype"] = args.dtype
     keep = out / "responses"
     scores = evaluate_models({label: m.name for label, m in models.items()}, sets, seeds, device, columns, keep, args.batch, **decoding)
     if ranks.rank() > 0:
         return
 
     shown, figures = with_averages(scores, averages), {}
-    if decoding == {"max_new": MAX_NEW, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "greedy": False}:
+    if as_published:
         published = {column: (name, ban) for column, (name, ban) in columns.items() if name in public}
         figures = {label: paper_figures(model, published, sets, averages) for label, model in models.items()}
     best = leaders(shown, {label: model.size for label, model in models.items() if model.kind not in ("teacher", "pretrain")})

@@ -28,8 +28,8 @@ from data.prepare import data_directory
 from data.ranks import say
 from data.rows import Example, make_batch, read_rows, request_tokens, same_tokens
 from losses import kl
-from model import CheckpointError
-from sample import MAX_NEW, find_model, in_range, load_model, sample_all
+from model import CheckpointError, precision
+from sample import MAX_NEW, add_precision_option, find_model, in_range, load_model, sample_all
 
 STEPS = 150  # of Figure 3a: as long as one Dolly reference in six
 AT = 50  # l of Figure 3b
@@ -40,9 +40,9 @@ BOOTSTRAP = 1000  # resamples behind a band, which holds 95 % of them
 
 
 @torch.no_grad()
-def step_kl(p, q, requests, responses, micro_batch=8):
+def step_kl(p, q, requests, responses, micro_batch=8, dtype="float32"):
     """KL(p || q) at each generation step, exact over the vocabulary, in nats: for each response (a token list) a list as long, the
-    first token's step first. p, q: models of one vocabulary. In float32: the logits of bfloat16 lie up to half a nat apart."""
+    first token's step first. p, q: models of one vocabulary. dtype: "float32" or "bfloat16", of the models' blocks."""
     device, result = p.wte.weight.device, [None] * len(requests)
     examples = [Example(i, request, response) for i, (request, response) in enumerate(zip(requests, responses))]
     examples.sort(key=lambda e: -len(e.request) - len(e.response))  # little padding; what doesn't fit in memory shows at once
@@ -50,7 +50,8 @@ def step_kl(p, q, requests, responses, micro_batch=8):
     for start in tqdm(starts, desc="scoring", leave=False, disable=True if ranks.rank() else None):
         chunk = examples[start : start + micro_batch]
         batch = make_batch(chunk, device)
-        p_logits, q_logits = (m.logits(m(batch.ids, where=batch.where)) for m in (p, q))  # (N, V), at response tokens only
+        with precision(device, dtype):
+            p_logits, q_logits = (m.logits(m(batch.ids, where=batch.where)) for m in (p, q))  # (N, V), at response tokens only
         for e, values in zip(chunk, kl(p_logits, q_logits).cpu().split([len(e.response) for e in chunk])):
             result[e.index] = values.tolist()
     return result
@@ -232,15 +233,16 @@ def main(argv=None):
     parser.add_argument("--steps", type=in_range(int, 1, MAX_NEW), default=STEPS, metavar="L", help=f"tokens of a response at most (default {STEPS})")
     parser.add_argument("--samples", type=positive, default=3, metavar="N", help="responses to a request, of each model (default 3)")
     parser.add_argument("--seed", type=in_range(int, 0, 2**32), default=10)
-    parser.add_argument("--batch", type=positive, default=64, help="responses sampled at once (default 64)")
+    parser.add_argument("--batch", type=positive, help="responses sampled at once (default: 64 on a CPU, what memory holds on a GPU)")
     parser.add_argument("--micro-batch", type=positive, default=8, help="responses scored at once on one rank (default 8)")
     parser.add_argument("--out", default="out/exposure_bias", metavar="DIR", help="where tables and pictures go (default out/exposure_bias)")
+    add_precision_option(parser, "float32")
     args = parse_arguments(parser, argv)
     if not args.students and not args.along:
         raise InputError("name --students RUN|MODEL... for curves over generation steps, or --along RUN... for one along training")
     check_out(args.out)
 
-    device = ranks.start()
+    device, args.dtype = ranks.start(args.dtype or "float32")
     rows = read_rows(ranks.on_first(data_directory, args.data) / "test.jsonl", args.rows, needs_output=False)
     along = {run: ranks.on_first(checkpoints, run) for run in args.along}
     p, tokenizer = load_model(args.teacher, device)
@@ -256,13 +258,13 @@ def main(argv=None):
     def respond(model, role, steps, label):
         """Plain samples. The random numbers of teacher and student are never the same; those of all students are, which helps to compare them."""
         keys = [(args.seed, "exposure", role, n % args.samples, index) for n, index in enumerate(mine)]
-        return sample_all(model, requests, keys, tokenizer.eot_token, steps, args.batch, label=label)[0]
+        return sample_all(model, requests, keys, tokenizer.eot_token, steps, args.batch, label=label, dtype=args.dtype)[0]
 
     def measure(name, label, steps):
         """The curve of a student, all ranks together."""
         q, _ = load_model(name, device)
         y_q = respond(q, "student", steps, label)
-        kl_q, kl_p = (step_kl(p, q, requests, y, args.micro_batch) for y in (y_q, [y[:steps] for y in y_p]))
+        kl_q, kl_p = (step_kl(p, q, requests, y, args.micro_batch, args.dtype) for y in (y_q, [y[:steps] for y in y_p]))
         return curve(*group(ranks.gather(list(zip(mine, kl_q, kl_p)))), args.seed, label)
 
     at = min(AT, args.steps)

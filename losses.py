@@ -7,6 +7,8 @@ the caller can divide their sum by the number of response tokens in the whole gl
 import torch
 import torch.nn.functional as F
 
+from model import head_logits
+
 
 def cross_entropy(logits, targets):
     """- log q(y_t | y_<t, x): logits (N, V), targets (N,) -> (N,)."""
@@ -139,36 +141,24 @@ def slices(n, head, most_bytes):
     return [slice(start, min(start + size, n)) for start in range(0, max(1, n), size)]
 
 
-def head_logits(hidden, head):
-    """The logits (n, V') of hidden states (n, C) under a head (V, C), without gradients. V' is V; on a CPU rounded up to 16, with words of no
-    probability, since one row of GPT-2's 50,257 leaves the next at an odd address. Of the head, few enough words at a time to stay in cache."""
-    if hidden.is_cuda:
-        return F.linear(hidden, head)
-    V = len(head)
-    logits = hidden.new_empty(len(hidden), -(-V // 16) * 16)
-    logits[:, V:] = -1e30
-    for words, part in zip(head.split(1024), logits[:, :V].split(1024, dim=1)):
-        torch.mm(hidden, words.T, out=part)
-    return logits
-
-
 @torch.no_grad()
 def token_log_probs(hidden, head, tokens):
     """log q(y_t | y_<t, x) of tokens (N,), from hidden states (N, C) and head (V, C) -> (N,), a chunk at a time. Without gradients."""
     chunks = slices(len(hidden), head, CHUNK_BYTES)
-    return torch.cat([-cross_entropy(head_logits(hidden[i], head), tokens[i]) for i in chunks])
+    return torch.cat([-cross_entropy(head_logits(hidden[i], head, padded=True), tokens[i]) for i in chunks])
 
 
 def sum_over_tokens(loss_of, hidden, head, *targets):
     """The sum of a loss over N tokens, from hidden states (N, C) and head (V, C), a few tokens at a time: no (N, V) tensor is ever made.
 
     targets: (hidden, head) of each model that the loss compares with, which get no gradient.
-    loss_of: a slice i of the N tokens, their logits, and their logits of each target, (n, V') as head_logits makes them -> the loss
+    loss_of: a slice i of the N tokens, their logits, and their logits of each target, (n, V'), padded as head_logits does -> the loss
     (n,); or (k, n), whose first row is the loss and whose others are for the log.
     Returns the sum (), or the sums (k,), of which the first carries gradients to hidden and head. They are made on the spot, while the
-    logits are there.
+    logits are there, by float32 products like the logits themselves, also inside autocast.
     """
-    return _SumOverTokens.apply(loss_of, targets, hidden, head)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _SumOverTokens.apply(loss_of, targets, hidden, head)
 
 
 class _SumOverTokens(torch.autograd.Function):
@@ -179,7 +169,7 @@ class _SumOverTokens(torch.autograd.Function):
         d_head = torch.zeros_like(head) if to_head else None
         total = 0
         for i in slices(len(hidden), head, CHUNK_BYTES):
-            logits, *of_targets = (head_logits(h[i], w) for h, w in ((hidden, head), *targets))  # (n, V') each
+            logits, *of_targets = (head_logits(h[i], w, padded=True) for h, w in ((hidden, head), *targets))  # (n, V') each
             for j in slices(len(logits), head, BLOCK_BYTES):
                 block = logits[j].detach().requires_grad_(to_hidden or to_head)
                 with torch.set_grad_enabled(block.requires_grad):
@@ -193,7 +183,7 @@ class _SumOverTokens(torch.autograd.Function):
             if to_hidden:
                 d_hidden[i] = d_logits @ head
             if to_head:
-                d_head.addmm_(d_logits.to(d_head.dtype).T, hidden[i].to(d_head.dtype))
+                d_head.addmm_(d_logits.T, hidden[i])
         ctx.save_for_backward(d_hidden, d_head)
         return total
 

@@ -45,6 +45,11 @@ class KVCache:
         self.lengths = torch.zeros(n_rows, dtype=torch.long, device=device)  # (B,)
         self.longest = 0  # an upper bound of the lengths, known without asking the device
 
+    @staticmethod
+    def row_bytes(config, capacity, dtype):
+        """Bytes of a row of `capacity` tokens, in "float32" or "bfloat16"."""
+        return 2 * config.n_layer * capacity * config.n_embd * getattr(torch, dtype).itemsize
+
     def extend(self, n_tokens):
         """Make room for `n_tokens` more in every row. Returns their positions (B, T) and who attends to whom (B, 1, T, K)."""
         self.positions = self.lengths[:, None] + torch.arange(n_tokens, device=self.lengths.device)  # (B, T)
@@ -76,13 +81,46 @@ def linear(x, weight, bias=None):
     return F.linear(x, weight, bias) if packed is None else torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
+def head_logits(hidden, head, padded=False, on_gpu=None):
+    """Logits of hidden states (..., C) under a head (V, C): a float32 product on every device, also inside autocast.
+
+    GPT-2's logits share an offset of -35 to -112, where bfloat16 numbers lie 0.25 to 0.5 apart: rounded to it, they would lose the
+    differences between tokens. A GPU rounds the inputs of the product to TF32, which only loses what is small beside each of them.
+
+    on_gpu: the GPU's form of the product or the CPU's; None: the form for the device that the tensors are on.
+    padded: on a CPU, add tokens of no probability up to a multiple of 16, and make no gradients: one row of GPT-2's 50,257 logits
+    would leave the next at an odd address. Returns (..., V), or (n, V') if padded.
+    """
+    on_gpu = hidden.is_cuda if on_gpu is None else on_gpu
+    with torch.autocast(hidden.device.type, enabled=False):
+        if on_gpu:
+            return F.linear(hidden, head)
+        if not padded:
+            return linear(hidden, head)
+        V = len(head)
+        logits = hidden.new_empty(len(hidden), -(-V // 16) * 16)
+        logits[:, V:] = -1e30
+        for words, part in zip(head.split(1024), logits[:, :V].split(1024, dim=1)):  # few enough of the head to stay in cache
+            torch.mm(hidden, words.T, out=part)
+        return logits
+
+
+def precision(device, dtype):
+    """The context of a forward pass whose blocks multiply matrices in `dtype`, "float32" or "bfloat16". What stays float32 either way: the
+    residual stream, LayerNorm, and the logits (`head_logits`)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
 @contextmanager
 def packed_weights(*models):
     """While it lasts, decoding on an x86 CPU multiplies by copies of the large weights, laid out as oneDNN reads them for a few rows: up
-    to three times as fast as F.linear, which is built for many. The weights must not change meanwhile."""
+    to three times as fast as F.linear, which is built for many. Inside autocast the head alone is packed, whose product is float32 there
+    too. The weights must not change meanwhile."""
     weights = []
     if torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64"):
         matrices = (w for model in models for w in model.parameters() if w.ndim == 2 and w is not model.wpe.weight)
+        if torch.is_autocast_enabled("cpu"):
+            matrices = (model.wte.weight for model in models)
         weights = [w for w in matrices if w.numel() >= 2**18 and w.dtype == torch.float32 and not w.is_cuda]
     try:
         for weight in weights:
@@ -168,8 +206,8 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def logits(self, hidden):
-        """Hidden states (..., C) to logits (..., V). The head is tied to the token embedding."""
-        return linear(hidden, self.wte.weight)
+        """Hidden states (..., C) to float32 logits (..., V). The head is tied to the token embedding."""
+        return head_logits(hidden, self.wte.weight)
 
     def n_parameters(self):
         return sum(p.numel() for p in self.parameters())

@@ -23,10 +23,13 @@ def initial_prompt(embedding, init, length, text_tokens, pad_token, seed):
     return embedding.detach()[tokens].float().cpu().clone()
 
 
-def freeze(teacher):
-    """The teacher p: no gradients to its weights, no dropout. In bfloat16 on a GPU, where it takes half the memory."""
-    teacher = teacher.eval().requires_grad_(False)
-    return teacher.bfloat16() if teacher.wte.weight.is_cuda else teacher
+def freeze(teacher, dtype="float32"):
+    """The teacher p: no gradients to its weights, no dropout. In bfloat16 the matrices of its blocks take half the memory, and are what
+    autocast would make of them at each use; embeddings, head and LayerNorm stay float32."""
+    for module in teacher.modules():
+        if isinstance(module, torch.nn.Linear) and dtype == "bfloat16":
+            module.bfloat16()
+    return teacher.eval().requires_grad_(False)
 
 
 def teacher_hidden(teacher, ids, P=None, where=None):

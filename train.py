@@ -37,9 +37,9 @@ from data.rows import (Example, epoch_order, load_tokenizer, micro_batches, pack
 from evaluate import evaluate, evaluate_models, lay_out, mean_rouge_l, open_sets, read_record, table, with_averages
 from losses import (cross_entropy, importance_weight, kd_loss, kl, minillm_loss, minillm_returns, prompt_loss, student_loss, sum_over_tokens,
     token_log_probs, whiten)  # fmt: skip
-from model import GPT, CheckpointError, Config, read_config, save
+from model import GPT, CheckpointError, Config, precision, read_config, save
 from prompt import freeze, initial_prompt, save_prompt, teacher_hidden
-from sample import MAX_NEW, find_model, in_range, load_model, precision, sample_all, sample_to_file
+from sample import MAX_NEW, add_precision_option, find_model, in_range, load_model, sample_all, sample_to_file
 
 # ---- presets: the paper's Appendix A, read with the released scripts ----------------------------------------------------------
 
@@ -62,6 +62,7 @@ class Settings:
     weight_decay: float = 1e-2  # AdamW's; not on biases and LayerNorm
     teacher: str | None = None
     seed: int = 10
+    dtype: str = "float32"  # of the products in the models' blocks, or "bfloat16"
     best_by: str = "rouge_l"  # or "loss"
     steps: int | None = None  # optimizer steps; None: what the epochs come to, most_steps at most
     most_steps: int | None = None
@@ -197,10 +198,11 @@ def backward(run, loss_of, batches, n_tokens):
     total = torch.zeros((), device=run.device)
     for batch in batches:
         last = batch is batches[-1]
-        with nullcontext() if last or run.wrapped is run.student else run.wrapped.no_sync(), precision(run.device):
-            hidden = run.wrapped(batch.ids, where=batch.where)  # (N, C): only what predicts a response token meets the head
-            loss, *targets = loss_of(batch)
-            loss = sum_over_tokens(loss, hidden, run.student.wte.weight, *targets) / n_tokens
+        with nullcontext() if last or run.wrapped is run.student else run.wrapped.no_sync():
+            with precision(run.device, run.settings.dtype):
+                hidden = run.wrapped(batch.ids, where=batch.where)  # (N, C): only what predicts a response token meets the head
+                loss, *targets = loss_of(batch)
+                loss = sum_over_tokens(loss, hidden, run.student.wte.weight, *targets) / n_tokens
             (loss * ranks.world()).backward()
         total += loss.detach()
     return ranks.add_up(total)
@@ -236,7 +238,8 @@ def rollout(run, examples, t, mix=None):
     """Responses y ~ q_θ(y | x) to the requests of the whole window at once; no gradient. The student does not change inside a window."""
     run.student.eval()
     keys = [(run.settings.seed, "rollout", t, e.index) for e in examples]
-    responses, _ = sample_all(run.student, [e.request for e in examples], keys, run.tokenizer.eot_token, run.settings.max_new, mix=mix)
+    requests, s = [e.request for e in examples], run.settings
+    responses, _ = sample_all(run.student, requests, keys, run.tokenizer.eot_token, s.max_new, mix=mix, dtype=s.dtype)
     phase(run, "sampling")
     return [replace(e, response=y) for e, y in zip(examples, responses)]
 
@@ -250,7 +253,7 @@ def promptkd_step(run, examples, t):
     # Prompt tuning: a student-friendly teacher. Gradient to P only.
     sums = torch.zeros(4, device=run.device)
     for b in batches:
-        with precision(run.device):
+        with precision(run.device, s.dtype):
             h_pP = teacher_hidden(p, b.ids, run.P, b.where)  # of p(y | P, x)
 
             def L_P(i, pP_logits, q_logits, p_logits):
@@ -259,7 +262,7 @@ def promptkd_step(run, examples, t):
                 return torch.stack([*losses, drift])
 
             L = sum_over_tokens(L_P, h_pP, p.wte.weight, target(q, b), target(p, b)) / n_tokens  # q(y | x), p(y | x)
-            L[0].backward()
+        L[0].backward()
         sums += L.detach()
     ranks.add_up(run.P.grad)
     prompt_norm = update(run.prompt_optimizer)
@@ -343,7 +346,7 @@ def minillm_rollout(run, examples, t):
     """Responses from student and teacher mixed, token by token, to these requests of all ranks, scored. Sampled once for all inner epochs."""
     rows = []
     for b in micro_batches(rollout(run, examples, t, mix=(run.teacher, TEACHER_SHARE)), run.micro_batch, run.device):
-        with precision(run.device):
+        with precision(run.device, run.settings.dtype):
             log_q, log_p = (token_log_probs(*target(model, b), b.targets).cpu() for model in (run.student, run.teacher))
         lengths = [len(e.response) for e in b.examples]
         rows += zip(b.examples, log_q.split(lengths), log_p.split(lengths))
@@ -367,7 +370,7 @@ def validation_loss(run, model, examples, P=None):
     """Cross-entropy of a model (behind the prompt P) over the response tokens of examples, without dropout, over all ranks."""
     sums = torch.zeros(2, dtype=torch.float64, device=run.device)
     for b in micro_batches(ranks.share(examples), run.micro_batch, run.device):
-        with precision(run.device):
+        with precision(run.device, run.settings.dtype):
             sums[0] -= token_log_probs(*target(model, b, P), b.targets).sum()
         sums[1] += len(b.targets)
     loss, n_tokens = ranks.add_up(sums).tolist()
@@ -379,8 +382,9 @@ def validate(run, rows, examples):
     loss of the prompted teacher."""
     values = {"val_loss": validation_loss(run, run.student, examples)}
     if run.settings.best_by == "rouge_l" and math.isfinite(values["val_loss"]):  # what has diverged can't be sampled from
-        key = (run.settings.seed, "validate")
-        values["val_rouge_l"] = mean_rouge_l(evaluate(run.student, run.tokenizer, rows, key, "validation", max_new=run.settings.max_new))
+        s = run.settings
+        how = {"label": "validation", "max_new": s.max_new, "dtype": s.dtype}
+        values["val_rouge_l"] = mean_rouge_l(evaluate(run.student, run.tokenizer, rows, (s.seed, "validate"), **how))
     if run.P is not None:
         values["val_prompted_loss"] = validation_loss(run, run.teacher, examples, run.P)
     return values
@@ -457,7 +461,7 @@ def build(s, total, global_batch, tokenizer, micro_batch, device):
         teacher, teacher_tokenizer = load_model(s.teacher, device)
         if not same_tokens(teacher_tokenizer, tokenizer):
             raise InputError(f"teacher {s.teacher} and student {s.student} have different tokenizers; a KL over the vocabulary needs one for both")
-        run.teacher = freeze(teacher)
+        run.teacher = freeze(teacher, s.dtype)
     if s.method == "promptkd":
         text = tokenizer.encode_ordinary(s.prompt_text)
         if not text:
@@ -624,7 +628,7 @@ def step(run, rows, t):
 def sample_responses(name, s, out, device):
     """SeqKD's data: the responses of a teacher to the training requests, sampled once, as a data directory. Returns it.
 
-    s: what they hang on, {"student": the teacher, "data", "train_rows", "max_new", "seed"}.
+    s: what they hang on, {"student": the teacher, "data", "train_rows", "max_new", "seed", "dtype"}.
     """
     directory = Path(out) / name
     begin, source = time.perf_counter(), ranks.on_first(data_directory, s["data"])
@@ -638,7 +642,8 @@ def sample_responses(name, s, out, device):
     ranks.on_first(write_atomic, directory / "run.json", json.dumps(record, indent=1) + "\n")
     say(f"\n{directory}: sampling the responses of {s['student']} to {len(rows):,} requests")
     if not ranks.on_first((directory / "train.jsonl").is_file):
-        sample_to_file(freeze(model), tokenizer, rows, (s["seed"], "responses"), directory / "train.jsonl", s["max_new"])
+        key, path = (s["seed"], "responses"), directory / "train.jsonl"
+        sample_to_file(freeze(model, s["dtype"]), tokenizer, rows, key, path, s["max_new"], s["dtype"])
     if ranks.rank() == 0:
         for file in ("dev.jsonl", "test.jsonl"):
             if (source / file).is_file():
@@ -739,7 +744,8 @@ def open_record(directory, described, files):
         raise InputError(f"{path}: is damaged; remove {directory} to start this stage anew") from error
     for name, value in described["settings"].items():
         if found.get(name) != value:
-            raise InputError(f"{directory}: was made with {name} {found.get(name)!r}, not {value!r}; choose another --out, or remove it")
+            fix = f"give --dtype {found[name]}, " if name == "dtype" and found.get(name) in ranks.DTYPES else ""
+            raise InputError(f"{directory}: was made with {name} {found.get(name)!r}, not {value!r}; {fix}choose another --out, or remove it")
     for name, value in described["files"].items():
         if record.get("files", {}).get(name, value) != value:
             raise InputError(f"{directory}: {name} of {found['data']} has changed since it was made; choose another --out, or remove it")
@@ -860,6 +866,7 @@ def parse(argv):
     every.add_argument("--train-rows", type=positive, metavar="N", help="only the first N training rows")
     every.add_argument("--save-every", type=positive, metavar="STEPS", help="save the state so often, too (default: at validations alone)")
     every.add_argument("--dev-rows", type=positive, metavar="N", help="only the first N validation rows")
+    add_precision_option(every)
     return parse_arguments(parser, argv)
 
 
@@ -954,7 +961,7 @@ def check_shape(shape):
 def main(argv=None):
     args = parse(argv)
     check_out(args.out)
-    device, started = ranks.start(), time.perf_counter()
+    (device, dtype), started = ranks.start(args.dtype), time.perf_counter()
     check_idle(args)
     if args.method == "pretrain":
         check_shape(args.shape)
@@ -976,7 +983,7 @@ def main(argv=None):
             name += "".join(named(option, value) for option, value in own.items())
             name += f"-s{args.seed}" if kind != "pretrain" or args.seed != 10 else ""
         values = {"method": "sft" if kind in ("teacher", "init") else kind, "student": model, "teacher": teacher, "data": data,
-                  "responses": responses, "train_rows": args.train_rows, "dev_rows": args.dev_rows, **values, **own}  # fmt: skip
+                  "responses": responses, "dtype": dtype, "train_rows": args.train_rows, "dev_rows": args.dev_rows, **values, **own}  # fmt: skip
         keep, micro_batch = args.keep if kind == args.method else 0, args.micro_batch or (32 if demo else 8)
         return run_stage(name, Settings(**values), args.out, micro_batch, device, paper_row(kind, values, own), keep, args.save_every)
 
@@ -1000,19 +1007,20 @@ def main(argv=None):
                 "train_rows": args.train_rows,
                 "max_new": DEMO["seqkd"]["max_new"] if demo else MAX_NEW,
                 "seed": 10,
+                "dtype": dtype,
             }
             responses = sample_responses(f"responses-{label_of(teacher)}{data_label}", s, args.out, device)
         trained = stage(args.method, student, teacher, responses)
         if demo:
             models = {"teacher": teacher, "student's init": student if from_init else None, args.method: trained}
-            show_demo({label: model for label, model in models.items() if model}, device)
+            show_demo({label: model for label, model in models.items() if model}, device, dtype)
             say(f"Curves: {Path(trained) / 'curves.png'}. All of it took {clock_time(time.perf_counter() - started)}.")
     ranks.stop()
 
 
-def show_demo(models, device):
+def show_demo(models, device, dtype):
     """The demo's table: models on the test set and on the sets unlike what they were trained on."""
-    scores = evaluate_models(models, open_sets(["demo"]), [10, 20, 30], device, max_new=DEMO["promptkd"]["max_new"])
+    scores = evaluate_models(models, open_sets(["demo"]), [10, 20, 30], device, max_new=DEMO["promptkd"]["max_new"], dtype=dtype)
     say("\n" + lay_out(table(with_averages(scores))))
     say("Mean ± standard deviation over three sampling seeds. The sets behind `test` have wordings, words, lengths and combinations of tasks")
     say("that no fine-tuning row has. Both models were pre-trained on packed text in which many rows stand behind sentences like")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -10,9 +11,12 @@ import torch.distributed as dist
 
 from data.files import InputError
 
+DTYPES = ("float32", "bfloat16")  # of the products in a model's blocks
 
-def start():
-    """Join the other ranks, if torchrun started us. Returns this rank's device."""
+
+def start(dtype=None):
+    """Join the other ranks, if torchrun started us. Returns this rank's device, and the dtype of its products: what is given, else bfloat16
+    on a GPU that has it without emulation, float32 elsewhere. Both, and the ranks, are said on standard error."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     gpu = torch.cuda.is_available()
     if gpu:
@@ -31,7 +35,15 @@ def start():
         # Processes with more threads than cores between them run ten times slower.
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // local_world)))
-    return torch.device("cuda", local) if gpu else torch.device("cpu")
+    if dtype is None:
+        dtype = "bfloat16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if rank() == 0:
+        name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+        print(f"device: {name}; ranks: {world()}; precision: {dtype}", file=sys.stderr, flush=True)
+        if not gpu and (built := torch.version.cuda or torch.version.hip):
+            hint = "look at nvidia-smi, the driver's version and CUDA_VISIBLE_DEVICES"
+            print(f"warning: this PyTorch is built for GPUs ({built}) but can use none, so the CPU works; {hint}", file=sys.stderr, flush=True)
+    return torch.device("cuda", local) if gpu else torch.device("cpu"), dtype
 
 
 def stop():

@@ -44,18 +44,28 @@ import train
 from data.files import InputError, command, pyplot, write_atomic
 from data.rows import Example, load_tokenizer, pad, read_rows, request_tokens, training_examples
 from evaluate import evaluate, lay_out, rouge_l
-from model import GPT, TRANSPOSED, KVCache
+from model import GPT, TRANSPOSED, KVCache, precision
 from prompt import freeze, teacher_hidden
 
 BASE, MEDIUM, XL = "12x768x12", "24x1024x16", "48x1600x25"
-# request and max_new are the limits in tokens; a case with a source has Dolly's rows, the others rows that are as long as the limits
-SMALL = {"student": "4x128x4", "teacher": "6x256x8", "rows": 8, "request": 64, "max_new": 64, "vocab": 50257, "dropout": 0.1}
+# 64 rows of Dolly, tokens of request and response, the latter cut at 256. Drawn so that means and quantiles are those of all rows
+# (71.3 and 68.9 tokens on average), they stand for Dolly where it is not at hand.
+DOLLY_LENGTHS = (
+    (37, 6), (43, 83), (49, 38), (41, 15), (48, 13), (178, 36), (89, 18), (169, 10), (40, 7), (177, 10), (86, 46), (42, 90), (34, 79),
+    (44, 29), (41, 122), (37, 56), (56, 178), (48, 99), (50, 6), (42, 20), (40, 34), (44, 53), (39, 12), (244, 43), (167, 2), (67, 32),
+    (111, 176), (40, 256), (41, 256), (45, 12), (45, 33), (46, 96), (62, 106), (38, 29), (174, 60), (192, 126), (55, 147), (40, 54),
+    (46, 55), (36, 97), (40, 94), (35, 43), (36, 256), (37, 10), (45, 256), (38, 11), (36, 128), (217, 10), (41, 30), (35, 66), (222, 115),
+    (39, 85), (39, 8), (36, 66), (66, 27), (59, 29), (38, 74), (53, 33), (45, 253), (136, 90), (38, 9), (126, 4), (118, 70), (40, 51),
+)  # fmt: skip
+
+# request and max_new are the limits in tokens. Rows are as long as that; with `lengths` as these say, in turn; with a source they are Dolly's.
+SMALL = {"student": "4x128x4", "teacher": "6x256x8", "rows": 8, "request": 64, "max_new": 64, "vocab": 50257, "dropout": 0.1, "dtype": "float32"}
 CASES = {
     "XS": SMALL | {"student": "1x32x2", "teacher": "2x48x3", "rows": 4, "request": 12, "max_new": 12, "vocab": 500},  # for the tests
     "S": SMALL,
     "M": SMALL | {"student": BASE, "teacher": MEDIUM, "rows": 4, "request": 48, "max_new": 48},
     "D": SMALL | {"rows": 32, "request": 256, "max_new": 256, "source": None},
-    "L": SMALL | {"student": BASE, "teacher": XL, "rows": 256, "request": 256, "max_new": 256, "source": None},
+    "L": SMALL | {"student": BASE, "teacher": XL, "rows": 256, "request": 256, "max_new": 256, "lengths": DOLLY_LENGTHS},
 }
 RECIPE_SHARE = {"L": 16}  # the recipe is timed on this fraction of the rows, and the seconds multiplied: it would take minutes
 PAPER_STEPS = 20 * 44  # of PromptKD, GPT-2 base: 20 epochs of 44 windows of 256 rows
@@ -78,9 +88,16 @@ def find_file(source, *names):
 
 
 def make_examples(case):
-    """The rows of a case. `response` is what sampling will be made to give: random tokens up to the limit without end-of-text, or Dolly's
-    reference, cut at the limit."""
+    """The rows of a case. `response` is what sampling will be made to give: random tokens up to the limit without end-of-text; of given
+    lengths, with end-of-text below the limit; or Dolly's reference, cut at the limit."""
     n = case["rows"]
+    if "lengths" in case:
+        rng, examples, max_new, end = np.random.default_rng(10), [], case["max_new"], case["vocab"] - 1
+        for i in range(n):
+            request, response = case["lengths"][i % len(case["lengths"])]
+            tokens = rng.integers(0, end, request + response).tolist()
+            examples.append(Example(i, tokens[:request], tokens[request:] if response == max_new else [*tokens[request:-1], end]))
+        return examples
     if "source" not in case:
         tokens = np.random.default_rng(10).integers(0, case["vocab"] - 1, (n, case["request"] + case["max_new"])).tolist()
         return [Example(i, row[: case["request"]], row[case["request"] :]) for i, row in enumerate(tokens)]
@@ -133,7 +150,7 @@ def plain_sample(model, requests, said, limit, end):
     B, max_new = said.shape
     ids, lengths = pad(requests, said.device)
     ids = torch.nn.functional.pad(ids, (0, limit - ids.shape[1]))  # (B, limit)
-    dtype = torch.bfloat16 if said.is_cuda else torch.float32
+    dtype = torch.bfloat16 if torch.is_autocast_enabled(said.device.type) else torch.float32
     cache = KVCache(model.config, B, limit + max_new, said.device, dtype)
     hidden = model(ids, cache=cache)[torch.arange(B, device=said.device), lengths - 1]  # (B, C)
     cache.set_lengths(lengths)
@@ -149,7 +166,7 @@ def plain_sample(model, requests, said, limit, end):
 
 def plain_logits(model, ids, real, P=None):
     """Logits (B, T, V) at every position of ids (B, T). Padding (not `real`, (B, T)) is on the right: causal attention doesn't see it."""
-    return model.logits(teacher_hidden(model, ids, P))
+    return torch.nn.functional.linear(teacher_hidden(model, ids, P), model.wte.weight)  # on a GPU in bfloat16
 
 
 def plain_kl(first, second, is_response):
@@ -169,7 +186,7 @@ def recipe_step(run, case, examples, t, logits=plain_logits, sampler=plain_sampl
     pairs = [examples[i : i + 2] for i in range(0, len(examples), 2)]
     losses = {"prompt_loss": 0.0, "loss": 0.0}
     for pair in pairs:
-        with train.precision(run.device):
+        with precision(run.device, run.settings.dtype):
             q.eval()
             said = token_table([e.response for e in pair], case["max_new"], end, run.device)
             responses = sampler(q, [e.request for e in pair], said, case["request"], end)
@@ -236,7 +253,7 @@ def to_hf(model):
     )
     hf = GPT2LMHeadModel(GPT2Config(**sizes, **rates, bos_token_id=None, eos_token_id=None))
     hf.transformer.load_state_dict({name: w.T if name.endswith(TRANSPOSED) else w for name, w in model.state_dict().items()})
-    return hf.to(model.wte.weight).train(model.training).requires_grad_(model.wte.weight.requires_grad)
+    return hf.to(model.h[0].attn.c_attn.weight).train(model.training).requires_grad_(model.wte.weight.requires_grad)
 
 
 def hf_logits(model, ids, real, P=None):
@@ -272,7 +289,7 @@ def make_model(case, name):
 
 def make_run(case, device, teacher, convert=lambda model: model):
     """train.Run of a case, as train.build makes it for a user's run, with a student of its own; both models converted."""
-    s = train.Settings("promptkd", case["student"], "none", case["rows"], lr=1e-5, epochs=1, max_new=case["max_new"], **train.PROMPT)
+    s = train.Settings("promptkd", case["student"], "none", case["rows"], lr=1e-5, epochs=1, max_new=case["max_new"], dtype=case["dtype"], **train.PROMPT)
     student = convert(make_model(case, "student").to(device))
     P = teacher.wte.weight[:PROMPT_LENGTH].detach().float().clone().requires_grad_()
     run = train.Run(
@@ -286,7 +303,7 @@ def make_run(case, device, teacher, convert=lambda model: model):
 
 def make_step(name, case, device):
     """An iteration on n of the case's rows, as a function of n and t: {"losses": by kind, "seconds": of each phase and of the whole}."""
-    teacher, convert = freeze(make_model(case, "teacher").to(device)), [to_hf] if name == "transformers" else []
+    teacher, convert = freeze(make_model(case, "teacher").to(device), case["dtype"]), [to_hf] if name == "transformers" else []
     run, examples = make_run(case, device, teacher, *convert), make_examples(case)
     steps = {
         "recipe": lambda examples, t: recipe_step(run, case, examples, t),
@@ -308,16 +325,16 @@ def make_step(name, case, device):
 def make_sampling(name, case, device):
     """Sampling the responses to n of the case's rows in one batch, as a function of n and t: {"seconds": of the whole}."""
     model, examples = make_model(case, "student").to(device).eval(), make_examples(case)
-    model = to_hf(model) if name == "transformers" else model
+    model, dtype = to_hf(model) if name == "transformers" else model, case["dtype"]
     end, limit, max_new = case["vocab"] - 1, case["request"], case["max_new"]
 
     def sampling(n, t):
         requests, responses = [e.request for e in examples[:n]], {e.index: e.response for e in examples[:n]}
         said, keys = token_table(responses.values(), max_new, end, device), [(10, "rollout", t, index) for index in responses]
         begin = time.perf_counter()
-        with forced(responses, max_new, end, device), train.precision(device):
+        with forced(responses, max_new, end, device), precision(device, dtype):
             if name == "ours":
-                result = sample.sample_all(model, requests, keys, end, max_new)[0]
+                result = sample.sample_all(model, requests, keys, end, max_new, dtype=dtype)[0]
             else:
                 result = (hf_sample if name == "transformers" else plain_sample)(model, requests, said, limit, end)
         assert result == [*responses.values()], "something else was said"
@@ -331,6 +348,7 @@ def make_evaluation(name, case, device):
     batches of 8 that run until all of a batch have ended; as a function of n and t: {"seconds": of the whole, "rouge_l": the mean}."""
     model, tokenizer, max_new = make_model(case, "student").to(device).eval(), load_tokenizer(), case["max_new"]
     rows, end = read_rows(find_file(case["source"], "test.jsonl", "valid.jsonl"), case["rows"]), tokenizer.eot_token
+    key, dtype = (10, "evaluate", "dolly"), case["dtype"]
     responses = {row.index: [*tokenizer.encode_ordinary(row.references[0]), end][:max_new] for row in rows}
 
     def in_batches_of_8(rows):
@@ -338,7 +356,7 @@ def make_evaluation(name, case, device):
         for batch in (rows[i : i + 8] for i in range(0, len(rows), 8)):
             requests = [request_tokens(row, tokenizer)[0] for row in batch]
             said = token_table([responses[row.index] for row in batch], max_new, end, device)
-            with train.precision(device):
+            with precision(device, dtype):
                 results += plain_sample(model, requests, said, max(len(request) for request in requests), end)
         return rouge_l([sample.to_text(response, tokenizer) for response in results], [row.references for row in rows])
 
@@ -346,7 +364,7 @@ def make_evaluation(name, case, device):
         begin = time.perf_counter()
         with forced(responses, max_new, end, device):
             if name == "ours":
-                scores = [result["rouge_l"] for result in evaluate(model, tokenizer, rows[:n], (10, "evaluate", "dolly"), max_new=max_new)]
+                scores = [result["rouge_l"] for result in evaluate(model, tokenizer, rows[:n], key, max_new=max_new, dtype=dtype)]
             else:
                 scores = in_batches_of_8(rows[:n])
         return {"seconds": {"whole": time.perf_counter() - begin}, "rouge_l": fmean(scores)}
@@ -383,7 +401,7 @@ def processes(work, names, case, threads):
     try:
         for name in names:
             job, stock = json.dumps({"work": work, "name": name, "case": case}), [] if "ours" in name else ["--stock"]
-            words = [sys.executable, __file__, "--job", job, "--threads", str(threads), *stock]
+            words = [sys.executable, __file__, "--job", job, "--threads", str(threads), "--dtype", case["dtype"], *stock]
             sides[name] = Popen(words, stdin=PIPE, stdout=PIPE, text=True, start_new_session=True)  # Ctrl-C doesn't reach it
         yield sides
     except BaseException:
@@ -428,10 +446,9 @@ def seconds_of(answers, phase="whole"):
 # ---- the floor ------------------------------------------------------------------------------------------------------------------------
 
 
-def machine_rates(device):
-    """Operations a second of a large matrix product (float32; on a GPU bfloat16, as there in training), and bytes a second of a large
-    copy, read and written; the best of five."""
-    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+def machine_rates(device, dtype):
+    """Operations a second of a large matrix product in a dtype, and bytes a second of a large copy, read and written; the best of five."""
+    n = 8192 if device.type == "cuda" else 2048
     a, x = torch.randn(n, n, device=device, dtype=dtype), torch.zeros(1 << 26, device=device)
     y = torch.empty_like(x)
 
@@ -502,7 +519,7 @@ def with_spread(values, digits=2):
 
 def show_size(size, args, device, rates):
     """The table of one size."""
-    case, share = CASES[size], RECIPE_SHARE.get(size, 1)
+    case, share = CASES[size] | {"dtype": args.dtype}, RECIPE_SHARE.get(size, 1)
     if "source" in case:
         case = case | {"source": args.source}
     others = ["recipe", *(["transformers"] if args.hf and has_transformers() else [])]
@@ -513,9 +530,12 @@ def show_size(size, args, device, rates):
     print(f"\n{size}: {models}, {len(examples)} rows, {length:,} tokens, {n_tokens:,} of them of responses", flush=True)
     part = {name: case["rows"] // (share if name in others else 1) for name in names}
     answers, before = take_turns("step", part, case, args.threads, args.repeats)
-    floor = floor_seconds(count_work(case, examples, 2 if device.type == "cuda" else 4), rates)
+    work = count_work(case, examples, getattr(torch, args.dtype).itemsize)
+    floor, operations = floor_seconds(work, rates), {phase: sum(count for count, _ in parts) for phase, parts in work.items()}
+    operations["whole"] = sum(operations.values())
 
-    lines = [["", *(x for name in names for x in (f"{name}, s", "tokens/s")), *(f"{name} / ours" for name in others), "floor, s", "ours / floor"]]
+    columns = [*(f"{name} / ours" for name in others), "floor, s", "ours / floor", "share of the peak"]
+    lines = [["", *(x for name in names for x in (f"{name}, s", "tokens/s")), *columns]]
     for phase in (*PHASES, "whole"):
         cells, times = [], {name: [case["rows"] / part[name] * s for s in seconds_of(answers[name], phase)] for name in names}
         for name, seconds in times.items():
@@ -523,11 +543,12 @@ def show_size(size, args, device, rates):
         label = phase if phase == "sampling" else f"{phase} step"
         ours = median(times["ours"])
         ratios = [f"{median(times[name]) / ours:.2f}" for name in others]
-        lines.append([label, *cells, *ratios, f"{floor[phase]:.2f}", f"{ours / floor[phase]:.2f}"])
+        share_of_peak = f"{100 * operations[phase] / ours / rates[0]:.0f}%"
+        lines.append([label, *cells, *ratios, f"{floor[phase]:.2f}", f"{ours / floor[phase]:.2f}", share_of_peak])
     for kind in before["ours"]:
         peaks = {name: answers[name][-1]["memory"][kind] for name in names}
         cells = [cell for name in names for cell in (f"{peaks[name]:.2f} (before {before[name][kind]:.2f})", "")]
-        lines.append([f"peak {kind}, GB", *cells, *(f"{peaks[name] / peaks['ours']:.2f}" for name in others), "", ""])
+        lines.append([f"peak {kind}, GB", *cells, *(f"{peaks[name] / peaks['ours']:.2f}" for name in others), "", "", ""])
     print(lay_out(lines))
     if share > 1:
         print(f"The recipe's seconds are {share} times those of {len(examples) // share} rows.")
@@ -538,9 +559,10 @@ def show_size(size, args, device, rates):
 def show_sampling(args, device, rates, case=CASES["M"] | {"request": 64, "max_new": 64}):
     """Tokens/s of sampling at the base shape, all rows in one batch on every side."""
     names, lines = ["plain", "ours", *(["transformers"] if has_transformers() else [])], []
+    case = case | {"dtype": args.dtype}
     for n in (1, 8, 32):
         answers, _ = take_turns("sampling", dict.fromkeys(names, n), case | {"rows": n}, args.threads, args.repeats)
-        n_tokens, work = n * case["max_new"], count_work(case, make_examples(case | {"rows": n}), 2 if device.type == "cuda" else 4)
+        n_tokens, work = n * case["max_new"], count_work(case, make_examples(case | {"rows": n}), getattr(torch, args.dtype).itemsize)
         rate = {name: [n_tokens / s for s in seconds_of(answers[name])] for name in names}
         gain = median(rate["ours"]) / max(median(values) for name, values in rate.items() if name != "ours")
         at_best = n_tokens / floor_seconds(work, rates)["sampling"]
@@ -552,7 +574,7 @@ def show_sampling(args, device, rates, case=CASES["M"] | {"request": 64, "max_ne
 def show_evaluation(args):
     """Time to evaluate Dolly's test rows at S's student."""
     n_rows = len(read_rows(find_file(args.source, "test.jsonl", "valid.jsonl"), args.rows))
-    case = CASES["S"] | {"rows": n_rows, "max_new": sample.MAX_NEW, "source": args.source}
+    case = CASES["S"] | {"rows": n_rows, "max_new": sample.MAX_NEW, "source": args.source, "dtype": args.dtype}
     answers, _ = take_turns("evaluation", dict.fromkeys(["batches of 8", "ours"], n_rows), case, args.threads, args.repeats)
     print(f"\nevaluation of {n_rows} Dolly rows, {case['student']}, sampling and scoring")
     lines = [[name, with_spread(seconds_of(of_side)), f"{of_side[-1]['rouge_l']:.2f}"] for name, of_side in answers.items()]
@@ -567,6 +589,7 @@ def scaled(case, axis, value):
 
 def show_scaling(args, base=CASES["S"]):
     """Time and peak memory of a step against batch, length and vocabulary, written as JSON and as a picture."""
+    base = base | {"dtype": args.dtype}
     points, measured = [], {}
     for axis, values in AXES.items():
         for name in ("ours", "recipe"):
@@ -636,9 +659,10 @@ def main(argv=None):
     parser.add_argument("--out", default="docs/scaling.png", help="the picture of --scaling; JSON is put beside it (default docs/scaling.png)")
     parser.add_argument("--job", help=argparse.SUPPRESS)  # one side in this process: what `processes` starts
     parser.add_argument("--stock", action="store_true", help=argparse.SUPPRESS)  # read where data is imported
+    sample.add_precision_option(parser)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    device = ranks.start()
+    device, args.dtype = ranks.start(args.dtype)
     if args.job:
         return do_job(**json.loads(args.job), device=device)
     if not (args.size or args.sampling or args.evaluation or args.scaling):
@@ -646,11 +670,11 @@ def main(argv=None):
     if "L" in args.size and device.type != "cuda":
         raise InputError("--size L needs a GPU; leave it out")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu with {os.cpu_count()} cores"
-    print(f"{name}, {args.threads} threads, torch {torch.__version__}, medians of {args.repeats} (least-most)")
+    print(f"{name}, {args.threads} threads, torch {torch.__version__}, {args.dtype}, medians of {args.repeats} (least-most)")
     if args.hf:
         print("TRL's GKDTrainer is left out: there is no side for it here")
     if args.size or args.sampling:
-        rates = machine_rates(device)
+        rates = machine_rates(device, getattr(torch, args.dtype))
         print(f"measured: a large matrix product {rates[0] / 1e9:,.0f} GFLOP/s, a large copy {rates[1] / 1e9:,.0f} GB/s")
     for size in args.size:
         show_size(size, args, device, rates)

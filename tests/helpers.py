@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -126,6 +127,12 @@ def run_command(*arguments, timeout=120, **environment):
     """`python arguments...` in the project's folder, on the CPU. Returns the finished process, with its output as text."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_ENDPOINT": "http://127.0.0.1:9", **environment}
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def after_device(stderr):
+    """What a command printed on standard error after the first line, which names the device where the command came that far."""
+    first, _, rest = stderr.partition("\n")
+    return rest if re.fullmatch(r"device: CPU, \d+ threads; ranks: \d+; precision: (float32|bfloat16)", first) else stderr
 
 
 def files_below(folder):

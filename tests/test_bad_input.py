@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 import torch
-from helpers import ROOT, Short, soft_prompt, stored_weights, talker_config, tiny_model, tiny_tokenizer, write_checkpoint, write_rows
+from helpers import ROOT, Short, after_device, soft_prompt, stored_weights, talker_config, tiny_model, tiny_tokenizer, write_checkpoint, write_rows
 from safetensors.torch import load_file, save_file
 from tiktoken_ext.openai_public import r50k_pat_str
 
@@ -125,7 +125,7 @@ def refused(world, tmp_path, capsys):
 def the_line(status, said):
     """The one line of error on a screen, which argparse puts its usage before."""
     assert status == 2
-    *usage, line = said.splitlines()
+    *usage, line = after_device(said).splitlines()
     assert re.match(r"error: \S|[\w. -]+: error: \S", line) and "Traceback" not in said
     assert not usage or (usage[0].startswith("usage: ") and all(other.startswith(" ") for other in usage[1:]))
     return line
@@ -294,8 +294,9 @@ def test_a_text_of_bytes_that_are_no_text_is_taken_as_a_prompt_and_as_an_instruc
     with pytest.raises(pytest.fail.Exception, match="training has begun"):
         train.main(["--sft-teacher", "teacher", "--init", "student", "--data", "data", "--prompt-text", text, "--out", "out"])
     shutil.rmtree("out")
+    capsys.readouterr()
     command(lambda: sample.main(["student", "--instruction", text, "--max-new", "2"]))
-    assert capsys.readouterr().err == ""
+    assert after_device(capsys.readouterr().err) == ""
 
 
 # ---- JSON lines --------------------------------------------------------------------------------------------------------------------
@@ -482,7 +483,7 @@ def test_unusual_lines_that_are_well_formed_are_taken(bad, capsys):
     assert [row.instruction for row in read_rows(path, needs_output=False)] == ["Write."] * 3
     command(lambda: sample.main([*arguments, "--greedy", "--max-new", "2", "--json"]))
     said = capsys.readouterr()
-    assert len(said.out.splitlines()) == 3 and said.err.startswith("1 of 3 requests were shortened to fit")
+    assert len(said.out.splitlines()) == 3 and after_device(said.err).startswith("1 of 3 requests were shortened to fit")
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import sample
 import train
 from data.files import InputError
 from data.rows import Example
-from helpers import run_command, talker_config, tiny_model, tiny_tokenizer
+from helpers import after_device, run_command, talker_config, tiny_model, tiny_tokenizer
 from prompt import freeze
 
 CPU = torch.device("cpu")
@@ -239,34 +239,36 @@ def test_a_process_that_dies_ends_the_bench_with_one_line(monkeypatch, capsys, t
     dies.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(dies))
     monkeypatch.setattr(sys.stdout, "reconfigure", lambda **how: None, raising=False)
-    monkeypatch.setattr(bench, "machine_rates", lambda device: (1e9, 1e9))
+    monkeypatch.setattr(bench, "machine_rates", lambda device, dtype: (1e9, 1e9))
     with pytest.raises(SystemExit) as ended:
         bench.command(lambda: bench.main(["--size", "XS", "--threads", "1"]))
-    said = capsys.readouterr().err
+    said = after_device(capsys.readouterr().err)
     assert ended.value.code == 2 and said.count("\n") == 1 and said.startswith("error: recipe: ") and "(exit status -9)" in said
 
 
 def test_size_prints_a_table_with_every_phase(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "machine_rates", lambda device: (1e9, 1e9))
+    monkeypatch.setattr(bench, "machine_rates", lambda device, dtype: (1e9, 1e9))
     bench.main(["--size", "XS", "--repeats", "2", "--threads", "1"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0][0] == "cpu" and "torch" in lines[0] and lines[0][lines[0].index("threads,") - 1] == "1"
     table = {line[0]: line for line in lines if line}
     floor = bench.floor_seconds(bench.count_work(bench.CASES["XS"], bench.make_examples(bench.CASES["XS"])), (1e9, 1e9))
     for label in ("sampling", "prompt", "student", "whole"):
-        assert table[label][-2] == f"{floor[label]:.2f}" and float(table[label][-1]) > 0 and float(table[label][-3]) > 0
+        ratio, floor_seconds, to_floor, share = table[label][-4:]
+        assert floor_seconds == f"{floor[label]:.2f}" and float(to_floor) > 0 and float(ratio) > 0
+        assert float(share.removesuffix("%")) > 0
     assert 0.05 < float(table["peak"][3]) < 4
 
 
 def test_size_compares_with_the_recipe_and_with_transformers(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "machine_rates", lambda device: (1e9, 1e9))
+    monkeypatch.setattr(bench, "machine_rates", lambda device, dtype: (1e9, 1e9))
     monkeypatch.setattr(bench, "has_transformers", lambda: True)
     monkeypatch.setattr(bench, "take_turns", fake_turns)
     bench.main(["--size", "XS", "--hf", "--threads", "1"])
     lines = capsys.readouterr().out.splitlines()
     table = {line.split()[0]: line.split() for line in lines if line}
     assert any("recipe / ours  transformers / ours  floor, s" in line for line in lines)
-    assert all(table[label][-4:-2] == ["3.00", "5.00"] for label in ("sampling", "prompt", "student", "whole"))
+    assert all(table[label][-5:-3] == ["3.00", "5.00"] for label in ("sampling", "prompt", "student", "whole"))
     assert table["peak"][3] == "2001.00" and table["peak"][-2:] == ["1.00", "1.00"]
 
 
@@ -290,7 +292,7 @@ def test_scaling_writes_a_picture_and_leaves_out_what_takes_too_long(monkeypatch
 
 def test_sampling_is_timed_on_every_side(monkeypatch, capsys):
     monkeypatch.setattr(bench, "has_transformers", lambda: False)
-    args = SimpleNamespace(repeats=1, threads=1)
+    args = SimpleNamespace(repeats=1, threads=1, dtype="float32")
     bench.show_sampling(args, CPU, (1e9, 1e9), TINY)
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()]
     assert [row[0] for row in rows] == ["1", "8", "32"] and all(float(row[-2]) > 0 for row in rows)
@@ -327,17 +329,17 @@ def test_dolly_rows_have_their_own_lengths_within_the_limits(shared, monkeypatch
 
 def test_a_command_without_a_measure_ends_with_one_line():
     done = run_command("tests/bench.py")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nothing to measure; give --size S M D" in done.stderr
+    assert done.returncode == 2 and after_device(done.stderr).count("\n") == 1 and "nothing to measure; give --size S M D" in done.stderr
 
 
 def test_the_largest_size_needs_a_gpu(monkeypatch):
-    monkeypatch.setattr(bench.ranks, "start", lambda: CPU)
+    monkeypatch.setattr(bench.ranks, "start", lambda dtype: (CPU, "float32"))
     with pytest.raises(InputError, match="--size L needs a GPU"):
         bench.main(["--size", "L", "--threads", "1"])
 
 
 @pytest.mark.parametrize("option", [("--size", "D"), ("--evaluation",)])
 def test_missing_data_is_named_with_the_mend(monkeypatch, tmp_path, option):
-    monkeypatch.setattr(bench, "machine_rates", lambda device: (1e9, 1e9))
+    monkeypatch.setattr(bench, "machine_rates", lambda device, dtype: (1e9, 1e9))
     with pytest.raises(InputError, match=r"(train|test)\.jsonl: no such file; run python -m data\.prepare dolly"):
         bench.main([*option, "--source", str(tmp_path), "--threads", "1"])

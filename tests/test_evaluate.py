@@ -18,7 +18,7 @@ from data.files import InputError, command
 from data.rows import fill_template, read_rows
 from evaluate import PAPER_SCORES, draw_bars, evaluate, evaluate_models, format_score, leaders, legend, main, mean_rouge_l, named_once, open_sets, rouge_l
 from evaluate import lay_out, table, with_averages
-from helpers import ROOT, run_command, talker_config, tiny_model, tiny_tokenizer, write_checkpoint, write_rows
+from helpers import ROOT, after_device, run_command, talker_config, tiny_model, tiny_tokenizer, write_checkpoint, write_rows
 from model import CheckpointError
 from sample import row_uniforms, sample, to_text
 
@@ -226,7 +226,7 @@ from evaluate import evaluate, main
 from sample import load_model
 
 home, *arguments = sys.argv[1:]
-model, tokenizer = load_model(f"{home}/model", ranks.start())
+model, tokenizer = load_model(f"{home}/model", ranks.start()[0])
 results = evaluate(model, tokenizer, read_rows(f"{home}/near/test.jsonl"), (10, "evaluate", "near"), max_new=20)
 with open(f"{home}/rank-{ranks.rank()}-of-{ranks.world()}.json", "w") as file:
     json.dump(results, file)
@@ -272,7 +272,7 @@ def test_decoding_options_and_rows_reach_the_sampling(world, capsys):
 def test_the_ban_of_6_grams_is_on_for_a_public_set_alone(world, capsys, monkeypatch):
     monkeypatch.setattr("evaluate.data_directory", lambda name: world / "near" if name == "dolly" else world / "far")
     seen = {}
-    monkeypatch.setattr("evaluate.sample_all", lambda m, requests, keys, end, no_repeat, **how: seen.update({keys[0][2]: no_repeat}) or ([[end]] * len(keys), None))
+    monkeypatch.setattr("evaluate.sample_all", lambda m, requests, keys, *rest, no_repeat, **how: seen.update({keys[0][2]: no_repeat}) or ([rest[:1]] * len(keys), None))
     main([str(world / "model"), "--data", "dolly", str(world / "far"), "--seeds", "10", "--out", str(world / "ban")])
     assert seen == {"dolly": 6, "far": 0} == json.loads((world / "ban" / "table1.json").read_text())["no_repeat_ngram"]
     assert "banned: dolly 6, far no" in capsys.readouterr().out
@@ -735,11 +735,12 @@ def test_a_wrong_command_is_one_line_of_error(world, monkeypatch, capsys, argume
     monkeypatch.chdir(world)
     with pytest.raises(SystemExit) as exit:
         command(lambda: main([*arguments, "--out", "never"]), CheckpointError)
-    _, err = capsys.readouterr()
+    err = after_device(capsys.readouterr().err)
     assert exit.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and words in err
     assert not (world / "never").exists()
 
 
 def test_a_wrong_command_ends_the_process_with_status_2(world):
     done = run_command("evaluate.py", world / "model", "--data", world / "model")
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    err = after_device(done.stderr)
+    assert done.returncode == 2 and done.stdout == "" and err.startswith("error: ") and err.count("\n") == 1

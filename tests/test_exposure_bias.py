@@ -16,7 +16,7 @@ from data.demo import TOKENIZER_DIR
 from data.files import InputError, command
 from data.rows import fill_template, load_tokenizer
 from exposure_bias import checkpoints, curve, draw_steps, draw_training, exposure, group, main, readable, short_names, step_kl
-from helpers import TINY, error_of, files_below, run_command, talker_config, tiny_model, tiny_tokenizer, write_checkpoint, write_rows
+from helpers import TINY, after_device, error_of, files_below, run_command, talker_config, tiny_model, tiny_tokenizer, write_checkpoint, write_rows
 from model import CheckpointError, load
 from reference import as_arrays, gpt2_logits, token_kl
 from sample import row_uniforms, sample
@@ -390,7 +390,7 @@ def test_sampling_is_plain_the_teacher_s_is_done_once_and_its_random_numbers_are
     monkeypatch.setattr(exposure_bias, "sample_all", watched)
     run(world, capsys, students=("student", "run"), along=("run",))
     assert [max_new for _, max_new, _ in calls] == [STEPS] * 6  # teacher, two students, three checkpoints
-    assert all(set(how) == {"label"} for *_, how in calls)  # no ban, no temperature
+    assert all(set(how) == {"label", "dtype"} for *_, how in calls)  # no ban, no temperature
     teacher, *students = (keys for keys, *_ in calls)
     assert all(keys == students[0] for keys in students)  # what is drawn is comparable
     assert not set(teacher) & set(students[0]) and len(set(teacher)) == len(set(students[0])) == 5 * SAMPLES
@@ -525,7 +525,7 @@ def test_a_wrong_command_is_one_line_of_error_and_writes_nothing(broken, monkeyp
     given += [] if "--steps" in arguments else ["--steps", "3"]
     with pytest.raises(SystemExit) as left:
         command(lambda: main([*given, *arguments]), CheckpointError)
-    error = capsys.readouterr().err
+    error = after_device(capsys.readouterr().err)
     assert left.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and words in error
     assert not (broken / "never").exists()
 
@@ -552,5 +552,6 @@ def test_requests_that_were_shortened_are_counted(world, capsys, monkeypatch):
 
 def test_the_command_ends_with_status_2_and_one_line(world):
     done = run_command("exposure_bias.py", "--teacher", world / "teacher", "--students", world / "none", "--data", world / "set")
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    err = after_device(done.stderr)
+    assert done.returncode == 2 and done.stdout == "" and err.startswith("error: ") and err.count("\n") == 1
     assert torch.is_grad_enabled()

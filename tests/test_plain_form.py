@@ -50,7 +50,7 @@ def next_probs(model, ids):
 
 
 @torch.no_grad()
-def plain_sample(model, requests, uniforms, end, max_new, mix=None):
+def plain_sample(model, requests, uniforms, end, max_new, mix=None, dtype="float32"):
     """One row after the other, and all of the row anew for each token."""
     responses, log_probs = [], []
     for request, u in zip(requests, uniforms):

@@ -48,8 +48,8 @@ def caught(function):
 
 def everything():
     torch.set_num_threads(16)
-    device = ranks.start()
-    assert ranks.start() == device
+    device, _ = ranks.start()
+    assert ranks.start()[0] == device
     me = ranks.rank()
     said = {"rank": me, "world": ranks.world(), "device": device.type, "threads": torch.get_num_threads()}
     said["gathered"] = [ranks.gather([[f"{me}a"], [f"{me}a", f"{me}b", f"{me}c"]][me]), ranks.gather([[], [7]][me]), ranks.gather([])]
@@ -149,7 +149,7 @@ def alone(monkeypatch):
 
 def test_without_torchrun_everything_is_the_identity(alone):
     threads = torch.get_num_threads()
-    assert ranks.start() == torch.device("cpu") and torch.get_num_threads() == threads
+    assert ranks.start() == (torch.device("cpu"), "float32") and torch.get_num_threads() == threads
     assert not torch.distributed.is_initialized() and (ranks.rank(), ranks.world()) == (0, 1)
     items, tensor = ["a", "b"], torch.tensor([1.0, 2.0])
     assert ranks.gather(items) == ["a", "b"] and ranks.gather([]) == []

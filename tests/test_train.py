@@ -25,7 +25,7 @@ from data.demo import TOKENIZER_DIR, make_document, make_rows
 from data.files import InputError, command, model_directory
 from data.rows import Example, fill_template, load_tokenizer, read_rows
 from evaluate import DEMO_SETS
-from helpers import ROOT, hf_config, run_command, tiny_model, tiny_tokenizer, write_checkpoint, write_rows
+from helpers import ROOT, after_device, hf_config, run_command, tiny_model, tiny_tokenizer, write_checkpoint, write_rows
 from model import CheckpointError, Config, load
 from prompt import load_prompt
 from sample import row_uniforms, sample
@@ -321,7 +321,7 @@ def plan(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "sample_responses", sample_responses)
     monkeypatch.setattr(train, "data_directory", Path)
     monkeypatch.setattr(train, "check_inputs", lambda *_: None)
-    monkeypatch.setattr(train, "show_demo", lambda models, device: None)
+    monkeypatch.setattr(train, "show_demo", lambda models, device, dtype: None)
 
     def planned(*options):
         stages.clear()
@@ -376,7 +376,7 @@ def test_kd_trains_the_pre_trained_student_against_the_fine_tuned_teacher(plan):
 def test_seqkd_samples_the_fine_tuned_teacher_and_trains_the_pre_trained_student(plan):
     teacher, responses, seqkd = plan("--method", "seqkd", "--student", "gpt2-medium")
     assert names([teacher, responses, seqkd]) == ["teacher-gpt2-xl", "responses-gpt2-xl", "seqkd-gpt2-medium-s10"]
-    assert responses.settings == {"student": "out/teacher-gpt2-xl", "data": "dolly", "train_rows": None, "max_new": 256, "seed": 10}
+    assert responses.settings == {"student": "out/teacher-gpt2-xl", "data": "dolly", "train_rows": None, "max_new": 256, "seed": 10, "dtype": "float32"}
     s = seqkd.settings
     assert (s.method, s.student, s.teacher, s.data, s.responses) == ("seqkd", "gpt2-medium", "out/teacher-gpt2-xl", "dolly", "out/responses-gpt2-xl")
 
@@ -651,7 +651,7 @@ def test_every_stage_draws_its_curves(whole):
 
 
 def test_a_second_call_skips_every_complete_stage_and_changes_no_file(whole, monkeypatch):
-    monkeypatch.setattr(train, "show_demo", lambda models, device: None)
+    monkeypatch.setattr(train, "show_demo", lambda models, device, dtype: None)
     before = files(whole.out)
     screens = main(whole.out, *PRETRAIN), main(whole.out, *whole.options)
     assert files(whole.out) == before
@@ -795,7 +795,7 @@ def built(monkeypatch):
     """The Runs that are built, in order."""
     runs, build = [], train.build
     monkeypatch.setattr(train, "build", lambda *arguments: runs.append(build(*arguments)) or runs[-1])
-    monkeypatch.setattr(train, "show_demo", lambda models, device: None)
+    monkeypatch.setattr(train, "show_demo", lambda models, device, dtype: None)
     return runs
 
 
@@ -973,7 +973,7 @@ def seqkd(tmp_path_factory, student, teacher):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(train.STEPS, "seqkd", lambda run, examples, t: found.steps.append(examples) or step(run, examples, t))
         patch.setattr(train, "validate", lambda run, rows, examples: found.validated.append((rows, examples)) or validate(run, rows, examples))
-        patch.setattr(train, "show_demo", lambda models, device: None)
+        patch.setattr(train, "show_demo", lambda models, device, dtype: None)
         found.screen = main(found.out, *options)
     found.responses, found.trained = (found.out / name for name in ("responses-wide-demo", "seqkd-small-demo-steps2-globalbatch18-s10"))
     return found
@@ -1103,7 +1103,7 @@ def test_a_corpus_that_cannot_be_used_is_one_line_of_error_and_leaves_no_record(
     options = ("--method", "minillm", "--data", "demo", "--init", student, "--sft-teacher", teacher, "--lm-data", tmp_path / name)
     with pytest.raises(SystemExit) as stopped:
         command(lambda: train.main([*map(str, options), "--out", str(tmp_path / "out")]), CheckpointError)
-    err = capsys.readouterr().err
+    err = after_device(capsys.readouterr().err)
     assert stopped.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and words in err
     assert not list(tmp_path.rglob("run.json"))
 
@@ -1236,7 +1236,7 @@ from data import ranks
 from data.files import command
 
 data.prepare.HOME = pathlib.Path(sys.argv[1])
-train.show_demo, train.draw_curves = lambda models, device: None, lambda directory: "no picture"
+train.show_demo, train.draw_curves = lambda models, device, dtype: None, lambda directory: "no picture"
 ranks.stop = lambda: None  # the ranks stay together for the next command
 sample_all = train.sample_all
 
@@ -1285,7 +1285,7 @@ def by_ranks(tmp_path_factory, student, teacher):
     uneven = [([*options, "--seed", "11"], True) for options, _ in commands[-3:]]
     said = {n: launch_ranks(n, home, commands + (uneven if n == 2 else [])) for n in (2, 4)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "show_demo", lambda models, device: None)
+        patch.setattr(train, "show_demo", lambda models, device, dtype: None)
         patch.setattr(train, "draw_curves", lambda directory: "no picture")
         for options, _ in commands:
             main(home / "1", *options)
@@ -1340,7 +1340,7 @@ def test_a_command_that_cannot_run_ends_with_status_2_and_one_line(tmp_path, stu
     options = [student if option == "MODEL" else option for option in options]
     done = run_command("train.py", *options, "--out", tmp_path / "out")
     assert done.returncode == 2
-    assert done.stderr.startswith(error) and done.stderr.count("\n") == 1
+    assert after_device(done.stderr).startswith(error) and after_device(done.stderr).count("\n") == 1
 
 
 @pytest.mark.parametrize("option, value", [

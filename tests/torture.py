@@ -38,7 +38,7 @@ def plan(home, steps):
         small = {"steps": steps, "global_batch": 8, "validate_every": 4, "max_new": 8, "block": 32, "dropout": 0.1, "warmup": 2}
         small |= {"rollout_rows": 16, "inner_epochs": 2} if kind == "minillm" else {}
         train.DEMO[{"3x128x4": "1x24x2", "2x64x4": "1x16x2"}.get(kind, kind)] = values | small
-    train.show_demo, train.draw_curves = lambda models, device: None, lambda directory: "no picture"
+    train.show_demo, train.draw_curves = lambda models, device, dtype: None, lambda directory: "no picture"
     ranks.stop = lambda: None  # the ranks stay together for the next command
     data.prepare.HOME = home
     how = ["--data", "demo", "--out", "out", "--save-every", "3", "--micro-batch", "5", "--dev-rows", "4", "--keep", "3"]
