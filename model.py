@@ -71,7 +71,8 @@ class KVCache:
 
     def keep(self, rows):
         """Drop all rows but these (an index tensor)."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.keys = self.keys[:, rows]
+        self.values = self.values[:, rows]  # only now, so that of keys and values one alone is there twice
         self.lengths = self.lengths[rows]
 
 

@@ -19,7 +19,7 @@ from prompt import load_prompt
 
 MAX_NEW = 256  # tokens of a response, whatever the request's length
 CPU_ROWS = 64  # sampled at once on a CPU, where more rows gain nothing
-CACHE_SHARE = 0.25  # of a GPU's memory for the key-value cache of the rows sampled at once; dropping rows copies half of it for a moment
+CACHE_SHARE = 0.1  # of a GPU's memory for the key-value cache of the rows sampled at once, beside weights, gradients and AdamW's states
 LOOK_EVERY = {"cpu": 1, "cuda": 8}  # tokens between two looks at which rows have ended: a GPU has to be waited for
 
 

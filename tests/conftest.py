@@ -40,6 +40,15 @@ def shared():
     return path
 
 
+@pytest.fixture(autouse=True, scope="module")
+def only_the_gpu_tests_use_a_gpu(request):
+    """All others are about the CPU, and mean the same on a machine with a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ != "test_gpu":
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
 @pytest.fixture
 def server(monkeypatch):
     """A server that stands for the hub, while nobody waits between two attempts."""

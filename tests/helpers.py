@@ -132,7 +132,9 @@ def run_command(*arguments, timeout=120, **environment):
 def after_device(stderr):
     """What a command printed on standard error after the first line, which names the device where the command came that far."""
     first, _, rest = stderr.partition("\n")
-    return rest if re.fullmatch(r"device: CPU, \d+ threads; ranks: \d+; precision: (float32|bfloat16)", first) else stderr
+    if not re.fullmatch(r"device: CPU, \d+ threads; ranks: \d+; precision: (float32|bfloat16)", first):
+        return stderr
+    return re.sub(r"\Awarning: this PyTorch is built for GPUs .*\n", "", rest)
 
 
 def files_below(folder):

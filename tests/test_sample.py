@@ -475,7 +475,7 @@ def main():
     home = Path(sys.argv[1])
     model, tokenizer = load_model(home / "model", ranks.start()[0])
     for name in ("begun", "gone_on"):
-        sample_to_file(model, tokenizer, read_rows(home / "rows.jsonl"), (10, "responses"), home / f"{name}.jsonl", MAX_NEW, 3)
+        sample_to_file(model, tokenizer, read_rows(home / "rows.jsonl"), (10, "responses"), home / f"{name}.jsonl", MAX_NEW, at_once=3)
 
 command(main)
 """
