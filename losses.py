@@ -42,7 +42,9 @@ class _KL(torch.autograd.Function):
             for ratio, g in zip(ratios[1:], grad[1:]):
                 to_first.addcmul_(ratio, g[:, None])
             to_first.sub_((grad * values).sum(0)[:, None]).mul_(probs)
-        return to_first, *(None if q is None else (q - probs).mul_(g[:, None]) for q, g in zip(of_others, grad))
+        return to_first, *(
+            None if q is None else (q - probs).mul_(g[:, None]) for q, g in zip(of_others, grad)
+        )
 
 
 def kls(first, *others):
@@ -63,7 +65,7 @@ def directed_kl(trained, target, direction):
     return kl(trained, target) if direction == "reverse" else kl(target, trained)
 
 
-def prompt_loss(p_prompted, q, p_bare, lam, reg=1.0, prompt_kl="reverse", reg_kl="reverse"):
+def prompt_loss(p_prompted, q, p_bare, lam, reg_weight=1.0, prompt_kl="reverse", reg_kl="reverse"):
     """Equations 1 to 3, the loss of the soft prompt P:  L_P = L_kd + reg · λ · L_reg.
 
     p_prompted: logits of p(y | P, x), which carry the gradient to P; q: of the student; p_bare: of p(y | x); all (N, V).
@@ -74,7 +76,7 @@ def prompt_loss(p_prompted, q, p_bare, lam, reg=1.0, prompt_kl="reverse", reg_kl
     else:
         L_kd = directed_kl(p_prompted, q, prompt_kl)  # (1)
         L_reg = directed_kl(p_prompted, p_bare, reg_kl)  # (2)
-    return L_kd + reg * lam * L_reg, L_kd, L_reg  # (3)
+    return L_kd + reg_weight * lam * L_reg, L_kd, L_reg  # (3)
 
 
 def student_loss(q, p):
@@ -91,8 +93,6 @@ def kd_loss(q, p, targets):
 
 
 # ---- MiniLLM (Gu et al. 2024), with the values of its released code -----------------------------------------------------------------
-
-
 def minillm_returns(log_p, log_q, gamma=0.95):
     """R_t of one response:  R_t = 1 / (n - t) · Σ_{k=t}^{n-1} γ^(k-t) r_k,  r_k = (log p(y_k) - log q(y_k)) / 0.5, clipped at ±100.
 
@@ -135,7 +135,7 @@ def minillm_loss(q_theta, p, targets, log_q, w, R):
 CHUNK_BYTES, BLOCK_BYTES = {"cpu": 2**27, "cuda": 2**28}, {"cpu": 2**23, "cuda": 2**28}
 
 
-def slices(n, head, most_bytes):
+def equal_slices(n, head, most_bytes):
     """Slices of n tokens, of equal size, the logits of each of which take no more than `most_bytes`; one empty slice where n is 0."""
     size = max(1, -(-n // max(1, -(-n * 4 * len(head) // most_bytes[head.device.type]))))
     return [slice(start, min(start + size, n)) for start in range(0, max(1, n), size)]
@@ -144,11 +144,13 @@ def slices(n, head, most_bytes):
 @torch.no_grad()
 def token_log_probs(hidden, head, tokens):
     """log q(y_t | y_<t, x) of tokens (N,), from hidden states (N, C) and head (V, C) -> (N,), a chunk at a time. Without gradients."""
-    chunks = slices(len(hidden), head, CHUNK_BYTES)
-    return torch.cat([-cross_entropy(head_logits(hidden[i], head, padded=True), tokens[i]) for i in chunks])
+    chunks = equal_slices(len(hidden), head, CHUNK_BYTES)
+    return torch.cat(
+        [-cross_entropy(head_logits(hidden[i], head, padded=True), tokens[i]) for i in chunks]
+    )
 
 
-def sum_over_tokens(loss_of, hidden, head, *targets):
+def sum_over_tokens(loss_fn, hidden, head, *targets):
     """The sum of a loss over N tokens, from hidden states (N, C) and head (V, C), a few tokens at a time: no (N, V) tensor is ever made.
 
     targets: (hidden, head) of each model that the loss compares with, which get no gradient.
@@ -158,27 +160,31 @@ def sum_over_tokens(loss_of, hidden, head, *targets):
     logits are there, by float32 products like the logits themselves, also inside autocast.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        return _SumOverTokens.apply(loss_of, targets, hidden, head)
+        return _SumOverTokens.apply(loss_fn, targets, hidden, head)
 
 
 class _SumOverTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss_of, targets, hidden, head):
+    def forward(ctx, loss_fn, targets, hidden, head):
         *_, to_hidden, to_head = ctx.needs_input_grad
         d_hidden = torch.empty_like(hidden) if to_hidden else None
         d_head = torch.zeros_like(head) if to_head else None
         total = 0
-        for i in slices(len(hidden), head, CHUNK_BYTES):
-            logits, *of_targets = (head_logits(h[i], w, padded=True) for h, w in ((hidden, head), *targets))  # (n, V') each
-            for j in slices(len(logits), head, BLOCK_BYTES):
+        for i in equal_slices(len(hidden), head, CHUNK_BYTES):
+            logits, *of_targets = (
+                head_logits(h[i], w, padded=True) for h, w in ((hidden, head), *targets)
+            )  # (n, V') each
+            for j in equal_slices(len(logits), head, BLOCK_BYTES):
                 block = logits[j].detach().requires_grad_(to_hidden or to_head)
                 with torch.set_grad_enabled(block.requires_grad):
                     at = slice(i.start + j.start, i.start + j.stop)
-                    losses = loss_of(at, block, *(z[j] for z in of_targets)).sum(-1)  # () or (k,)
+                    losses = loss_fn(at, block, *(z[j] for z in of_targets)).sum(-1)  # () or (k,)
                     loss = losses if losses.ndim == 0 else losses[0]
                 total = total + losses.detach()
                 if block.requires_grad:
-                    logits[j] = torch.autograd.grad(loss, block)[0]  # in place of the logits, which are done with
+                    logits[j] = torch.autograd.grad(loss, block)[
+                        0
+                    ]  # in place of the logits, which are done with
             d_logits = logits[:, : len(head)]
             if to_hidden:
                 d_hidden[i] = d_logits @ head

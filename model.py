@@ -38,21 +38,29 @@ class KVCache:
     """The keys and values of rows being decoded, in fixed memory. Row b holds `lengths[b]` tokens and starts at position 0;
     what lies behind that is not attended to and gets overwritten, so rows of any lengths share a batch without padding."""
 
-    def __init__(self, config, n_rows, capacity, device, dtype):
-        shape = (config.n_layer, n_rows, capacity, config.n_head, config.n_embd // config.n_head)  # (layers, B, K, H, D)
+    def __init__(self, config, n_rows, max_seq_len, device, dtype):
+        shape = (
+            config.n_layer,
+            n_rows,
+            max_seq_len,
+            config.n_head,
+            config.n_embd // config.n_head,
+        )  # (layers, B, K, H, D)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(n_rows, dtype=torch.long, device=device)  # (B,)
         self.longest = 0  # an upper bound of the lengths, known without asking the device
 
     @staticmethod
-    def row_bytes(config, capacity, dtype):
+    def row_bytes(config, max_seq_len, dtype):
         """Bytes of a row of `capacity` tokens, in "float32" or "bfloat16"."""
-        return 2 * config.n_layer * capacity * config.n_embd * getattr(torch, dtype).itemsize
+        return 2 * config.n_layer * max_seq_len * config.n_embd * getattr(torch, dtype).itemsize
 
     def extend(self, n_tokens):
         """Make room for `n_tokens` more in every row. Returns their positions (B, T) and who attends to whom (B, 1, T, K)."""
-        self.positions = self.lengths[:, None] + torch.arange(n_tokens, device=self.lengths.device)  # (B, T)
+        self.positions = self.lengths[:, None] + torch.arange(
+            n_tokens, device=self.lengths.device
+        )  # (B, T)
         self.rows = torch.arange(len(self.lengths), device=self.lengths.device)[:, None]  # (B, 1)
         self.lengths = self.lengths + n_tokens
         self.longest += n_tokens
@@ -69,17 +77,22 @@ class KVCache:
         """Cut each row back to its own length (B,), after a right-padded batch was written."""
         self.lengths = lengths.clone()
 
-    def keep(self, rows):
+    def select_rows(self, rows):
         """Drop all rows but these (an index tensor)."""
         self.keys = self.keys[:, rows]
-        self.values = self.values[:, rows]  # only now, so that of keys and values one alone is there twice
+        # Only now, so that of keys and values one alone is there twice
+        self.values = self.values[:, rows]
         self.lengths = self.lengths[rows]
 
 
 def linear(x, weight, bias=None):
     """F.linear, by the packed copy of the weight where it has one: x (..., I), weight (O, I), bias (O,) -> (..., O)."""
     packed = getattr(weight, "packed", None)
-    return F.linear(x, weight, bias) if packed is None else torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return (
+        F.linear(x, weight, bias)
+        if packed is None
+        else torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    )
 
 
 def head_logits(hidden, head, padded=False, on_gpu=None):
@@ -101,7 +114,9 @@ def head_logits(hidden, head, padded=False, on_gpu=None):
         V = len(head)
         logits = hidden.new_empty(len(hidden), -(-V // 16) * 16)
         logits[:, V:] = -1e30
-        for words, part in zip(head.split(1024), logits[:, :V].split(1024, dim=1)):  # few enough of the head to stay in cache
+        for words, part in zip(
+            head.split(1024), logits[:, :V].split(1024, dim=1)
+        ):  # few enough of the head to stay in cache
             torch.mm(hidden, words.T, out=part)
         return logits
 
@@ -119,10 +134,17 @@ def packed_weights(*models):
     too. The weights must not change meanwhile."""
     weights = []
     if torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64"):
-        matrices = (w for model in models for w in model.parameters() if w.ndim == 2 and w is not model.wpe.weight)
+        matrices = (
+            w
+            for model in models
+            for w in model.parameters()
+            if w.ndim == 2 and w is not model.wpe.weight
+        )
         if torch.is_autocast_enabled("cpu"):
             matrices = (model.wte.weight for model in models)
-        weights = [w for w in matrices if w.numel() >= 2**18 and w.dtype == torch.float32 and not w.is_cuda]
+        weights = [
+            w for w in matrices if w.numel() >= 2**18 and w.dtype == torch.float32 and not w.is_cuda
+        ]
     try:
         for weight in weights:
             weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 32)
@@ -146,12 +168,16 @@ class Attention(nn.Module):
 
     def forward(self, x, mask, cache, layer):
         B, T, C = x.shape
-        q, k, v = (y.view(B, T, self.n_head, C // self.n_head) for y in self.c_attn(x).split(C, dim=2))  # (B, T, H, D)
+        q, k, v = (
+            y.view(B, T, self.n_head, C // self.n_head) for y in self.c_attn(x).split(C, dim=2)
+        )  # (B, T, H, D)
         if cache is not None:
             k, v = cache.write(layer, k, v)  # (B, K, H, D)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T or K, D)
         # Rows are right-padded, so without a cache the causal mask keeps padding out of sight as well.
-        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal=mask is None)
+        y = F.scaled_dot_product_attention(
+            q, k, v, mask, self.dropout if self.training else 0.0, is_causal=mask is None
+        )
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -161,12 +187,19 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5)
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
-        self.mlp = nn.ModuleDict({"c_fc": Linear(config.n_embd, 4 * config.n_embd), "c_proj": Linear(4 * config.n_embd, config.n_embd)})
+        self.mlp = nn.ModuleDict(
+            {
+                "c_fc": Linear(config.n_embd, 4 * config.n_embd),
+                "c_proj": Linear(4 * config.n_embd, config.n_embd),
+            }
+        )
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, mask=None, cache=None, layer=None, where=None):  # (B, T, C) -> (B, T, C), or (N, C) of the N tokens `where`
+    def forward(
+        self, x, mask=None, cache=None, layer=None, output_positions=None
+    ):  # (B, T, C) -> (B, T, C), or (N, C) of the N tokens `where`
         x = x + self.drop(self.attn(self.ln_1(x), mask, cache, layer))
-        x = x if where is None else x[where]
+        x = x if output_positions is None else x[output_positions]
         h = F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh")
         return x + self.drop(self.mlp["c_proj"](h))
 
@@ -183,7 +216,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
 
-    def forward(self, ids, prefix=None, cache=None, where=None):
+    def forward(self, ids, prefix=None, cache=None, output_positions=None):
         """Hidden states after the last LayerNorm.
 
         ids: tokens (B, T), right-padded. prefix: embeddings (P, C) in front of every row, at positions 0 to P - 1.
@@ -200,10 +233,10 @@ class GPT(nn.Module):
         else:
             positions, mask = cache.extend(x.shape[1])
         x = self.drop(x + self.wpe(positions))
-        if where is not None and prefix is not None:
-            where = (where[0], where[1] + len(prefix))
+        if output_positions is not None and prefix is not None:
+            output_positions = (output_positions[0], output_positions[1] + len(prefix))
         for layer, block in enumerate(self.h):
-            x = block(x, mask, cache, layer, where if block is self.h[-1] else None)
+            x = block(x, mask, cache, layer, output_positions if block is self.h[-1] else None)
         return self.ln_f(x)
 
     def logits(self, hidden):
@@ -220,7 +253,9 @@ class GPT(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.ndim == 2:
-                std = self.config.n_embd**-0.5 / (math.sqrt(2 * self.config.n_layer) if "c_proj" in name else 1)
+                std = self.config.n_embd**-0.5 / (
+                    math.sqrt(2 * self.config.n_layer) if "c_proj" in name else 1
+                )
                 p.copy_(torch.empty_like(p, device="cpu").normal_(0.0, std, generator=generator))
             elif name.endswith("bias"):
                 p.zero_()
@@ -242,29 +277,48 @@ def load(directory, dropout=None):
     directory = Path(directory)
     config = read_config(directory, dropout)
     path, state = _read_tensors(directory)
-    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+    with torch.device(
+        "meta"
+    ):  # no memory and no random numbers for weights that are replaced at once
         model = GPT(config)
     wanted = model.state_dict()
     state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
-    state = {name: tensor for name, tensor in state.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+    state = {
+        name: tensor
+        for name, tensor in state.items()
+        if not name.endswith((".attn.bias", ".attn.masked_bias"))
+    }
     head = state.pop("lm_head.weight", None)
     for name, tensor in state.items():
         if name not in wanted:
-            raise CheckpointError(f"{path}: tensor '{name}' is no part of GPT-2 with {config.n_layer} layers; config.json belongs to another model")
+            raise CheckpointError(
+                f"{path}: tensor '{name}' is no part of GPT-2 with {config.n_layer} layers; config.json belongs to another model"
+            )
         if not tensor.is_floating_point():
-            raise CheckpointError(f"{path}: tensor '{name}' is {tensor.dtype}; floating-point weights are wanted")
+            raise CheckpointError(
+                f"{path}: tensor '{name}' is {tensor.dtype}; floating-point weights are wanted"
+            )
         if name.endswith(TRANSPOSED) and tensor.ndim == 2:
             tensor = tensor.T
         if tensor.shape != wanted[name].shape:
-            raise CheckpointError(f"{path}: tensor '{name}' has shape {tuple(state[name].shape)}, which does not fit config.json")
+            raise CheckpointError(
+                f"{path}: tensor '{name}' has shape {tuple(state[name].shape)}, which does not fit config.json"
+            )
         state[name] = tensor.float().contiguous()
         if not torch.isfinite(state[name]).all():
-            raise CheckpointError(f"{path}: tensor '{name}' has values that are not finite; the file is damaged or its training diverged")
+            raise CheckpointError(
+                f"{path}: tensor '{name}' has values that are not finite; the file is damaged or its training diverged"
+            )
     for name in wanted:
         if name not in state:
             raise CheckpointError(f"{path}: tensor '{name}' is missing; fetch the file again")
-    if head is not None and (head.shape != state["wte.weight"].shape or not torch.equal(head.float(), state["wte.weight"])):
-        raise CheckpointError(f"{path}: tensor 'lm_head.weight' differs from 'wte.weight'; GPT-2's head is its token embedding")
+    if head is not None and (
+        head.shape != state["wte.weight"].shape
+        or not torch.equal(head.float(), state["wte.weight"])
+    ):
+        raise CheckpointError(
+            f"{path}: tensor 'lm_head.weight' differs from 'wte.weight'; GPT-2's head is its token embedding"
+        )
     model.load_state_dict(state, assign=True)
     return model
 
@@ -274,30 +328,54 @@ def read_config(directory, dropout=None):
     path = Path(directory) / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        sizes = {name: values[name] for name in ("n_layer", "n_embd", "n_head", "vocab_size", "n_positions")}
+        sizes = {
+            name: values[name]
+            for name in ("n_layer", "n_embd", "n_head", "vocab_size", "n_positions")
+        }
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file; a checkpoint directory has config.json and model.safetensors") from error
+        raise CheckpointError(
+            f"{path}: no such file; a checkpoint directory has config.json and model.safetensors"
+        ) from error
     except KeyError as error:
         raise CheckpointError(f"{path}: field {error} is missing; this is no GPT-2") from error
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: can't be read as a JSON object ({error}); fetch it again") from error
+        raise CheckpointError(
+            f"{path}: can't be read as a JSON object ({error}); fetch it again"
+        ) from error
     for name, size in sizes.items():
         most = 1_000 if name == "n_layer" else 1_000_000
         if type(size) is not int or not 0 < size <= most:
-            raise CheckpointError(f"{path}: field '{name}' must be a whole number above 0 and up to {most:,}, not {size!r}")
+            raise CheckpointError(
+                f"{path}: field '{name}' must be a whole number above 0 and up to {most:,}, not {size!r}"
+            )
     if sizes["n_embd"] % sizes["n_head"]:
-        raise CheckpointError(f"{path}: n_embd {sizes['n_embd']} can't be divided among n_head {sizes['n_head']}")
+        raise CheckpointError(
+            f"{path}: n_embd {sizes['n_embd']} can't be divided among n_head {sizes['n_head']}"
+        )
     # What GPT-2 fixes and this code relies on
-    fixed = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
-             "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}  # fmt: skip
+    fixed = {
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+    }
     for name, value in fixed.items():
         if values.get(name, value) != value:
-            raise CheckpointError(f"{path}: field '{name}' is {values[name]!r}; GPT-2 has {value!r}")
+            raise CheckpointError(
+                f"{path}: field '{name}' is {values[name]!r}; GPT-2 has {value!r}"
+            )
     if values.get("n_inner") not in (None, 4 * sizes["n_embd"]):
-        raise CheckpointError(f"{path}: field 'n_inner' is {values['n_inner']!r}; GPT-2 has {4 * sizes['n_embd']}")
+        raise CheckpointError(
+            f"{path}: field 'n_inner' is {values['n_inner']!r}; GPT-2 has {4 * sizes['n_embd']}"
+        )
     rate = values.get("resid_pdrop", 0.1) if dropout is None else dropout
     if not isinstance(rate, int | float) or not 0 <= rate < 1:
-        raise CheckpointError(f"{path}: field 'resid_pdrop' must be a rate from 0 to below 1, not {rate!r}")
+        raise CheckpointError(
+            f"{path}: field 'resid_pdrop' must be a rate from 0 to below 1, not {rate!r}"
+        )
     return Config(**sizes, dropout=rate)
 
 
@@ -307,17 +385,29 @@ def _read_tensors(directory):
         try:
             return path, load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: is cut short or damaged ({error}); fetch it again") from error
+            raise CheckpointError(
+                f"{path}: is cut short or damaged ({error}); fetch it again"
+            ) from error
     path = directory / "pytorch_model.bin"
     if not path.is_file():
-        raise CheckpointError(f"{directory / 'model.safetensors'}: no such file; a checkpoint directory has config.json and model.safetensors")
+        raise CheckpointError(
+            f"{directory / 'model.safetensors'}: no such file; a checkpoint directory has config.json and model.safetensors"
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles fail in many ways
-        raise CheckpointError(f"{path}: is cut short, damaged, or holds more than tensors ({type(error).__name__}); fetch it again") from error
-    plain = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
-    if not plain or not all(v.layout == torch.strided and v.device.type == "cpu" for v in state.values()):
-        raise CheckpointError(f"{path}: is no dictionary of tensors; GPT-2's weights by name are wanted")
+        raise CheckpointError(
+            f"{path}: is cut short, damaged, or holds more than tensors ({type(error).__name__}); fetch it again"
+        ) from error
+    plain = isinstance(state, dict) and all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
+    )
+    if not plain or not all(
+        v.layout == torch.strided and v.device.type == "cpu" for v in state.values()
+    ):
+        raise CheckpointError(
+            f"{path}: is no dictionary of tensors; GPT-2's weights by name are wanted"
+        )
     return path, state
 
 
@@ -332,11 +422,24 @@ def save(model, directory):
     save_tensors(state, directory / "model.safetensors")
     c = model.config
     values = {
-        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-        "n_layer": c.n_layer, "n_embd": c.n_embd, "n_head": c.n_head, "vocab_size": c.vocab_size, "n_positions": c.n_positions, "n_ctx": c.n_positions,
-        "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout, "initializer_range": 0.02, "tie_word_embeddings": True,
-        "bos_token_id": c.vocab_size - 1, "eos_token_id": c.vocab_size - 1,
-    }  # fmt: skip
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "n_layer": c.n_layer,
+        "n_embd": c.n_embd,
+        "n_head": c.n_head,
+        "vocab_size": c.vocab_size,
+        "n_positions": c.n_positions,
+        "n_ctx": c.n_positions,
+        "resid_pdrop": c.dropout,
+        "embd_pdrop": c.dropout,
+        "attn_pdrop": c.dropout,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+        "bos_token_id": c.vocab_size - 1,
+        "eos_token_id": c.vocab_size - 1,
+    }
     text = json.dumps(values, indent=2) + "\n"
     _write(directory / "config.json", lambda partial: partial.write_text(text, encoding="utf-8"))
 
@@ -354,6 +457,8 @@ def _write(path, write):
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: can't be written ({error}); make room on the disk, or choose another place") from error
+        raise CheckpointError(
+            f"{path}: can't be written ({error}); make room on the disk, or choose another place"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)

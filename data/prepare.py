@@ -9,21 +9,37 @@ import shutil
 from pathlib import Path
 
 from data import demo
-from data.files import InputError, command, download, hub_url, write_atomic
+from data.cli import InputError, run_command_line, write_atomic
+from data.hub import download, hub_url
 from data.rows import Row, read_jsonl, read_rows
 
 HOME = Path(__file__).parent
 
+
 # set: repository on the Hugging Face hub, its files, and how many rows the paper's experiments have
 PUBLIC_SETS = {
-    "dolly": ("MiniLLM/dolly", ("raw.jsonl", "valid.jsonl"), {"train": 11_435, "dev": 1_000, "test": 500}),
+    "dolly": (
+        "MiniLLM/dolly",
+        ("raw.jsonl", "valid.jsonl"),
+        {"train": 11_435, "dev": 1_000, "test": 500},
+    ),
     "self_inst": ("MiniLLM/self-inst", ("valid.jsonl",), {"test": 242}),
     "vicuna": ("MiniLLM/Vicuna", ("valid.jsonl",), {"test": 80}),
-    "sinst": ("MiniLLM/sinst", ("11_/valid.jsonl",), {"test": 1_694}),  # 11_: references of 11 words or more
+    "sinst": (
+        "MiniLLM/sinst",
+        ("11_/valid.jsonl",),
+        {"test": 1_694},
+    ),  # 11_: references of 11 words or more
     "uinst": ("MiniLLM/uinst", ("11_/valid.jsonl",), {"test": 10_000}),
 }
+
+
 RAW_DOLLY = "databricks-dolly-15k.jsonl"  # the raw release, whose split is not the paper's
+
+
 DEV_ROWS, TEST_ROWS = 1_000, 500
+
+
 UNNI_FILE_ROWS = 23_916  # of which the experiments take the first 10,000
 
 
@@ -36,13 +52,19 @@ def prepare(name, source=None, target=None):
     Returns a line that says what was made. Raises InputError where a file can't be had or a row is wrong; nothing is written then.
     """
     target, wanted = Path(target or HOME / name), PUBLIC_SETS[name][2]
-    splits, note = _download(name, target / "download") if source is None else _read(name, Path(source))
+    splits, note = (
+        _download(name, target / "download") if source is None else _read(name, Path(source))
+    )
     for split in wanted:
         if not splits[split]:
             raise InputError(f"{source}: leaves no rows for {split}; check its files")
     for split in reversed(wanted):  # training rows last: then the set is whole
         lines = [
-            {"instruction": r.instruction, "input": r.input, "output": r.references[0] if len(r.references) == 1 else r.references}
+            {
+                "instruction": r.instruction,
+                "input": r.input,
+                "output": r.references[0] if len(r.references) == 1 else r.references,
+            }
             for r in splits[split]
         ]
         write_atomic(target / f"{split}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
@@ -75,12 +97,21 @@ def _read_dolly(source):
     for folder in (source, source / "dolly", source / "raw"):
         there = {path.name for path in folder.glob("*.jsonl")}
         if there >= {"train.jsonl", "dev.jsonl", "valid.jsonl"}:
-            return {split: read_rows(folder / f"{file}.jsonl") for split, file in (("train", "train"), ("dev", "dev"), ("test", "valid"))}, ""
+            return {
+                split: read_rows(folder / f"{file}.jsonl")
+                for split, file in (("train", "train"), ("dev", "dev"), ("test", "valid"))
+            }, ""
         if there >= {"raw.jsonl", "valid.jsonl"}:
             rows = read_rows(folder / "raw.jsonl")
-            return {"train": rows[DEV_ROWS:], "dev": rows[:DEV_ROWS], "test": read_rows(folder / "valid.jsonl")}, ""
+            return {
+                "train": rows[DEV_ROWS:],
+                "dev": rows[:DEV_ROWS],
+                "test": read_rows(folder / "valid.jsonl"),
+            }, ""
         if RAW_DOLLY in there:
-            return _split_raw(folder / RAW_DOLLY), "; NOT the paper's split, but one of the raw release"
+            return _split_raw(
+                folder / RAW_DOLLY
+            ), "; NOT the paper's split, but one of the raw release"
     raise InputError(
         f"{source}: has neither raw.jsonl and valid.jsonl, nor train.jsonl, dev.jsonl and valid.jsonl, nor {RAW_DOLLY}; name their folder"
     )
@@ -91,10 +122,16 @@ def _read_test_set(name, source):
     folders = [source / name, source / repository.split("/")[1], source]
     if any((source / of_dolly).is_file() for of_dolly in ("train.jsonl", "raw.jsonl")):
         folders.pop()  # its valid.jsonl is Dolly's
-    paths = [folder / place for folder in folders for place in (file, file.replace("valid", "test"), "valid.jsonl", "test.jsonl")]
+    paths = [
+        folder / place
+        for folder in folders
+        for place in (file, file.replace("valid", "test"), "valid.jsonl", "test.jsonl")
+    ]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        raise InputError(f"{source}: has no {file}, valid.jsonl or test.jsonl of {name}, nor a folder {name} with one; name their folder")
+        raise InputError(
+            f"{source}: has no {file}, valid.jsonl or test.jsonl of {name}, nor a folder {name} with one; name their folder"
+        )
     rows = read_rows(path)
     if name != "uinst" or len(rows) <= wanted["test"]:
         return {"test": rows}, ""
@@ -112,14 +149,16 @@ def _split_raw(path):
     for index, value in enumerate(read_jsonl(path)):
         texts = [value.get(field) for field in ("instruction", "context", "response")]
         if not all(isinstance(text, str) for text in texts):
-            raise InputError(f"{path}, line {index + 1}: 'instruction', 'context' and 'response' must be texts")
+            raise InputError(
+                f"{path}, line {index + 1}: 'instruction', 'context' and 'response' must be texts"
+            )
         rows.append(Row(index, texts[0], texts[1], (texts[2],)))
     random.Random(10).shuffle(rows)
     held_out = DEV_ROWS + TEST_ROWS
     return {"train": rows[held_out:], "dev": rows[:DEV_ROWS], "test": rows[DEV_ROWS:held_out]}
 
 
-def data_directory(name):
+def find_data_dir(name):
     """The directory of a data set: one of PUBLIC_SETS or "demo", prepared if it is not there yet, or a directory.
 
     Under torchrun call it on one rank and let the others wait (ranks.on_first).
@@ -140,13 +179,19 @@ def data_directory(name):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m data.prepare", description="Prepare public data sets under data/.")
-    parser.add_argument("sets", nargs="+", choices=list(PUBLIC_SETS), metavar="SET", help=", ".join(PUBLIC_SETS))
-    parser.add_argument("--source", metavar="DIR", help="a folder with the files, instead of the network")
+    parser = argparse.ArgumentParser(
+        prog="python -m data.prepare", description="Prepare public data sets under data/."
+    )
+    parser.add_argument(
+        "sets", nargs="+", choices=list(PUBLIC_SETS), metavar="SET", help=", ".join(PUBLIC_SETS)
+    )
+    parser.add_argument(
+        "--source", metavar="DIR", help="a folder with the files, instead of the network"
+    )
     args = parser.parse_args(argv)
     for name in args.sets:
         print(prepare(name, args.source))
 
 
 if __name__ == "__main__":
-    command(main)
+    run_command_line(main)

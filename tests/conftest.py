@@ -55,6 +55,6 @@ def server(monkeypatch):
     server = Server()
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr("data.files.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("data.hub.time.sleep", lambda seconds: None)
     yield server
     server.close()

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save_file
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from data.files import InputError
-from data.rows import BYTE_OF_LETTER, END, tokenizer_files
+from data.cli import InputError
+from data.tokenizer import BYTE_OF_LETTER, END, tokenizer_files
 from model import GPT, TRANSPOSED, Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,14 +33,32 @@ def stored_weights(config):
     """The tensors of a GPT-2 under the official names and in the stored form, (in, out): numbers from NumPy that hang on the
     tensor's name alone, large enough that attention, biases and every LayerNorm matter."""
     C, V = config.n_embd, config.vocab_size
-    shapes = {"wte.weight": (V, C), "wpe.weight": (config.n_positions, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    shapes = {
+        "wte.weight": (V, C),
+        "wpe.weight": (config.n_positions, C),
+        "ln_f.weight": (C,),
+        "ln_f.bias": (C,),
+    }
     for n in range(config.n_layer):
-        for name, size in {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "ln_2": (C,), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}.items():
+        for name, size in {
+            "ln_1": (C,),
+            "attn.c_attn": (C, 3 * C),
+            "attn.c_proj": (C, C),
+            "ln_2": (C,),
+            "mlp.c_fc": (C, 4 * C),
+            "mlp.c_proj": (4 * C, C),
+        }.items():
             shapes |= {f"h.{n}.{name}.weight": size, f"h.{n}.{name}.bias": size[-1:]}
     weights = {}
     for name, shape in shapes.items():
         numbers = 2 * np.random.default_rng(zlib.crc32(name.encode())).random(shape) - 1
-        scale = 0.5 if "wte" in name else 0.3 if len(shape) == 1 or "wpe" in name else 2.5 / shape[0] ** 0.5
+        scale = (
+            0.5
+            if "wte" in name
+            else 0.3
+            if len(shape) == 1 or "wpe" in name
+            else 2.5 / shape[0] ** 0.5
+        )
         offset = 1 if "ln_" in name and name.endswith("weight") else 0
         weights[name] = torch.from_numpy((offset + scale * numbers).astype(np.float32))
     return weights
@@ -49,23 +67,41 @@ def stored_weights(config):
 def tiny_model(config=TINY):
     """A GPT with these weights, for evaluation."""
     model = GPT(config).eval()
-    model.load_state_dict({name: w.T if name.endswith(TRANSPOSED) else w for name, w in stored_weights(config).items()})
+    model.load_state_dict(
+        {
+            name: w.T if name.endswith(TRANSPOSED) else w
+            for name, w in stored_weights(config).items()
+        }
+    )
     return model
 
 
 def soft_prompt(length, width=TINY.n_embd):
     """A soft prompt (P, C) of NumPy's numbers, as large as the embeddings."""
-    return torch.from_numpy((np.random.default_rng(length).random((length, width)) - 0.5).astype(np.float32))
+    return torch.from_numpy(
+        (np.random.default_rng(length).random((length, width)) - 0.5).astype(np.float32)
+    )
 
 
 def hf_config(config):
     """The values of a Hugging Face config.json."""
     return {
-        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new", "layer_norm_epsilon": 1e-05,
-        "n_layer": config.n_layer, "n_embd": config.n_embd, "n_head": config.n_head, "vocab_size": config.vocab_size,
-        "n_positions": config.n_positions, "n_ctx": config.n_positions, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1,
-        "bos_token_id": config.vocab_size - 1, "eos_token_id": config.vocab_size - 1,
-    }  # fmt: skip
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-05,
+        "n_layer": config.n_layer,
+        "n_embd": config.n_embd,
+        "n_head": config.n_head,
+        "vocab_size": config.vocab_size,
+        "n_positions": config.n_positions,
+        "n_ctx": config.n_positions,
+        "resid_pdrop": 0.1,
+        "embd_pdrop": 0.1,
+        "attn_pdrop": 0.1,
+        "bos_token_id": config.vocab_size - 1,
+        "eos_token_id": config.vocab_size - 1,
+    }
 
 
 def write_checkpoint(directory, config=TINY, tokenizer=None):
@@ -87,7 +123,9 @@ def tiny_tokenizer():
     for word in words.replace(".", "").replace(",", "").split():
         tokens += [f" {word}"[:n].encode() for n in range(2, len(word) + 2)]
     ranks = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
-    return tiktoken.Encoding("tiny", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
+    return tiktoken.Encoding(
+        "tiny", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END: len(ranks)}
+    )
 
 
 def talker_config():
@@ -113,7 +151,14 @@ def transformers_logits(hf, row, prompt=None):
 
 
 def greedy_by_transformers(hf, row, n_new, end):
-    out = hf.generate(torch.tensor([row]), attention_mask=torch.ones(1, len(row)), max_new_tokens=n_new, do_sample=False, eos_token_id=end, pad_token_id=end)
+    out = hf.generate(
+        torch.tensor([row]),
+        attention_mask=torch.ones(1, len(row)),
+        max_new_tokens=n_new,
+        do_sample=False,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
     return out[0, len(row) :].tolist()
 
 
@@ -125,14 +170,27 @@ def write_rows(path, rows):
 
 def run_command(*arguments, timeout=120, **environment):
     """`python arguments...` in the project's folder, on the CPU. Returns the finished process, with its output as text."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_ENDPOINT": "http://127.0.0.1:9", **environment}
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        **environment,
+    }
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 def after_device(stderr):
     """What a command printed on standard error after the first line, which names the device where the command came that far."""
     first, _, rest = stderr.partition("\n")
-    if not re.fullmatch(r"device: CPU, \d+ threads; ranks: \d+; precision: (float32|bfloat16)", first):
+    named = r"device: CPU, \d+ threads; ranks: \d+; precision: (float32|bfloat16)"
+    if not re.fullmatch(named, first):
         return stderr
     return re.sub(r"\Awarning: this PyTorch is built for GPUs .*\n", "", rest)
 
@@ -188,7 +246,10 @@ class Server:
                     self.send_header("Transfer-Encoding", "chunked")
                     body = b"%x\r\n%s\r\n" % (len(body), body)
                 else:
-                    self.send_header("Content-Length", str(len(answer) // 2 if isinstance(answer, Short) else len(answer)))
+                    self.send_header(
+                        "Content-Length",
+                        str(len(answer) // 2 if isinstance(answer, Short) else len(answer)),
+                    )
                 self.end_headers()
                 self.wfile.write(body)
                 self.close_connection = broken or isinstance(answer, Short)
@@ -198,7 +259,9 @@ class Server:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
 
     def serve(self, repository, **contents):
         """Serve a repository's files: `model_safetensors=...` for model.safetensors, and so on."""

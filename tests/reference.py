@@ -90,26 +90,49 @@ def response_logits(model, row, prompt=None):
 
 
 def sft_loss(student, rows):
-    losses = [token_cross_entropy(z, token) for row in rows for z, token in zip(response_logits(student, row), row[1])]
+    losses = [
+        token_cross_entropy(z, token)
+        for row in rows
+        for z, token in zip(response_logits(student, row), row[1])
+    ]
     return sum(losses) / len(losses)
 
 
-def promptkd_losses(teacher, student, prompt, rows, lam, reg=1.0, prompt_kl="reverse", reg_kl="reverse"):
+def promptkd_losses(
+    teacher, student, prompt, rows, lam, reg_weight=1.0, prompt_kl="reverse", reg_kl="reverse"
+):
     """Equations 1 to 4: {"L_kd", "L_reg", "L_P", "L_theta"}. "forward" swaps the two sides of a KL, as in Table 5."""
     L_kd, L_reg, L_theta = [], [], []
     for row in rows:
-        both = zip(response_logits(teacher, row, prompt), response_logits(student, row), response_logits(teacher, row))
+        both = zip(
+            response_logits(teacher, row, prompt),
+            response_logits(student, row),
+            response_logits(teacher, row),
+        )
         for p_prompted, q, p in both:
-            L_kd.append(token_kl(p_prompted, q) if prompt_kl == "reverse" else token_kl(q, p_prompted))
-            L_reg.append(token_kl(p_prompted, p) if reg_kl == "reverse" else token_kl(p, p_prompted))
+            L_kd.append(
+                token_kl(p_prompted, q) if prompt_kl == "reverse" else token_kl(q, p_prompted)
+            )
+            L_reg.append(
+                token_kl(p_prompted, p) if reg_kl == "reverse" else token_kl(p, p_prompted)
+            )
             L_theta.append(token_kl(q, p_prompted))
     n = len(L_kd)
     L_kd, L_reg, L_theta = sum(L_kd) / n, sum(L_reg) / n, sum(L_theta) / n
-    return {"L_kd": L_kd, "L_reg": L_reg, "L_P": L_kd + reg * lam * L_reg, "L_theta": L_theta}
+    return {
+        "L_kd": L_kd,
+        "L_reg": L_reg,
+        "L_P": L_kd + reg_weight * lam * L_reg,
+        "L_theta": L_theta,
+    }
 
 
 def gkd_loss(teacher, student, rows):
-    losses = [token_kl(q, p) for row in rows for q, p in zip(response_logits(student, row), response_logits(teacher, row))]
+    losses = [
+        token_kl(q, p)
+        for row in rows
+        for q, p in zip(response_logits(student, row), response_logits(teacher, row))
+    ]
     return sum(losses) / len(losses)
 
 
@@ -117,7 +140,9 @@ def kd_loss(teacher, student, rows):
     """Half the cross-entropy, half KL(p || q)."""
     losses = []
     for row in rows:
-        for q, p, token in zip(response_logits(student, row), response_logits(teacher, row), row[1]):
+        for q, p, token in zip(
+            response_logits(student, row), response_logits(teacher, row), row[1]
+        ):
             losses.append(0.5 * token_cross_entropy(q, token) + 0.5 * token_kl(p, q))
     return sum(losses) / len(losses)
 
@@ -140,17 +165,24 @@ def minillm_returns(log_p, log_q, gamma=0.95, scale=0.5, limit=100.0):
 
 def minillm_loss(teacher, sampler, student, rows, alpha=0.2, epsilon=0.2):
     """The policy gradient's surrogate and the single-step KL(q_θ || p), a mean over all tokens of the rows; sampler: the student that sampled them."""
-    log_p, log_q = [token_log_probs(teacher, row) for row in rows], [token_log_probs(sampler, row) for row in rows]
+    log_p, log_q = (
+        [token_log_probs(teacher, row) for row in rows],
+        [token_log_probs(sampler, row) for row in rows],
+    )
     returns = [minillm_returns(a, b) for a, b in zip(log_p, log_q)]
     every = [R for of_row in returns for R in of_row]
     mean = sum(every) / len(every)
     deviation = math.sqrt(sum((R - mean) ** 2 for R in every) / len(every) + 1e-8)
     losses = []
     for row, a, b, of_row in zip(rows, log_p, log_q, returns):
-        for z, z_p, token, lp, lq, R in zip(response_logits(student, row), response_logits(teacher, row), row[1], a, b, of_row):
+        for z, z_p, token, lp, lq, R in zip(
+            response_logits(student, row), response_logits(teacher, row), row[1], a, b, of_row
+        ):
             q, p, A = math.exp(lq), math.exp(lp), (R - mean) / deviation
             rho = q / ((1 - alpha) * q + alpha * p) * math.exp(log_softmax(z)[token]) / q
-            losses.append(-min(rho * A, min(1 + epsilon, max(1 - epsilon, rho)) * A) + token_kl(z, z_p))
+            losses.append(
+                -min(rho * A, min(1 + epsilon, max(1 - epsilon, rho)) * A) + token_kl(z, z_p)
+            )
     return sum(losses) / len(losses)
 
 
@@ -180,5 +212,9 @@ def adamw(w, gradients, lr, decay, beta_1=0.9, beta_2=0.999, epsilon=1e-8):
     for t, g in enumerate(gradients, start=1):
         m = beta_1 * m + (1 - beta_1) * g
         v = beta_2 * v + (1 - beta_2) * g**2
-        w = w - lr * decay * w - lr * (m / (1 - beta_1**t)) / (np.sqrt(v / (1 - beta_2**t)) + epsilon)
+        w = (
+            w
+            - lr * decay * w
+            - lr * (m / (1 - beta_1**t)) / (np.sqrt(v / (1 - beta_2**t)) + epsilon)
+        )
     return w

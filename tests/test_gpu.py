@@ -23,12 +23,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import ROOT, soft_prompt, tiny_model, tiny_tokenizer, write_checkpoint
 from safetensors.torch import load_file
 
 import sample
 import train
 from data.rows import MAX_REQUEST, Example
-from helpers import ROOT, soft_prompt, tiny_model, tiny_tokenizer, write_checkpoint
 from model import Config, head_logits, precision
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -81,16 +81,16 @@ def make_examples():
 
 def make_run(method, device, dtype, models):
     """A Run on a device, made as a stage makes it."""
-    values = {"teacher": None if method == "sft" else str(models.teacher), "max_new": 24}
+    values = {"teacher": None if method == "sft" else str(models.teacher), "max_new_tokens": 24}
     if method == "promptkd":
         values |= train.PROMPT | {"prompt_lr": 1e-3}
     if method == "minillm":
-        values |= {"rollout_rows": 8, "lm_data": str(models.text), "block": 32}
+        values |= {"rollout_size": 8, "lm_data": str(models.text), "block_size": 32}
     settings = train.Settings(
         method=method,
         student=str(models.student),
         data="none",
-        global_batch=8,
+        global_batch_size=8,
         lr=1e-3,
         epochs=1,
         schedule="constant",
@@ -239,12 +239,12 @@ def test_logits_under_an_offset_are_float32_products_inside_autocast(padded):
 
 HOW = {
     "plain": {},
-    "no_repeat": {"no_repeat": 2},
+    "no_repeat_ngram": {"no_repeat_ngram": 2},
     "with a prompt": {"P": soft_prompt(5, STUDENT.n_embd)},
-    "mixed": {"mix": (TEACHER, 0.2)},
+    "mixed": {"teacher_mix": (TEACHER, 0.2)},
     "top_k and top_p": {"top_k": 30, "top_p": 0.9, "temperature": 0.8},
     "greedy": {"greedy": True},
-    "greedy, no_repeat": {"greedy": True, "no_repeat": 2},
+    "greedy, no_repeat": {"greedy": True, "no_repeat_ngram": 2},
 }
 
 
@@ -252,8 +252,8 @@ def options_on(device, how):
     options = dict(how)
     if "P" in how:
         options["P"] = how["P"].to(device)
-    if "mix" in how:
-        options["mix"] = tiny_model(TEACHER).to(device), how["mix"][1]
+    if "teacher_mix" in how:
+        options["teacher_mix"] = tiny_model(TEACHER).to(device), how["teacher_mix"][1]
     return options
 
 
@@ -268,7 +268,7 @@ def test_sampling_gives_the_tokens_of_the_cpu(how):
         model = tiny_model(STUDENT).to(device)
         options = options_on(device, how)
         with matmul_precision("highest"):
-            return sample.sample_all(model, requests, keys, eos, max_new=24, **options)
+            return sample.sample_all(model, requests, keys, eos, max_new_tokens=24, **options)
 
     endless, _ = respond(CPU, -1)
     rows_with = [sum(token in response[:15] for response in endless) for token in range(V)]
@@ -293,18 +293,20 @@ def count_synchronizations(function):
     return sum("called a synchronizing CUDA operation" in str(w.message) for w in caught)
 
 
-@pytest.mark.parametrize("how", [{}, {"no_repeat": 6}, {"top_k": 20, "top_p": 0.9}, HOW["mixed"]])
+@pytest.mark.parametrize(
+    "how", [{}, {"no_repeat_ngram": 6}, {"top_k": 20, "top_p": 0.9}, HOW["mixed"]]
+)
 def test_sampling_synchronizes_at_its_looks_alone(how):
     """One look at which rows have ended, every LOOK_EVERY tokens and not behind the last."""
     model = tiny_model(STUDENT).to(GPU)
     options = options_on(GPU, how)
     requests = [[3, 1, 4], [1, 5, 9, 2, 6], list(range(50))]
-    every = sample.LOOK_EVERY["cuda"]
+    every = sample.CHECK_INTERVAL["cuda"]
 
-    def draw_tokens(max_new):
-        uniforms = np.stack([sample.row_uniforms(max_new, n) for n in range(len(requests))])
-        responses, _ = sample.sample(model, requests, uniforms, -1, max_new, **options)
-        assert [len(response) for response in responses] == [max_new] * len(requests)
+    def draw_tokens(max_new_tokens):
+        uniforms = np.stack([sample.row_uniforms(max_new_tokens, n) for n in range(len(requests))])
+        responses, _ = sample.sample(model, requests, uniforms, -1, max_new_tokens, **options)
+        assert [len(response) for response in responses] == [max_new_tokens] * len(requests)
 
     draw_tokens(every)  # a first call may load kernels
     counts = [count_synchronizations(lambda n=n: draw_tokens(n * every)) for n in (1, 2, 8)]
@@ -338,7 +340,7 @@ def test_no_impossible_token_is_drawn(n_rows):
         # the same for all rows, and then another for each
         for each in (torch.full((n_rows,), u), torch.rand(n_rows, generator=rng)):
             each = each.to(GPU)
-            tokens, log_probs = sample.draw(logits, each)
+            tokens, log_probs = sample.sample_next_token(logits, each)
             assert torch.isfinite(log_probs).all()
             assert torch.isfinite(logits.gather(1, tokens[:, None])).all()
             # A token's part of the CDF holds u, but for the rounding of 50,257 sums
@@ -355,7 +357,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
     n = 4096
     evenly = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     tokens = [
-        sample.draw(logits.expand(512, -1), u.float().to(GPU))[0]
+        sample.sample_next_token(logits.expand(512, -1), u.float().to(GPU))[0]
         for u in evenly[torch.randperm(n, generator=rng)].split(512)
     ]
     counts = torch.bincount(torch.cat(tokens), minlength=logits.shape[-1]).double()
@@ -367,10 +369,10 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
 def test_rows_sampled_at_once_hang_on_the_total_memory_of_the_gpu():
     model = tiny_model(STUDENT).to(GPU)
     free, total = torch.cuda.mem_get_info()
-    before = sample.rows_at_once([model], 10**12, 24, "bfloat16")
+    before = sample.sampling_batch_size([model], 10**12, 24, "bfloat16")
     taken = torch.empty(free // 2, dtype=torch.uint8, device=GPU)
     assert torch.cuda.mem_get_info()[0] < 0.6 * free  # so the number would be another
-    assert sample.rows_at_once([model], 10**12, 24, "bfloat16") == before
+    assert sample.sampling_batch_size([model], 10**12, 24, "bfloat16") == before
     del taken
     torch.cuda.empty_cache()
     # keys and values of a row, of two bytes each
@@ -403,19 +405,18 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 COLLECTIVES = """
 import json, sys
 import torch
-import torch.distributed as dist
-from data import ranks
+from data import dist
 
-device, _ = ranks.start()
-found = {"ranks": dist.get_world_size(), "device": device.type}
+device, _ = dist.init_process()
+found = {"ranks": torch.distributed.get_world_size(), "device": device.type}
 for name, x in {"gpu": torch.ones(3, device=device), "cpu": torch.ones(3)}.items():
-    dist.all_reduce(x)
+    torch.distributed.all_reduce(x)
     found[name] = x.tolist()
 found["objects"] = [None]
-dist.all_gather_object(found["objects"], {"a": [1, None]})
-dist.broadcast_object_list(found["objects"], src=0)
+torch.distributed.all_gather_object(found["objects"], {"a": [1, None]})
+torch.distributed.broadcast_object_list(found["objects"], src=0)
 print(json.dumps(found))
-ranks.stop()
+dist.shutdown()
 """
 
 

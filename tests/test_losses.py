@@ -4,14 +4,25 @@ import math
 
 import numpy as np
 import pytest
+import reference
 import torch
+from reference import central_difference, log_softmax, token_cross_entropy, token_kl
 
 import losses
-import reference
-from losses import cross_entropy, directed_kl, importance_weight, kd_loss, kl, minillm_loss, minillm_returns, policy_gradient_loss, prompt_loss
-from losses import student_loss, whiten
+from losses import (
+    cross_entropy,
+    directed_kl,
+    importance_weight,
+    kd_loss,
+    kl,
+    minillm_loss,
+    minillm_returns,
+    policy_gradient_loss,
+    prompt_loss,
+    student_loss,
+    whiten,
+)
 from model import head_logits
-from reference import central_difference, log_softmax, token_cross_entropy, token_kl
 
 N, V = 6, 11
 DTYPES = [torch.float64, torch.float32]
@@ -32,7 +43,9 @@ def by_token(function, *arrays):
 
 def close(result, wanted, tolerance=2e-6):
     """The losses work in float32, whatever comes in."""
-    np.testing.assert_allclose(result.detach().double().numpy(), wanted, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(
+        result.detach().double().numpy(), wanted, rtol=tolerance, atol=tolerance
+    )
 
 
 # ---- values ---------------------------------------------------------------------------------------------------------------------
@@ -41,7 +54,10 @@ def close(result, wanted, tolerance=2e-6):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cross_entropy_is_that_of_numpy(dtype):
     targets = [0, 3, 10, 3, 5, 7]
-    close(cross_entropy(tensor(logits(0), dtype), torch.tensor(targets)), by_token(token_cross_entropy, logits(0), targets))
+    close(
+        cross_entropy(tensor(logits(0), dtype), torch.tensor(targets)),
+        by_token(token_cross_entropy, logits(0), targets),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -55,31 +71,52 @@ def test_kl_of_two_coins_by_hand_in_both_directions():
     """KL((1/2, 1/2) || (1/4, 3/4)) = ln(4/3) / 2 = 0.1438; the other way round 3/4 ln(3/2) - 1/4 ln 2 = 0.1308."""
     fair, loaded = tensor([[0.0, 0.0]]), tensor([[math.log(1), math.log(3)]])
     assert kl(fair, loaded).item() == pytest.approx(0.5 * math.log(4 / 3), abs=1e-7)
-    assert kl(loaded, fair).item() == pytest.approx(0.75 * math.log(1.5) - 0.25 * math.log(2), abs=1e-7)
+    assert kl(loaded, fair).item() == pytest.approx(
+        0.75 * math.log(1.5) - 0.25 * math.log(2), abs=1e-7
+    )
     assert kl(fair, loaded).item() - kl(loaded, fair).item() > 0.01
 
 
 def test_reverse_puts_the_trained_distribution_first():
     trained, target = tensor([[0.0, 0.0]]), tensor([[0.0, math.log(3)]])
-    assert directed_kl(trained, target, "reverse").item() == pytest.approx(0.5 * math.log(4 / 3), abs=1e-7)
-    assert directed_kl(trained, target, "forward").item() == pytest.approx(0.75 * math.log(1.5) - 0.25 * math.log(2), abs=1e-7)
+    assert directed_kl(trained, target, "reverse").item() == pytest.approx(
+        0.5 * math.log(4 / 3), abs=1e-7
+    )
+    assert directed_kl(trained, target, "forward").item() == pytest.approx(
+        0.75 * math.log(1.5) - 0.25 * math.log(2), abs=1e-7
+    )
 
 
 @pytest.mark.parametrize("prompt_kl", DIRECTIONS)
 @pytest.mark.parametrize("reg_kl", DIRECTIONS)
-@pytest.mark.parametrize("reg, lam", [(1.0, 1.0), (1.0, 0.25), (0.5, 0.75), (0.0, 1.0), (3.0, 0.0)])
-def test_equations_1_to_3_are_those_of_numpy(prompt_kl, reg_kl, reg, lam):
+@pytest.mark.parametrize(
+    "reg_weight, lam", [(1.0, 1.0), (1.0, 0.25), (0.5, 0.75), (0.0, 1.0), (3.0, 0.0)]
+)
+def test_equations_1_to_3_are_those_of_numpy(prompt_kl, reg_kl, reg_weight, lam):
     prompted, q, bare = logits(3), logits(4), logits(5)
-    L_kd = np.array(by_token(token_kl, prompted, q) if prompt_kl == "reverse" else by_token(token_kl, q, prompted))
-    L_reg = np.array(by_token(token_kl, prompted, bare) if reg_kl == "reverse" else by_token(token_kl, bare, prompted))
-    results = prompt_loss(tensor(prompted), tensor(q), tensor(bare), lam, reg, prompt_kl, reg_kl)
-    for result, wanted in zip(results, (L_kd + reg * lam * L_reg, L_kd, L_reg), strict=True):
+    L_kd = np.array(
+        by_token(token_kl, prompted, q)
+        if prompt_kl == "reverse"
+        else by_token(token_kl, q, prompted)
+    )
+    L_reg = np.array(
+        by_token(token_kl, prompted, bare)
+        if reg_kl == "reverse"
+        else by_token(token_kl, bare, prompted)
+    )
+    results = prompt_loss(
+        tensor(prompted), tensor(q), tensor(bare), lam, reg_weight, prompt_kl, reg_kl
+    )
+    for result, wanted in zip(results, (L_kd + reg_weight * lam * L_reg, L_kd, L_reg), strict=True):
         close(result, wanted)
 
 
 def test_the_default_of_the_prompt_loss_is_the_papers_reverse_and_reverse_with_weight_1():
     prompted, q, bare = tensor(logits(3)), tensor(logits(4)), tensor(logits(5))
-    for result, wanted in zip(prompt_loss(prompted, q, bare, 0.4), prompt_loss(prompted, q, bare, 0.4, 1.0, "reverse", "reverse")):
+    for result, wanted in zip(
+        prompt_loss(prompted, q, bare, 0.4),
+        prompt_loss(prompted, q, bare, 0.4, 1.0, "reverse", "reverse"),
+    ):
         assert torch.equal(result, wanted)
 
 
@@ -95,7 +132,9 @@ def test_equation_4_is_the_kl_from_the_student_to_the_prompted_teacher():
 def test_kl_of_a_distribution_to_itself_is_zero(dtype):
     p = tensor(logits(8), dtype)
     assert torch.equal(kl(p, p.clone()), torch.zeros_like(kl(p, p)))
-    close(kl(p, p + 2.0), np.zeros(N), 1e-6 if dtype != torch.bfloat16 else 1e-3)  # the same distribution: logits are free up to a constant
+    close(
+        kl(p, p + 2.0), np.zeros(N), 1e-6 if dtype != torch.bfloat16 else 1e-3
+    )  # the same distribution: logits are free up to a constant
 
 
 def test_every_loss_of_prompt_and_student_vanishes_where_all_three_agree():
@@ -110,7 +149,10 @@ def test_kl_is_not_below_zero_for_many_distributions_near_and_far():
     generator = np.random.default_rng(10)
     for scale in (0.01, 1.0, 30.0):
         p = generator.standard_normal((2000, V)) * scale
-        near, far = p + 0.01 * generator.standard_normal(p.shape), generator.standard_normal(p.shape) * scale
+        near, far = (
+            p + 0.01 * generator.standard_normal(p.shape),
+            generator.standard_normal(p.shape) * scale,
+        )
         for other in (near, far):
             assert kl(tensor(p), tensor(other)).min() > -1e-6
     assert kl(tensor(p), tensor(far)).mean() > 1
@@ -138,7 +180,9 @@ def test_logits_of_ten_thousand_stay_finite_and_right_with_their_gradients():
     assert losses[0].item() == pytest.approx(1e4)
     (losses.sum() + cross_entropy(a, torch.tensor([1, 1])).sum()).backward()
     assert torch.isfinite(a.grad).all() and torch.isfinite(b.grad).all()
-    close(cross_entropy(a, torch.tensor([1, 1])), by_token(token_cross_entropy, first, [1, 1]), 1e-5)
+    close(
+        cross_entropy(a, torch.tensor([1, 1])), by_token(token_cross_entropy, first, [1, 1]), 1e-5
+    )
 
 
 def test_bfloat16_logits_are_reckoned_with_in_float32():
@@ -156,7 +200,12 @@ def test_bfloat16_logits_are_reckoned_with_in_float32():
 def test_no_response_token_gives_an_empty_result_a_sum_of_zero_and_gradients_of_zero():
     a, b = torch.zeros(0, V, requires_grad=True), torch.zeros(0, V, requires_grad=True)
     no_targets = torch.zeros(0, dtype=torch.long)
-    for loss in [cross_entropy(a, no_targets), kl(a, b), student_loss(a, b), *prompt_loss(a, b, b.detach(), 1.0)]:
+    for loss in [
+        cross_entropy(a, no_targets),
+        kl(a, b),
+        student_loss(a, b),
+        *prompt_loss(a, b, b.detach(), 1.0),
+    ]:
         assert loss.shape == (0,)
         assert loss.sum() == 0
     (cross_entropy(a, no_targets).sum() + kl(a, b).sum()).backward()
@@ -188,16 +237,27 @@ def test_gradients_of_kl_are_those_derived_by_hand():
 @pytest.mark.parametrize("reg_kl", DIRECTIONS)
 def test_gradient_of_the_prompt_loss_is_that_of_finite_differences(prompt_kl, reg_kl):
     prompted, q, bare = logits(18), logits(19), logits(20)
-    lam, reg = 0.3, 2.0
+    lam, reg_weight = 0.3, 2.0
     z = tensor(prompted, grad=True)
-    prompt_loss(z, tensor(q), tensor(bare), lam, reg, prompt_kl, reg_kl)[0].sum().backward()
+    prompt_loss(z, tensor(q), tensor(bare), lam, reg_weight, prompt_kl, reg_kl)[0].sum().backward()
 
     def loss(row):
-        L_kd = token_kl(prompted[row], q[row]) if prompt_kl == "reverse" else token_kl(q[row], prompted[row])
-        L_reg = token_kl(prompted[row], bare[row]) if reg_kl == "reverse" else token_kl(bare[row], prompted[row])
-        return L_kd + reg * lam * L_reg
+        L_kd = (
+            token_kl(prompted[row], q[row])
+            if prompt_kl == "reverse"
+            else token_kl(q[row], prompted[row])
+        )
+        L_reg = (
+            token_kl(prompted[row], bare[row])
+            if reg_kl == "reverse"
+            else token_kl(bare[row], prompted[row])
+        )
+        return L_kd + reg_weight * lam * L_reg
 
-    wanted = [[central_difference(lambda: loss(row), prompted, (row, v)) for v in range(V)] for row in range(N)]
+    wanted = [
+        [central_difference(lambda: loss(row), prompted, (row, v)) for v in range(V)]
+        for row in range(N)
+    ]
     close(z.grad, wanted, 1e-5)
 
 
@@ -205,7 +265,10 @@ def test_gradient_of_the_student_loss_is_that_of_finite_differences():
     q, prompted = logits(21), logits(22)
     z = tensor(q, grad=True)
     student_loss(z, tensor(prompted)).sum().backward()
-    wanted = [[central_difference(lambda: token_kl(q[row], prompted[row]), q, (row, v)) for v in range(V)] for row in range(N)]
+    wanted = [
+        [central_difference(lambda: token_kl(q[row], prompted[row]), q, (row, v)) for v in range(V)]
+        for row in range(N)
+    ]
     close(z.grad, wanted, 1e-5)
 
 
@@ -241,18 +304,28 @@ def test_kd_and_its_gradient_are_those_of_numpy():
     losses = kd_loss(z, fixed, torch.tensor(TARGETS))
     close(losses, [loss(row) for row in range(N)])
     losses.sum().backward()
-    close(z.grad, [[central_difference(lambda: loss(row), q, (row, v)) for v in range(V)] for row in range(N)], 1e-5)
+    close(
+        z.grad,
+        [
+            [central_difference(lambda: loss(row), q, (row, v)) for v in range(V)]
+            for row in range(N)
+        ],
+        1e-5,
+    )
 
 
 # ---- MiniLLM ------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gamma, wanted", [
-    (0.95, [(1 - 0.95 + 2 * 0.9025) / 3, (-1 + 2 * 0.95) / 2, 2]),
-    (0.5, [(1 - 0.5 + 0.5) / 3, (-1 + 1) / 2, 2]),
-    (1.0, [2 / 3, 1 / 2, 2]),
-    (0.0, [1 / 3, -1 / 2, 2]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "gamma, wanted",
+    [
+        (0.95, [(1 - 0.95 + 2 * 0.9025) / 3, (-1 + 2 * 0.95) / 2, 2]),
+        (0.5, [(1 - 0.5 + 0.5) / 3, (-1 + 1) / 2, 2]),
+        (1.0, [2 / 3, 1 / 2, 2]),
+        (0.0, [1 / 3, -1 / 2, 2]),
+    ],
+)
 def test_returns_by_hand(gamma, wanted):
     """log p - log q is 0.5, -0.5, 1, so the rewards are 1, -1, 2; a return starts at its own token's and is divided by the tokens left."""
     log_p, log_q = tensor([-1.0, -2.0, -3.0]), tensor([-1.5, -1.5, -4.0])
@@ -261,9 +334,18 @@ def test_returns_by_hand(gamma, wanted):
         close(minillm_returns(log_p, log_q), wanted)  # the released value
 
 
-@pytest.mark.parametrize("log_p, log_q, wanted", [
-    (-1.0, -50.5, 99.0), (-1.0, -51.5, 100.0), (-1.0, -400.0, 100.0), (-50.5, -1.0, -99.0), (-51.5, -1.0, -100.0), (-1e30, -1.0, -100.0), (-1.0, -1.25, 0.5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "log_p, log_q, wanted",
+    [
+        (-1.0, -50.5, 99.0),
+        (-1.0, -51.5, 100.0),
+        (-1.0, -400.0, 100.0),
+        (-50.5, -1.0, -99.0),
+        (-51.5, -1.0, -100.0),
+        (-1e30, -1.0, -100.0),
+        (-1.0, -1.25, 0.5),
+    ],
+)
 def test_a_response_of_one_token_returns_its_clipped_reward(log_p, log_q, wanted):
     close(minillm_returns(tensor([log_p]), tensor([log_q])), [wanted])
 
@@ -276,15 +358,25 @@ def test_each_reward_is_clipped_before_the_sum():
 @pytest.mark.parametrize("n", [1, 2, 7, 256])
 def test_returns_are_those_of_numpy(n):
     log_p, log_q = -30 * np.random.default_rng(n).random((2, n))
-    close(minillm_returns(tensor(log_p), tensor(log_q)), reference.minillm_returns(log_p, log_q), 1e-9)
-    close(minillm_returns(tensor(log_p, torch.float32), tensor(log_q, torch.float32)), reference.minillm_returns(log_p, log_q), 1e-4)
+    close(
+        minillm_returns(tensor(log_p), tensor(log_q)), reference.minillm_returns(log_p, log_q), 1e-9
+    )
+    close(
+        minillm_returns(tensor(log_p, torch.float32), tensor(log_q, torch.float32)),
+        reference.minillm_returns(log_p, log_q),
+        1e-4,
+    )
 
 
 def test_whitened_returns_have_mean_0_and_variance_1():
     """Of 1, 2, 3, 4 the mean is 2.5 and the variance, over all four and not three, 1.25."""
     close(whiten(tensor([1.0, 2.0, 3.0, 4.0])), np.array([-1.5, -0.5, 0.5, 1.5]) / math.sqrt(1.25))
-    R = whiten(tensor(50 + 20 * np.random.default_rng(29).standard_normal(1000), torch.float32)).double()
-    assert R.mean().item() == pytest.approx(0, abs=1e-5) and (R**2).mean().item() == pytest.approx(1, abs=1e-5)
+    R = whiten(
+        tensor(50 + 20 * np.random.default_rng(29).standard_normal(1000), torch.float32)
+    ).double()
+    assert R.mean().item() == pytest.approx(0, abs=1e-5) and (R**2).mean().item() == pytest.approx(
+        1, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("R", [[0.0], [-100.0], [3.5, 3.5, 3.5]])
@@ -292,15 +384,20 @@ def test_returns_that_are_all_alike_are_whitened_to_0(R):
     assert whiten(tensor(R, torch.float32)).tolist() == [0.0] * len(R)
 
 
-@pytest.mark.parametrize("p, q, alpha, wanted", [
-    (0.25, 0.5, 0.2, 0.5 / 0.45),  # q / (0.8 q + 0.2 p)
-    (0.25, 0.05, 0.2, 0.05 / 0.09),
-    (0.9, 0.1, 0.5, 0.2),
-    (0.3, 0.3, 0.2, 1.0),
-    (0.9, 0.1, 0.0, 1.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "p, q, alpha, wanted",
+    [
+        (0.25, 0.5, 0.2, 0.5 / 0.45),  # q / (0.8 q + 0.2 p)
+        (0.25, 0.05, 0.2, 0.05 / 0.09),
+        (0.9, 0.1, 0.5, 0.2),
+        (0.3, 0.3, 0.2, 1.0),
+        (0.9, 0.1, 0.0, 1.0),
+    ],
+)
 def test_importance_weight_by_hand(p, q, alpha, wanted):
-    log_p, log_q = (torch.tensor([probability], dtype=torch.float64).log() for probability in (p, q))
+    log_p, log_q = (
+        torch.tensor([probability], dtype=torch.float64).log() for probability in (p, q)
+    )
     assert importance_weight(log_p, log_q, alpha).item() == pytest.approx(wanted, rel=1e-9)
     if alpha == 0.2:
         assert importance_weight(log_p, log_q).item() == pytest.approx(wanted, rel=1e-9)
@@ -309,7 +406,10 @@ def test_importance_weight_by_hand(p, q, alpha, wanted):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_importance_weight_of_tokens_that_one_of_the_two_would_hardly_say(dtype):
     """What the student would never have said weighs nothing; what the teacher would never have said, 1 / 0.8; equal odds, exactly 1."""
-    log_p, log_q = tensor([-1.0, -1.0, -5000.0, -1e-3, -800.0], dtype), tensor([-90.0, -5000.0, -1.0, -1e-3, -800.0], dtype)
+    log_p, log_q = (
+        tensor([-1.0, -1.0, -5000.0, -1e-3, -800.0], dtype),
+        tensor([-90.0, -5000.0, -1.0, -1e-3, -800.0], dtype),
+    )
     w = importance_weight(log_p, log_q)
     assert torch.isfinite(w).all()
     np.testing.assert_allclose(w.numpy(), [5 * math.exp(-89), 0, 1.25, 1, 1], rtol=1e-5, atol=1e-30)
@@ -341,8 +441,12 @@ def test_policy_gradient_at_the_corners_of_the_clip_by_hand(rho, R, loss, gradie
 
 def test_the_clips_width_is_epsilon():
     log_q_theta, zero, one = tensor([math.log(1.5)] * 2), tensor([0.0] * 2), tensor([1.0] * 2)
-    close(policy_gradient_loss(log_q_theta, zero, one, tensor([2.0, -2.0]), epsilon=0.4), [-2.8, 3.0])
-    close(policy_gradient_loss(log_q_theta, zero, one, tensor([2.0, -2.0]), epsilon=0.6), [-3.0, 3.0])
+    close(
+        policy_gradient_loss(log_q_theta, zero, one, tensor([2.0, -2.0]), epsilon=0.4), [-2.8, 3.0]
+    )
+    close(
+        policy_gradient_loss(log_q_theta, zero, one, tensor([2.0, -2.0]), epsilon=0.6), [-3.0, 3.0]
+    )
 
 
 def minillm_token(q_theta, p, target, log_q, w, R):
@@ -361,23 +465,43 @@ def test_minillms_loss_and_gradient_are_those_of_numpy():
     def loss(row):
         return minillm_token(q_theta[row], p[row], TARGETS[row], log_q[row], w[row], R[row])[0]
 
-    assert [minillm_token(*row)[1] for row in zip(q_theta, p, TARGETS, log_q, w, R)] == pytest.approx(wanted_rho)
+    assert [
+        minillm_token(*row)[1] for row in zip(q_theta, p, TARGETS, log_q, w, R)
+    ] == pytest.approx(wanted_rho)
     z = tensor(q_theta, grad=True)
     losses = minillm_loss(z, tensor(p), torch.tensor(TARGETS), tensor(log_q), tensor(w), tensor(R))
     close(losses, [loss(row) for row in range(N)])
     losses.sum().backward()
-    close(z.grad, [[central_difference(lambda: loss(row), q_theta, (row, v)) for v in range(V)] for row in range(N)], 1e-5)
+    close(
+        z.grad,
+        [
+            [central_difference(lambda: loss(row), q_theta, (row, v)) for v in range(V)]
+            for row in range(N)
+        ],
+        1e-5,
+    )
 
 
 def test_minillms_single_step_term_is_the_exact_reverse_kl():
     """Where the return is 0 nothing else is left: no sampled token, weight or ratio is in it."""
     q_theta, p = logits(33), logits(34)
     z, nothing = tensor(q_theta, grad=True), tensor(np.zeros(N))
-    losses = minillm_loss(z, tensor(p), torch.tensor(TARGETS), tensor(np.full(N, -3.0)), tensor(np.full(N, 0.1)), nothing)
+    losses = minillm_loss(
+        z,
+        tensor(p),
+        torch.tensor(TARGETS),
+        tensor(np.full(N, -3.0)),
+        tensor(np.full(N, 0.1)),
+        nothing,
+    )
     close(losses, by_token(token_kl, q_theta, p))
     losses.sum().backward()
     log_q, log_p = (np.stack([log_softmax(row) for row in array]) for array in (q_theta, p))
-    close(z.grad, np.exp(log_q) * (log_q - log_p - (np.exp(log_q) * (log_q - log_p)).sum(1, keepdims=True)), 1e-5)
+    close(
+        z.grad,
+        np.exp(log_q) * (log_q - log_p - (np.exp(log_q) * (log_q - log_p)).sum(1, keepdims=True)),
+        1e-5,
+    )
 
 
 # ---- the memory-lean form ------------------------------------------------------------------------------------------------------
@@ -393,7 +517,10 @@ def chunked(request, monkeypatch):
 def hidden_head_and_target(n=7, C=5, V=13):
     """Hidden states and head of what is trained, and hidden states of a target of width 3."""
     generator = torch.Generator().manual_seed(3)
-    hidden, head, target = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((n, C), (V, C), (n, 3)))
+    hidden, head, target = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((n, C), (V, C), (n, 3))
+    )
     return hidden.requires_grad_(), head.requires_grad_(), target
 
 
@@ -401,7 +528,7 @@ def hidden_head_and_target(n=7, C=5, V=13):
 def test_slices_cover_every_token_once_and_none_is_over_the_limit(most):
     head = torch.zeros(13, 5)
     for n in (0, 1, 2, 6, 7, 22):
-        slices = losses.slices(n, head, {"cpu": most * 4 * 13})
+        slices = losses.equal_slices(n, head, {"cpu": most * 4 * 13})
         assert slices and [i for part in slices for i in range(n)[part]] == list(range(n))
         assert all(len(range(n)[part]) <= most for part in slices)
 
@@ -412,7 +539,11 @@ def test_logits_of_the_head_have_words_without_probability_behind_the_vocabulary
     logits, plain = head_logits(hidden, head, padded=True), hidden @ head.T
     assert (logits[:, :V] - plain).abs().max() < 1e-5
     assert (logits.log_softmax(-1)[:, :V] - plain.log_softmax(-1)).abs().max() < 1e-5
-    assert logits.is_contiguous() and logits.shape[1] % 16 == 0 and (logits.softmax(-1)[:, V:] == 0).all()
+    assert (
+        logits.is_contiguous()
+        and logits.shape[1] % 16 == 0
+        and (logits.softmax(-1)[:, V:] == 0).all()
+    )
 
 
 def reverse(i, q, p):
@@ -427,26 +558,30 @@ def with_tokens(i, q, p):
     return losses.kd_loss(q, p, torch.arange(7)[i])
 
 
-def values_and_gradients(loss_of, chunked_sum):
+def values_and_gradients(loss_fn, chunked_sum):
     """The sum of a loss over 7 tokens with its gradients, from sum_over_tokens or from logits of all tokens at once."""
     hidden, head, p_hidden = hidden_head_and_target()
     p_head = torch.randn(13, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     if chunked_sum:
-        total = losses.sum_over_tokens(loss_of, hidden, head, (p_hidden, p_head))
+        total = losses.sum_over_tokens(loss_fn, hidden, head, (p_hidden, p_head))
     else:
-        total = loss_of(slice(0, 7), hidden @ head.T, p_hidden @ p_head.T).sum(-1)
-    return total, torch.autograd.grad(2.5 * (total if total.ndim == 0 else total[0]), (hidden, head))
+        total = loss_fn(slice(0, 7), hidden @ head.T, p_hidden @ p_head.T).sum(-1)
+    return total, torch.autograd.grad(
+        2.5 * (total if total.ndim == 0 else total[0]), (hidden, head)
+    )
 
 
 def two_losses(i, q, p):
     return torch.stack([losses.kl(q, p), losses.cross_entropy(q, torch.arange(7)[i])])
 
 
-@pytest.mark.parametrize("loss_of", [reverse, forward, with_tokens, two_losses])
-def test_sum_over_tokens_is_the_plain_sum_with_the_plain_gradients(chunked, loss_of, monkeypatch):
+@pytest.mark.parametrize("loss_fn", [reverse, forward, with_tokens, two_losses])
+def test_sum_over_tokens_is_the_plain_sum_with_the_plain_gradients(chunked, loss_fn, monkeypatch):
     """Of several losses, gradients are those of the first."""
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # keep float64
-    (lean, lean_gradients), (plain, plain_gradients) = (values_and_gradients(loss_of, chunked_sum) for chunked_sum in (True, False))
+    (lean, lean_gradients), (plain, plain_gradients) = (
+        values_and_gradients(loss_fn, chunked_sum) for chunked_sum in (True, False)
+    )
     assert lean.tolist() == pytest.approx(plain.tolist(), rel=1e-12)
     for gradient, wanted in zip(lean_gradients, plain_gradients):
         assert (gradient - wanted).abs().max() < 1e-12
@@ -455,23 +590,38 @@ def test_sum_over_tokens_is_the_plain_sum_with_the_plain_gradients(chunked, loss
 def test_sum_over_tokens_of_a_frozen_head_gives_hidden_states_their_gradients_alone(chunked):
     hidden, head, _ = hidden_head_and_target()
     hidden, head = hidden.detach().float().requires_grad_(), head.detach().float()  # a teacher's
-    losses.sum_over_tokens(lambda i, logits: losses.cross_entropy(logits, torch.arange(7)[i]), hidden, head).backward()
-    (wanted,) = torch.autograd.grad(losses.cross_entropy(hidden @ head.T, torch.arange(7)).sum(), hidden)
+    losses.sum_over_tokens(
+        lambda i, logits: losses.cross_entropy(logits, torch.arange(7)[i]), hidden, head
+    ).backward()
+    (wanted,) = torch.autograd.grad(
+        losses.cross_entropy(hidden @ head.T, torch.arange(7)).sum(), hidden
+    )
     assert (hidden.grad - wanted).abs().max() < 1e-5
 
 
 def test_sum_over_no_tokens_is_0_with_gradients_of_0():
     hidden, head, _ = hidden_head_and_target(n=0)
-    total = losses.sum_over_tokens(lambda i, logits: losses.cross_entropy(logits, torch.zeros(0, dtype=torch.long)[i]), hidden, head)
+    total = losses.sum_over_tokens(
+        lambda i, logits: losses.cross_entropy(logits, torch.zeros(0, dtype=torch.long)[i]),
+        hidden,
+        head,
+    )
     total.backward()
     assert total.item() == 0 and head.grad.abs().max() == 0 and hidden.grad.shape == (0, 5)
 
 
 def test_gradients_of_kls_are_those_of_finite_differences(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x)
-    logits = [torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(n)).requires_grad_() for n in range(3)]
+    logits = [
+        torch.randn(
+            4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(n)
+        ).requires_grad_()
+        for n in range(3)
+    ]
     assert torch.autograd.gradcheck(losses.kls, logits)
-    assert torch.autograd.gradcheck(lambda first: losses.kls(first, *(other.detach() for other in logits[1:])), logits[:1])
+    assert torch.autograd.gradcheck(
+        lambda first: losses.kls(first, *(other.detach() for other in logits[1:])), logits[:1]
+    )
 
 
 def test_token_log_probs_are_those_of_the_whole(chunked):

@@ -1,26 +1,45 @@
 """GPT-2: the same numbers as transformers, the KV cache, dropout, and reading and writing checkpoint directories.
 
-    PYTHONPATH=. python tests/test_model.py      makes tests/golden/gpt2.json anew, with transformers
+PYTHONPATH=. python tests/test_model.py      makes tests/golden/gpt2.json anew, with transformers
 """
 
 import json
-import platform
 import os
+import platform
 import struct
 from dataclasses import replace
 
 import pytest
 import torch
+from helpers import (
+    GOLDEN,
+    TINY,
+    greedy_by_transformers,
+    hf_config,
+    soft_prompt,
+    stored_weights,
+    talker_config,
+    tiny_model,
+    tiny_tokenizer,
+    transformers_logits,
+    transformers_model,
+    write_checkpoint,
+)
 from safetensors.torch import load_file, save_file
 
-from data.rows import fill_template, load_tokenizer, pad, tokenizer_files
-from helpers import GOLDEN, TINY, greedy_by_transformers, hf_config, soft_prompt, stored_weights, talker_config, tiny_model, tiny_tokenizer
-from helpers import transformers_logits, transformers_model, write_checkpoint
+from data.rows import fill_template, pad
+from data.tokenizer import load_tokenizer, tokenizer_files
 from model import GPT, CheckpointError, Config, KVCache, load, packed_weights, save
 
 ROWS = [[5, 17, 60, 3, 3, 41, 8], [22], [9, 60, 60, 1, 30, 12, 55, 2, 19, 44, 7]]
 PROMPT = soft_prompt(5)
-TEXTS = ["Below is an instruction.", "don't  stop\n\n\tnow 123,456", "naïve café — 大きさ 🙂", " leading and trailing ", "<|endofte"]
+TEXTS = [
+    "Below is an instruction.",
+    "don't  stop\n\n\tnow 123,456",
+    "naïve café — 大きさ 🙂",
+    " leading and trailing ",
+    "<|endofte",
+]
 
 
 # ---- transformers' numbers ---------------------------------------------------------------------------------------------------
@@ -43,7 +62,9 @@ def golden_values():
     request = tokenizer.encode_ordinary(fill_template("Write a task.", ""))
     return {
         "bare": [[round(x, 5) for x in transformers_logits(hf, row)[-1].tolist()] for row in ROWS],
-        "prompted": [[round(x, 5) for x in transformers_logits(hf, row, PROMPT)[-1].tolist()] for row in ROWS],
+        "prompted": [
+            [round(x, 5) for x in transformers_logits(hf, row, PROMPT)[-1].tolist()] for row in ROWS
+        ],
         "greedy": [greedy_by_transformers(hf, row, 12, end=None) for row in ROWS],
         "command": greedy_by_transformers(talker, request, 20, end=tokenizer.eot_token),
     }
@@ -60,7 +81,9 @@ def test_the_golden_file_is_what_transformers_gives():
     golden, now = json.loads(GOLDEN.read_text()), golden_values()
     assert golden["greedy"] == now["greedy"] and golden["command"] == now["command"]
     for name in ["bare", "prompted"]:
-        torch.testing.assert_close(torch.tensor(golden[name]), torch.tensor(now[name]), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor(golden[name]), torch.tensor(now[name]), atol=1e-4, rtol=0
+        )
 
 
 def spelt(layout):
@@ -73,7 +96,9 @@ def spelt(layout):
     if "buffers" in layout:
         name = "h.{}.attn.{}" if layout == "buffers" else "transformer.h.{}.attn.{}"
         for n in range(TINY.n_layer):
-            weights[name.format(n, "bias")] = torch.ones(TINY.n_positions, TINY.n_positions, dtype=torch.uint8).tril()[None, None]
+            weights[name.format(n, "bias")] = torch.ones(
+                TINY.n_positions, TINY.n_positions, dtype=torch.uint8
+            ).tril()[None, None]
             weights[name.format(n, "masked_bias")] = torch.tensor(-1e4)
     return weights
 
@@ -87,19 +112,29 @@ def test_every_spelling_gives_transformers_logits(tmp_path, layout, file):
     model = load(tmp_path).eval()
     for prompt in [None, PROMPT]:
         for row, ours in zip(ROWS, our_logits(model, ROWS, prompt), strict=True):
-            torch.testing.assert_close(ours, transformers_logits(hf, row, prompt), atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                ours, transformers_logits(hf, row, prompt), atol=1e-4, rtol=0
+            )
 
 
 def test_a_model_that_transformers_made_and_saved_loads(tmp_path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(1)
-    hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=3, n_embd=24, n_head=2, vocab_size=61, n_positions=32, initializer_range=0.3)).eval()
+    hf = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            n_layer=3, n_embd=24, n_head=2, vocab_size=61, n_positions=32, initializer_range=0.3
+        )
+    ).eval()
     hf.save_pretrained(tmp_path)
     model = load(tmp_path).eval()
-    assert model.config == Config(n_layer=3, n_embd=24, n_head=2, vocab_size=61, n_positions=32, dropout=0.1)
+    assert model.config == Config(
+        n_layer=3, n_embd=24, n_head=2, vocab_size=61, n_positions=32, dropout=0.1
+    )
     ids, lengths = pad(ROWS, "cpu")
     with torch.no_grad():
-        theirs = hf(ids, attention_mask=(torch.arange(ids.shape[1]) < lengths[:, None]).long()).logits  # padded on the right, as ours
+        theirs = hf(
+            ids, attention_mask=(torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        ).logits  # padded on the right, as ours
     for b, ours in enumerate(our_logits(model, ROWS)):
         torch.testing.assert_close(ours, theirs[b, : len(ours)], atol=1e-4, rtol=0)
 
@@ -110,12 +145,17 @@ def test_ours_loads_in_transformers_with_the_same_logits_and_tokens(tmp_path):
     save(model, tmp_path)
     for name, text in zip(["vocab.json", "merges.txt"], tokenizer_files(tokenizer)):
         (tmp_path / name).write_text(text, encoding="utf-8")
-    hf, hf_tokenizer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval(), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    hf, hf_tokenizer = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval(),
+        transformers.AutoTokenizer.from_pretrained(tmp_path),
+    )
     for text in TEXTS:
         tokens = tokenizer.encode_ordinary(text)
         assert hf_tokenizer.encode(text) == tokens == load_tokenizer(tmp_path).encode_ordinary(text)
         assert hf_tokenizer.decode(tokens, clean_up_tokenization_spaces=False) == text
-        torch.testing.assert_close(our_logits(model, [tokens])[0], transformers_logits(hf, tokens), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            our_logits(model, [tokens])[0], transformers_logits(hf, tokens), atol=1e-4, rtol=0
+        )
     assert hf_tokenizer.eos_token_id == hf.config.eos_token_id == tokenizer.eot_token
     assert hf_tokenizer.encode("a<|endoftext|>")[-1] == tokenizer.eot_token
 
@@ -123,9 +163,15 @@ def test_ours_loads_in_transformers_with_the_same_logits_and_tokens(tmp_path):
 # ---- the model itself --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n_layer, n_embd, n_head, count", [
-    (12, 768, 12, 124_439_808), (24, 1024, 16, 354_823_168), (36, 1280, 20, 774_030_080), (48, 1600, 25, 1_557_611_200),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "n_layer, n_embd, n_head, count",
+    [
+        (12, 768, 12, 124_439_808),
+        (24, 1024, 16, 354_823_168),
+        (36, 1280, 20, 774_030_080),
+        (48, 1600, 25, 1_557_611_200),
+    ],
+)
 def test_the_official_sizes_have_their_parameter_counts(n_layer, n_embd, n_head, count):
     with torch.device("meta"):
         assert GPT(Config(n_layer=n_layer, n_embd=n_embd, n_head=n_head)).n_parameters() == count
@@ -139,7 +185,9 @@ def test_padding_changes_no_real_tokens_state():
         states, others = model(ids), model(other)
         for b, n in enumerate(lengths):
             torch.testing.assert_close(states[b, :n], others[b, :n], atol=1e-6, rtol=0)
-            torch.testing.assert_close(states[b, :n], model(ids[b : b + 1, :n])[0], atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                states[b, :n], model(ids[b : b + 1, :n])[0], atol=1e-5, rtol=0
+            )
     assert (states[1, 1:] - others[1, 1:]).abs().max() > 0.1
 
 
@@ -182,11 +230,13 @@ def test_rows_that_the_cache_keeps_go_on_as_before():
     ids, lengths = pad(ROWS, "cpu")
     model(ids, cache=cache)
     cache.set_lengths(lengths)
-    cache.keep(torch.tensor([2, 0]))
+    cache.select_rows(torch.tensor([2, 0]))
     for token in [50, 51]:
         states = model(torch.full((2, 1), token), cache=cache)
     for state, row in zip(states, [ROWS[2], ROWS[0]]):
-        torch.testing.assert_close(state[0], model(torch.tensor([[*row, 50, 51]]))[0, -1], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            state[0], model(torch.tensor([[*row, 50, 51]]))[0, -1], atol=1e-5, rtol=0
+        )
 
 
 @torch.no_grad()
@@ -218,7 +268,9 @@ def test_dropout_of_the_embedding_is_of_tokens_and_positions_together():
     model(ids)
     kept = seen[0] != 0
     assert 0.65 < kept.float().mean() < 0.85
-    torch.testing.assert_close(seen[0][kept], ((model.wte(ids) + model.wpe.weight[:11]) / 0.75)[kept])
+    torch.testing.assert_close(
+        seen[0][kept], ((model.wte(ids) + model.wpe.weight[:11]) / 0.75)[kept]
+    )
 
 
 def test_initialise_goes_by_width_and_depth_and_hangs_on_the_seed():
@@ -228,9 +280,13 @@ def test_initialise_goes_by_width_and_depth_and_hangs_on_the_seed():
         assert torch.equal(p, q)
         if p.ndim == 2:
             assert not torch.equal(p, r)
-            assert p.std().item() == pytest.approx(1 / 8 / 4 if "c_proj" in name else 1 / 8, rel=0.1)  # the roots of C and of 2 × 8 layers
+            assert p.std().item() == pytest.approx(
+                1 / 8 / 4 if "c_proj" in name else 1 / 8, rel=0.1
+            )  # the roots of C and of 2 × 8 layers
         else:
-            assert torch.equal(p, torch.ones_like(p) if name.endswith("weight") else torch.zeros_like(p))
+            assert torch.equal(
+                p, torch.ones_like(p) if name.endswith("weight") else torch.zeros_like(p)
+            )
 
 
 # ---- reading and writing -----------------------------------------------------------------------------------------------------
@@ -241,7 +297,9 @@ def test_what_is_saved_loads_bit_for_bit(tmp_path):
     save(model, tmp_path / "a" / "b")
     loaded = load(tmp_path / "a" / "b")
     assert loaded.config == model.config
-    for (name, p), (other_name, q) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
+    for (name, p), (other_name, q) in zip(
+        model.state_dict().items(), loaded.state_dict().items(), strict=True
+    ):
         assert name == other_name and torch.equal(p, q)
     assert all(p.requires_grad and p.is_leaf for p in loaded.parameters())
     save(loaded, tmp_path / "c")
@@ -252,21 +310,30 @@ def test_what_is_saved_loads_bit_for_bit(tmp_path):
 def test_saved_tensors_are_the_plain_form(tmp_path):
     save(tiny_model(), tmp_path)
     saved, wanted = load_file(tmp_path / "model.safetensors"), stored_weights(TINY)
-    assert saved.keys() == wanted.keys() and all(torch.equal(saved[name], wanted[name]) for name in wanted)
+    assert saved.keys() == wanted.keys() and all(
+        torch.equal(saved[name], wanted[name]) for name in wanted
+    )
 
 
 def test_dropout_comes_from_the_config_unless_given(tmp_path):
     write_checkpoint(tmp_path)
-    assert load(tmp_path).config.dropout == 0.1 and load(tmp_path, dropout=0.0).config.dropout == 0.0
+    assert (
+        load(tmp_path).config.dropout == 0.1 and load(tmp_path, dropout=0.0).config.dropout == 0.0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_of_another_precision_become_float32(tmp_path, dtype):
     write_checkpoint(tmp_path)
-    save_file({name: tensor.to(dtype) for name, tensor in stored_weights(TINY).items()}, tmp_path / "model.safetensors")
+    save_file(
+        {name: tensor.to(dtype) for name, tensor in stored_weights(TINY).items()},
+        tmp_path / "model.safetensors",
+    )
     model = load(tmp_path)
     assert all(p.dtype == torch.float32 for p in model.parameters())
-    torch.testing.assert_close(model.wpe.weight.data, stored_weights(TINY)["wpe.weight"].to(dtype).float(), atol=0, rtol=0)
+    torch.testing.assert_close(
+        model.wpe.weight.data, stored_weights(TINY)["wpe.weight"].to(dtype).float(), atol=0, rtol=0
+    )
 
 
 def test_safetensors_is_read_before_the_pickle(tmp_path):
@@ -299,7 +366,11 @@ def config_with(**fields):
     """Damage: these fields of config.json are others; None takes a field away."""
 
     def damage(directory):
-        values = {name: value for name, value in {**hf_config(TINY), **fields}.items() if value is not None}
+        values = {
+            name: value
+            for name, value in {**hf_config(TINY), **fields}.items()
+            if value is not None
+        }
         (directory / "config.json").write_text(json.dumps(values))
 
     return damage
@@ -317,7 +388,10 @@ def tensors_with(**changes):
         for name, change in changes.items():
             name = name.replace("__", ".")
             tensors[name] = None if change is None else change(tensors.get(name))
-        save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, directory / "model.safetensors")
+        save_file(
+            {name: tensor for name, tensor in tensors.items() if tensor is not None},
+            directory / "model.safetensors",
+        )
 
     return damage
 
@@ -332,7 +406,9 @@ def holed(value):
 
 def file_bytes(change, name="model.safetensors"):
     """Damage: the bytes of the weights' file are `change` of what they were."""
-    return lambda directory: (directory / name).write_bytes(change((directory / "model.safetensors").read_bytes()))
+    return lambda directory: (directory / name).write_bytes(
+        change((directory / "model.safetensors").read_bytes())
+    )
 
 
 def header(change):
@@ -374,8 +450,16 @@ DAMAGES = {
     "no config": (lambda directory: (directory / CONFIG).unlink(), CONFIG, "no such file"),
     "config cut short": (config_text('{"n_layer": 2,'), CONFIG, "JSON"),
     "config is a list": (config_text("[1, 2]"), CONFIG, "JSON object"),
-    "config is not UTF-8": (lambda directory: (directory / CONFIG).write_bytes(b'{"n_layer": "\xff"}'), CONFIG, "can't be read"),
-    "config is a folder": (lambda directory: [(directory / CONFIG).unlink(), (directory / CONFIG).mkdir()], CONFIG, "can't be read"),
+    "config is not UTF-8": (
+        lambda directory: (directory / CONFIG).write_bytes(b'{"n_layer": "\xff"}'),
+        CONFIG,
+        "can't be read",
+    ),
+    "config is a folder": (
+        lambda directory: [(directory / CONFIG).unlink(), (directory / CONFIG).mkdir()],
+        CONFIG,
+        "can't be read",
+    ),
     "field missing": (config_with(n_embd=None), CONFIG, "'n_embd' is missing"),
     "field a text": (config_with(n_layer="2"), CONFIG, "'n_layer'"),
     "field a fraction": (config_with(vocab_size=61.0), CONFIG, "'vocab_size'"),
@@ -386,45 +470,123 @@ DAMAGES = {
     "field a truth value": (config_with(n_head=True), CONFIG, "'n_head'"),
     "heads that don't divide": (config_with(n_head=5), CONFIG, "n_head 5"),
     "another family": (config_with(model_type="gpt_neo"), CONFIG, "'model_type'"),
-    "another activation": (config_with(activation_function="relu"), CONFIG, "'activation_function' is 'relu'"),
+    "another activation": (
+        config_with(activation_function="relu"),
+        CONFIG,
+        "'activation_function' is 'relu'",
+    ),
     "another epsilon": (config_with(layer_norm_epsilon=1e-6), CONFIG, "'layer_norm_epsilon'"),
     "another width of the MLP": (config_with(n_inner=64), CONFIG, "'n_inner' is 64"),
-    "head said to be untied": (config_with(tie_word_embeddings=False), CONFIG, "'tie_word_embeddings'"),
+    "head said to be untied": (
+        config_with(tie_word_embeddings=False),
+        CONFIG,
+        "'tie_word_embeddings'",
+    ),
     "attention unscaled": (config_with(scale_attn_weights=False), CONFIG, "'scale_attn_weights'"),
-    "attention scaled by layer": (config_with(scale_attn_by_inverse_layer_idx=True), CONFIG, "'scale_attn_by_inverse_layer_idx'"),
+    "attention scaled by layer": (
+        config_with(scale_attn_by_inverse_layer_idx=True),
+        CONFIG,
+        "'scale_attn_by_inverse_layer_idx'",
+    ),
     "cross attention": (config_with(add_cross_attention=True), CONFIG, "'add_cross_attention'"),
     "dropout of 1": (config_with(resid_pdrop=1.0), CONFIG, "'resid_pdrop'"),
     "dropout not a number": (config_with(resid_pdrop="0.1"), CONFIG, "'resid_pdrop'"),
     "no weights": (lambda directory: (directory / WEIGHTS).unlink(), WEIGHTS, "no such file"),
-    "tensor missing": (tensors_with(h__1__mlp__c_fc__bias=None), WEIGHTS, "'h.1.mlp.c_fc.bias' is missing"),
+    "tensor missing": (
+        tensors_with(h__1__mlp__c_fc__bias=None),
+        WEIGHTS,
+        "'h.1.mlp.c_fc.bias' is missing",
+    ),
     "layer missing": (config_with(n_layer=3), WEIGHTS, "'h.2.ln_1.weight' is missing"),
-    "wrong shape": (tensors_with(wpe__weight=lambda t: t[:-1].clone()), WEIGHTS, "'wpe.weight' has shape (47, 32)"),
-    "not transposed": (tensors_with(h__0__attn__c_attn__weight=lambda t: t.T.contiguous()), WEIGHTS, "'h.0.attn.c_attn.weight' has shape (96, 32)"),
-    "a vector for a matrix": (tensors_with(h__0__mlp__c_fc__weight=lambda t: t[0].clone()), WEIGHTS, "'h.0.mlp.c_fc.weight' has shape (128,)"),
+    "wrong shape": (
+        tensors_with(wpe__weight=lambda t: t[:-1].clone()),
+        WEIGHTS,
+        "'wpe.weight' has shape (47, 32)",
+    ),
+    "not transposed": (
+        tensors_with(h__0__attn__c_attn__weight=lambda t: t.T.contiguous()),
+        WEIGHTS,
+        "'h.0.attn.c_attn.weight' has shape (96, 32)",
+    ),
+    "a vector for a matrix": (
+        tensors_with(h__0__mlp__c_fc__weight=lambda t: t[0].clone()),
+        WEIGHTS,
+        "'h.0.mlp.c_fc.weight' has shape (128,)",
+    ),
     "another width": (config_with(n_embd=64), WEIGHTS, "does not fit config.json"),
-    "integers": (tensors_with(wte__weight=lambda t: t.long()), WEIGHTS, "'wte.weight' is torch.int64"),
+    "integers": (
+        tensors_with(wte__weight=lambda t: t.long()),
+        WEIGHTS,
+        "'wte.weight' is torch.int64",
+    ),
     "NaN": (tensors_with(ln_f__bias=holed(float("nan"))), WEIGHTS, "'ln_f.bias'"),
-    "infinite": (tensors_with(h__1__attn__c_proj__weight=holed(float("-inf"))), WEIGHTS, "'h.1.attn.c_proj.weight'"),
+    "infinite": (
+        tensors_with(h__1__attn__c_proj__weight=holed(float("-inf"))),
+        WEIGHTS,
+        "'h.1.attn.c_proj.weight'",
+    ),
     "a layer too many": (config_with(n_layer=1), WEIGHTS, "'h.1."),
-    "a tensor of another model": (tensors_with(score__weight=lambda _: torch.ones(2, 32)), WEIGHTS, "'score.weight'"),
-    "untied head": (tensors_with(lm_head__weight=lambda _: torch.ones(61, 32)), WEIGHTS, "'lm_head.weight' differs"),
-    "safetensors cut short": (file_bytes(lambda content: content[:-100]), WEIGHTS, "cut short or damaged"),
-    "safetensors cut in its header": (file_bytes(lambda content: content[:50]), WEIGHTS, "cut short or damaged"),
+    "a tensor of another model": (
+        tensors_with(score__weight=lambda _: torch.ones(2, 32)),
+        WEIGHTS,
+        "'score.weight'",
+    ),
+    "untied head": (
+        tensors_with(lm_head__weight=lambda _: torch.ones(61, 32)),
+        WEIGHTS,
+        "'lm_head.weight' differs",
+    ),
+    "safetensors cut short": (
+        file_bytes(lambda content: content[:-100]),
+        WEIGHTS,
+        "cut short or damaged",
+    ),
+    "safetensors cut in its header": (
+        file_bytes(lambda content: content[:50]),
+        WEIGHTS,
+        "cut short or damaged",
+    ),
     "safetensors empty": (file_bytes(lambda content: b""), WEIGHTS, "cut short or damaged"),
-    "safetensors is a web page": (file_bytes(lambda content: b"<html><body>Not found</body></html>"), WEIGHTS, "cut short or damaged"),
-    "header of an absurd length": (file_bytes(lambda content: struct.pack("<Q", 1 << 60) + content[8:]), WEIGHTS, "cut short or damaged"),
-    "header with another shape": (header(lambda field: field.update(shape=[61, 31])), WEIGHTS, "cut short or damaged"),
-    "header with offsets past the end": (header(lambda field: field.update(data_offsets=[0, 1 << 40])), WEIGHTS, "cut short or damaged"),
-    "header with an unknown type": (header(lambda field: field.update(dtype="F99")), WEIGHTS, "cut short or damaged"),
+    "safetensors is a web page": (
+        file_bytes(lambda content: b"<html><body>Not found</body></html>"),
+        WEIGHTS,
+        "cut short or damaged",
+    ),
+    "header of an absurd length": (
+        file_bytes(lambda content: struct.pack("<Q", 1 << 60) + content[8:]),
+        WEIGHTS,
+        "cut short or damaged",
+    ),
+    "header with another shape": (
+        header(lambda field: field.update(shape=[61, 31])),
+        WEIGHTS,
+        "cut short or damaged",
+    ),
+    "header with offsets past the end": (
+        header(lambda field: field.update(data_offsets=[0, 1 << 40])),
+        WEIGHTS,
+        "cut short or damaged",
+    ),
+    "header with an unknown type": (
+        header(lambda field: field.update(dtype="F99")),
+        WEIGHTS,
+        "cut short or damaged",
+    ),
     "pickle cut short": (cut_pickle, PICKLE, "cut short, damaged"),
     "pickle with code": (pickled({"wte.weight": Code()}), PICKLE, "more than tensors"),
-    "pickle with a checkpoint inside": (pickled({"model": stored_weights(TINY), "step": 3}), PICKLE, "no dictionary of tensors"),
+    "pickle with a checkpoint inside": (
+        pickled({"model": stored_weights(TINY), "step": 3}),
+        PICKLE,
+        "no dictionary of tensors",
+    ),
     "pickle of a list": (pickled([torch.ones(2)]), PICKLE, "no dictionary of tensors"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage, file, words", DAMAGES.values(), ids=DAMAGES.keys())
-def test_a_checkpoint_that_is_wrong_gives_one_line_that_names_what(tmp_path, monkeypatch, damage, file, words):
+def test_a_checkpoint_that_is_wrong_gives_one_line_that_names_what(
+    tmp_path, monkeypatch, damage, file, words
+):
     monkeypatch.chdir(tmp_path)
     directory = write_checkpoint(tmp_path / "checkpoint")
     load(directory)
@@ -445,11 +607,22 @@ def test_packed_weights_give_the_same_hidden_states_and_logits_and_are_gone_behi
         wanted = model(ids)
         with packed_weights(model):
             hidden = model(ids)
-            packed = [name for name, w in model.named_parameters() if getattr(w, "packed", None) is not None]
+            packed = [
+                name
+                for name, w in model.named_parameters()
+                if getattr(w, "packed", None) is not None
+            ]
             logits = model.logits(hidden)
-        assert (hidden - wanted).abs().max() < 1e-4 and (logits - model.logits(wanted)).abs().max() < 1e-4
-    if platform.machine() == "x86_64" and torch.backends.mkldnn.is_available():  # the others are small
-        assert packed == ["wte.weight", *(f"h.{n}.mlp.{name}.weight" for n in (0, 1) for name in ("c_fc", "c_proj"))]
+        assert (hidden - wanted).abs().max() < 1e-4 and (
+            logits - model.logits(wanted)
+        ).abs().max() < 1e-4
+    if (
+        platform.machine() == "x86_64" and torch.backends.mkldnn.is_available()
+    ):  # the others are small
+        assert packed == [
+            "wte.weight",
+            *(f"h.{n}.mlp.{name}.weight" for n in (0, 1) for name in ("c_fc", "c_proj")),
+        ]
     assert all(getattr(w, "packed", None) is None for w in model.parameters())
 
 
@@ -458,10 +631,19 @@ def test_hidden_states_of_some_tokens_are_those_of_all_with_the_same_gradients(w
     model = GPT(Config(2, 32, 4, 61, 64, 0.0)).initialise(3)
     ids = torch.randint(61, (3, 9), generator=torch.Generator().manual_seed(1))
     prefix = torch.randn(4, 32, requires_grad=True) if with_prefix else None
-    where, leaves = (torch.tensor([0, 0, 2, 1]), torch.tensor([0, 8, 3, 7])), [*model.parameters(), *([prefix] if with_prefix else [])]
-    wanted, some = model(ids, prefix)[where[0], where[1] + (4 if with_prefix else 0)], model(ids, prefix, where=where)
+    where, leaves = (
+        (torch.tensor([0, 0, 2, 1]), torch.tensor([0, 8, 3, 7])),
+        [*model.parameters(), *([prefix] if with_prefix else [])],
+    )
+    wanted, some = (
+        model(ids, prefix)[where[0], where[1] + (4 if with_prefix else 0)],
+        model(ids, prefix, output_positions=where),
+    )
     assert (some - wanted).abs().max() < 1e-5
-    for grad, want in zip(torch.autograd.grad(some.square().sum(), leaves), torch.autograd.grad(wanted.square().sum(), leaves)):
+    for grad, want in zip(
+        torch.autograd.grad(some.square().sum(), leaves),
+        torch.autograd.grad(wanted.square().sum(), leaves),
+    ):
         assert (grad - want).abs().max() < 1e-4
 
 

@@ -6,26 +6,30 @@ ragged batch with a KV cache, which drops rows as they end. The plain forms are 
 
 import pytest
 import torch
+from helpers import write_checkpoint
 from safetensors.torch import load_file
+from test_train import CPU, TOKENIZER, metrics, world  # noqa: F401  (a fixture)
 
 import data.prepare
 import losses
 import train
-from helpers import write_checkpoint
 from model import Config
-from test_train import CPU, TOKENIZER, metrics, world  # noqa: F401  (a fixture)
 
-UNLIKE = ("tokens_per_second", "seconds", "memory_resident_gb")  # of a metrics line: hang on the clock and the machine
+UNLIKE = (
+    "tokens_per_second",
+    "seconds",
+    "memory_resident_gb",
+)  # of a metrics line: hang on the clock and the machine
 V = TOKENIZER.n_vocab
 
 
 # ---- the plain forms ------------------------------------------------------------------------------------------------------------------
 
 
-def plain_sum_over_tokens(loss_of, hidden, head, *targets):
+def plain_sum_over_tokens(loss_fn, hidden, head, *targets):
     with torch.no_grad():
         of_targets = [h @ w.T for h, w in targets]  # (N, V) each
-    return loss_of(slice(0, len(hidden)), hidden @ head.T, *of_targets).sum(-1)
+    return loss_fn(slice(0, len(hidden)), hidden @ head.T, *of_targets).sum(-1)
 
 
 @torch.no_grad()
@@ -35,13 +39,15 @@ def plain_token_log_probs(hidden, head, tokens):
 
 def plain_kls(first, *others):
     log_p = first.log_softmax(-1)
-    return torch.stack([(log_p.exp() * (log_p - other.log_softmax(-1))).sum(-1) for other in others])
+    return torch.stack(
+        [(log_p.exp() * (log_p - other.log_softmax(-1))).sum(-1) for other in others]
+    )
 
 
-def plain_prompt_loss(p_prompted, q, p_bare, lam, reg, *directions):
+def plain_prompt_loss(p_prompted, q, p_bare, lam, reg_weight, *directions):
     """Both KLs are reverse, as in the demo."""
     L_kd, L_reg = losses.kl(p_prompted, q), losses.kl(p_prompted, p_bare)
-    return L_kd + reg * lam * L_reg, L_kd, L_reg
+    return L_kd + reg_weight * lam * L_reg, L_kd, L_reg
 
 
 def next_probs(model, ids):
@@ -50,15 +56,15 @@ def next_probs(model, ids):
 
 
 @torch.no_grad()
-def plain_sample(model, requests, uniforms, end, max_new, mix=None, dtype="float32"):
+def plain_sample(model, requests, uniforms, end, max_new_tokens, teacher_mix=None, dtype="float32"):
     """One row after the other, and all of the row anew for each token."""
     responses, log_probs = [], []
     for request, u in zip(requests, uniforms):
         response, log_p = [], []
-        while len(response) < max_new and end not in response:
+        while len(response) < max_new_tokens and end not in response:
             probs = next_probs(model, request + response)
-            if mix is not None:
-                teacher, alpha = mix
+            if teacher_mix is not None:
+                teacher, alpha = teacher_mix
                 probs = (1 - alpha) * probs + alpha * next_probs(teacher, request + response)
             cdf = probs.cumsum(0)
             token = int((cdf > u[len(response)] * cdf[-1]).nonzero()[0])
@@ -75,7 +81,13 @@ def use_plain_forms(patch):
     patch.setattr("train.prompt_loss", plain_prompt_loss)
     patch.setattr("losses.kls", plain_kls)
     patch.setattr("sample.sample", plain_sample)
-    for name in ("losses._SumOverTokens", "losses._KL", "losses.head_logits", "sample.KVCache", "sample.packed_weights"):
+    for name in (
+        "losses._SumOverTokens",
+        "losses._KL",
+        "losses.head_logits",
+        "sample.KVCache",
+        "sample.packed_weights",
+    ):
         patch.setattr(name, None)  # whatever still came to a fast form would fail
 
 
@@ -88,11 +100,26 @@ def use_small_blocks(patch):
 # ---- both on the demo's data ------------------------------------------------------------------------------------------------------------
 
 
-def train_stage(out, name, method, micro_batch=4, **values):
+def train_stage(out, name, method, micro_batch_size=4, **values):
     """A stage with the demo's preset, made small; validated at the end alone, so that its best weights are its last. Returns its directory."""
     preset = train.DEMO[train.DEMO_STUDENT if method == "pretrain" else method]
-    small = {"data": "demo", "global_batch": 8, "steps": 8, "validate_every": 100, "warmup": 8, "dropout": 0.0, "dev_rows": 4, "max_new": 16}
-    train.run_stage(name, train.Settings(**{"method": method, **preset, **small, **values}), out, micro_batch, CPU)
+    small = {
+        "data": "demo",
+        "global_batch_size": 8,
+        "steps": 8,
+        "eval_interval": 100,
+        "warmup_steps": 8,
+        "dropout": 0.0,
+        "max_dev_rows": 4,
+        "max_new_tokens": 16,
+    }
+    train.run_stage(
+        name,
+        train.Settings(**{"method": method, **preset, **small, **values}),
+        out,
+        micro_batch_size,
+        CPU,
+    )
     return out / name
 
 
@@ -103,7 +130,9 @@ def student_and_teacher(tmp_path_factory, world):
     out, directories = tmp_path_factory.mktemp("models"), []
     for name, config in {"student": Config(2, 32, 4, V), "teacher": Config(1, 384, 6, V)}.items():
         start = write_checkpoint(out / "start" / name, config, TOKENIZER)
-        directories.append(str(train_stage(out, name, "sft", student=str(start), steps=30, best_by="loss")))
+        directories.append(
+            str(train_stage(out, name, "sft", student=str(start), steps=30, metric_for_best="loss"))
+        )
     return directories
 
 
@@ -129,21 +158,33 @@ def test_fast_forms_train_as_plain_ones_do(tmp_path, student_and_teacher, method
         "pretrain": {"student": "2x32x4"},
         "sft": {"student": student},
         "kd": {"student": student, "teacher": teacher},
-        "promptkd": {"student": student, "teacher": teacher, "prompt_lr": 2e-3},  # as far as the student moves
+        "promptkd": {
+            "student": student,
+            "teacher": teacher,
+            "prompt_lr": 2e-3,
+        },  # as far as the student moves
         "gkd": {"student": student, "teacher": teacher},
-        "minillm": {"student": student, "teacher": teacher, "rollout_rows": 16, "inner_epochs": 2, "lm_data": text},  # two rollouts of four steps
+        "minillm": {
+            "student": student,
+            "teacher": teacher,
+            "rollout_size": 16,
+            "inner_epochs": 2,
+            "lm_data": text,
+        },  # two rollouts of four steps
     }[method]
     with pytest.MonkeyPatch.context() as patch:
         use_small_blocks(patch)
         fast = train_stage(tmp_path, "fast", method, **values)
     with pytest.MonkeyPatch.context() as patch:
         use_plain_forms(patch)
-        plain = train_stage(tmp_path, "plain", method, micro_batch=16, **values)
+        plain = train_stage(tmp_path, "plain", method, micro_batch_size=16, **values)
 
     # Ten times what rounding was seen to make: 2e-6 of a loss or norm; in the weights 6e-6, as AdamW scales up what is rounded.
     for a, b in zip(metrics(fast), metrics(plain), strict=True):
         assert a.get("response_tokens") == b.get("response_tokens")
-        assert {k: v for k, v in a.items() if k not in UNLIKE} == pytest.approx({k: v for k, v in b.items() if k not in UNLIKE}, rel=2e-5, abs=1e-8)
+        assert {k: v for k, v in a.items() if k not in UNLIKE} == pytest.approx(
+            {k: v for k, v in b.items() if k not in UNLIKE}, rel=2e-5, abs=1e-8
+        )
     found, wanted = trained_weights(fast), trained_weights(plain)
     assert found.keys() == wanted.keys()
     for name, w in found.items():

@@ -13,20 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import evaluate
-import exposure_bias
-import losses
-import model
-import sample
-import train
-from data import ranks
-from data.files import InputError
-from data.rows import micro_batches
 from helpers import run_command, talker_config, tiny_model, tiny_tokenizer, write_checkpoint
-from model import GPT, Config, head_logits, precision
-from prompt import freeze, teacher_hidden
 from test_algorithm import make_examples
 from test_train import (  # noqa: F401  (fixtures among them)
     Interrupted,
@@ -40,6 +27,19 @@ from test_train import (  # noqa: F401  (fixtures among them)
     teacher,
     world,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import evaluate
+import exposure_bias
+import losses
+import model
+import sample
+import train
+from data import dist
+from data.cli import InputError
+from data.rows import micro_batches
+from model import GPT, Config, head_logits, precision
+from prompt import freeze, teacher_hidden
 
 CPU = torch.device("cpu")
 OFFSET = -112.0
@@ -78,7 +78,11 @@ def bfloat16_head(hidden, head, padded=False):
     return F.linear(hidden.bfloat16(), head.bfloat16()).float()
 
 
-FORMS = {"gpu": functools.partial(head_logits, on_gpu=True), "cpu": head_logits, "bfloat16": bfloat16_head}
+FORMS = {
+    "gpu": functools.partial(head_logits, on_gpu=True),
+    "cpu": head_logits,
+    "bfloat16": bfloat16_head,
+}
 
 
 @pytest.fixture
@@ -123,7 +127,10 @@ def model_errors(offset, dtype):
         q = make_model_with_offset(1, offset).to(of)
         p = make_model_with_offset(2, offset).to(of)
         if name == "float64":
-            q_logits, p_logits = (m(batch.ids, where=batch.where) @ m.wte.weight.T for m in (q, p))
+            q_logits, p_logits = (
+                m(batch.ids, output_positions=batch.response_positions) @ m.wte.weight.T
+                for m in (q, p)
+            )
             log_q, log_p = q_logits.log_softmax(-1), p_logits.log_softmax(-1)
             kl = (log_q.exp() * (log_q - log_p)).sum(-1)
             log_probs = log_q.gather(1, batch.targets[:, None])[:, 0]
@@ -131,18 +138,25 @@ def model_errors(offset, dtype):
         else:
             with precision(CPU, dtype):
                 p = freeze(p, dtype)
-                target = (teacher_hidden(p, batch.ids, None, batch.where), p.wte.weight)
-                hidden = q(batch.ids, where=batch.where)
+                target = (
+                    teacher_hidden(p, batch.ids, None, batch.response_positions),
+                    p.wte.weight,
+                )
+                hidden = q(batch.ids, output_positions=batch.response_positions)
                 kl = losses.kl(q.logits(hidden), p.logits(target[0])).detach()
                 log_probs = losses.token_log_probs(hidden, q.wte.weight, batch.targets)
 
-                def loss_of(i, q_logits, p_logits):
+                def loss_fn(i, q_logits, p_logits):
                     return losses.student_loss(q_logits, p_logits)
 
-                loss = losses.sum_over_tokens(loss_of, hidden, q.wte.weight, target) / len(kl)
+                loss = losses.sum_over_tokens(loss_fn, hidden, q.wte.weight, target) / len(kl)
             loss.backward()
-        gradient = torch.cat([w.grad.flatten().double() for w in q.parameters() if w.grad is not None])
-        found[name] = SimpleNamespace(kl=kl.double(), log_probs=log_probs.double(), gradient=gradient)
+        gradient = torch.cat(
+            [w.grad.flatten().double() for w in q.parameters() if w.grad is not None]
+        )
+        found[name] = SimpleNamespace(
+            kl=kl.double(), log_probs=log_probs.double(), gradient=gradient
+        )
     wanted, got = found["float64"], found[dtype]
     return {
         "KL": float((got.kl.detach() - wanted.kl.detach()).abs().mean()),
@@ -217,16 +231,16 @@ def spread_errors(form, offset):
 
     hidden, head = h_q.requires_grad_(), w_q.requires_grad_()
 
-    def loss_of(i, q_logits, p_logits):
+    def loss_fn(i, q_logits, p_logits):
         kl = losses.student_loss(q_logits, p_logits)
         return torch.stack([kl, (kl - kl64[i]).abs().float()])
 
     with precision(CPU, "bfloat16"):
-        total, kl_error = losses.sum_over_tokens(loss_of, hidden, head, (h_p, w_p))
+        total, kl_error = losses.sum_over_tokens(loss_fn, hidden, head, (h_p, w_p))
         with torch.no_grad():
             logits = form(hidden, head).float()
     total.backward()
-    tokens = sample.draw(logits, u)[0]
+    tokens = sample.sample_next_token(logits, u)[0]
     distance = (logits.double().softmax(-1) - probs64).abs().sum(-1).mean() / 2  # total variation
     return {
         "KL": float(kl_error.detach()) / len(h_q),
@@ -243,7 +257,11 @@ def within(errors):
     is 1 minus their total variation, if they are drawn from jointly as well as can be. From the same
     u it is less, with and without an offset: a CDF over 50,257 tokens sums up the rounding of all."""
     alike = min(errors["drawn alike"], errors["greedy alike"])
-    return errors["KL"] <= 0.001 and max(errors["d_hidden"], errors["d_head"]) <= 0.02 and alike >= 0.99
+    return (
+        errors["KL"] <= 0.001
+        and max(errors["d_hidden"], errors["d_head"]) <= 0.02
+        and alike >= 0.99
+    )
 
 
 @pytest.mark.parametrize("offset", [0.0, OFFSET])
@@ -268,9 +286,11 @@ def test_a_bfloat16_head_fails_under_an_offset_spread_over_the_width(use_form):
 
 def make_run(method, dtype):
     """A Run of small models with a vocabulary of 1,000, before its first step."""
-    values = {"rollout_rows": 8, "inner_epochs": 1} if method == "minillm" else {}
+    values = {"rollout_size": 8, "inner_epochs": 1} if method == "minillm" else {}
     values |= train.PROMPT if method == "promptkd" else {}
-    s = train.Settings(method, "tiny", "none", 8, lr=1e-3, epochs=1, dtype=dtype, max_new=12, **values)
+    s = train.Settings(
+        method, "tiny", "none", 8, lr=1e-3, epochs=1, dtype=dtype, max_new_tokens=12, **values
+    )
     student, teacher = (
         GPT(Config(n_layer, n_embd, 4, 1000, 128, dropout=0.0)).initialise(seed)
         for seed, (n_layer, n_embd) in enumerate([(2, 64), (3, 96)])
@@ -280,13 +300,13 @@ def make_run(method, dtype):
         P = teacher.wte.weight[:7].detach().clone().requires_grad_()
     run = train.Run(
         settings=s,
-        total=10,
-        global_batch=8,
-        micro_batch=3,
+        total_steps=10,
+        global_batch_size=8,
+        micro_batch_size=3,
         device=CPU,
         tokenizer=SimpleNamespace(eot_token=999),
         student=student,
-        wrapped=student,
+        ddp_student=student,
         optimizer=train.adamw(student.parameters(), s),
         teacher=freeze(teacher, dtype),
         P=P,
@@ -294,15 +314,15 @@ def make_run(method, dtype):
         clock={"since": 0.0},
         text=make_examples((6,) * 5, seed=6) if method == "minillm" else None,
     )
-    train.set_rate(run.optimizer, 1e-3)
+    train.set_learning_rate(run.optimizer, 1e-3)
     if P is not None:
-        train.set_rate(run.prompt_optimizer, 1e-3)
+        train.set_learning_rate(run.prompt_optimizer, 1e-3)
     return run
 
 
 def step_and_gradients(method, dtype):
     """A step on given responses: its losses and, of student and prompt, the gradients."""
-    run, gradients, update = make_run(method, dtype), {}, train.update
+    run, gradients, update = make_run(method, dtype), {}, train.clip_and_step
 
     def recording_update(optimizer):
         of = "prompt" if optimizer is run.prompt_optimizer else "student"
@@ -311,8 +331,8 @@ def step_and_gradients(method, dtype):
         return update(optimizer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "update", recording_update)
-        patch.setattr(train, "rollout", lambda run, examples, t, mix=None: examples)
+        patch.setattr(train, "clip_and_step", recording_update)
+        patch.setattr(train, "rollout", lambda run, examples, t, teacher_mix=None: examples)
         values = train.STEPS[method](run, make_examples((9, 3, 12, 30, 7, 20, 11, 5)), 0)
     return {name: float(value) for name, value in values.items()}, gradients
 
@@ -345,29 +365,42 @@ def test_a_frozen_teacher_in_bfloat16_is_what_autocast_makes_of_a_float32_one():
 @pytest.mark.parametrize("with_teacher", [False, True])
 def test_sampling_in_bfloat16_gives_the_log_probabilities_of_a_full_forward(with_teacher):
     q = make_model_with_offset(1, 0.0)
-    mix = (freeze(make_model_with_offset(2, 0.0), "bfloat16"), 0.2) if with_teacher else None
+    teacher_mix = (
+        (freeze(make_model_with_offset(2, 0.0), "bfloat16"), 0.2) if with_teacher else None
+    )
     requests = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5]]
     keys = [(10, "test", n) for n in range(3)]
-    responses, log_probs = sample.sample_all(q, requests, keys, 999, 16, mix=mix, dtype="bfloat16")
+    responses, log_probs = sample.sample_all(
+        q, requests, keys, 999, 16, teacher_mix=teacher_mix, dtype="bfloat16"
+    )
     for request, response, log_p in zip(requests, responses, log_probs):
         ids = torch.tensor([request + response])
         with torch.no_grad(), precision(CPU, "bfloat16"):
-            probs = [m.logits(m(ids))[0].softmax(-1) for m in ([q] if mix is None else [q, mix[0]])]
-        mixture = probs[0] if mix is None else 0.8 * probs[0] + 0.2 * probs[1]
-        wanted = mixture[torch.arange(len(request) - 1, ids.shape[1] - 1), torch.tensor(response)].log()
+            probs = [
+                m.logits(m(ids))[0].softmax(-1)
+                for m in ([q] if teacher_mix is None else [q, teacher_mix[0]])
+            ]
+        mixture = probs[0] if teacher_mix is None else 0.8 * probs[0] + 0.2 * probs[1]
+        wanted = mixture[
+            torch.arange(len(request) - 1, ids.shape[1] - 1), torch.tensor(response)
+        ].log()
         assert (torch.tensor(log_p) - wanted).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("method", ["sft", "minillm", "promptkd"])
 @pytest.mark.usefixtures("minillm_validates_within_a_rollout")
-def test_a_killed_run_in_bfloat16_ends_with_the_same_bits(tmp_path, student, teacher, built, method):
+def test_a_killed_run_in_bfloat16_ends_with_the_same_bits(
+    tmp_path, student, teacher, built, method
+):
     options = (*options_for(method, student, teacher), "--dtype", "bfloat16")
     main(tmp_path / "whole", *options)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         stop_in_a_step(patch, method)
         main(tmp_path / "killed", *options)
     main(tmp_path / "killed", *options)
-    [whole], [killed] = (list((tmp_path / name).glob(f"{method}-*")) for name in ("whole", "killed"))
+    [whole], [killed] = (
+        list((tmp_path / name).glob(f"{method}-*")) for name in ("whole", "killed")
+    )
     a, b = outcome(whole, built[0]), outcome(killed, built[-1])
     assert a.best == b.best and a.lines == b.lines and a.record["settings"]["dtype"] == "bfloat16"
 
@@ -375,7 +408,9 @@ def test_a_killed_run_in_bfloat16_ends_with_the_same_bits(tmp_path, student, tea
 def test_a_run_of_another_precision_is_refused_by_name(tmp_path, student):
     options = options_for("sft", student, None)
     main(tmp_path, *options, "--steps", 2)
-    with pytest.raises(InputError, match="was made with dtype 'float32', not 'bfloat16'; give --dtype float32"):
+    with pytest.raises(
+        InputError, match="was made with dtype 'float32', not 'bfloat16'; give --dtype float32"
+    ):
         main(tmp_path, *options, "--steps", 2, "--dtype", "bfloat16")
     assert "complete, skipped" in main(tmp_path, *options, "--steps", 2, "--dtype", "float32")
 
@@ -392,7 +427,9 @@ def test_responses_of_another_precision_are_not_reused(tmp_path, world, student,
     assert json.loads((tmp_path / "table1.json").read_text())["settings"]["dtype"] == "bfloat16"
 
 
-def test_exposure_bias_is_in_float32_unless_another_precision_is_given(tmp_path, world, student, teacher, capsys):  # noqa: F811
+def test_exposure_bias_is_in_float32_unless_another_precision_is_given(
+    tmp_path, world, student, teacher, capsys
+):  # noqa: F811
     options = ["--teacher", str(teacher), "--students", str(student), "--data", str(world)]
     options += ["--rows", "3", "--steps", "6", "--samples", "1", "--out", str(tmp_path)]
     errors = {}
@@ -406,8 +443,12 @@ def test_exposure_bias_is_in_float32_unless_another_precision_is_given(tmp_path,
 
 def test_a_greedy_command_in_bfloat16(tmp_path):
     directory = write_checkpoint(tmp_path / "talker", talker_config(), tiny_tokenizer())
-    done = run_command("sample.py", directory, "--instruction", "a", "--max-new", 8, "--dtype", "bfloat16")
-    assert done.returncode == 0 and done.stderr.splitlines()[0].endswith("; ranks: 1; precision: bfloat16")
+    done = run_command(
+        "sample.py", directory, "--instruction", "a", "--max-new", 8, "--dtype", "bfloat16"
+    )
+    assert done.returncode == 0 and done.stderr.splitlines()[0].endswith(
+        "; ranks: 1; precision: bfloat16"
+    )
 
 
 # ---- the first line --------------------------------------------------------------------------------
@@ -432,26 +473,31 @@ class Cuda:
         patch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
 
 
-@pytest.mark.parametrize("cuda, given, dtype", [
-    (Cuda(gpu=True), None, "bfloat16"),
-    (Cuda(gpu=True), "float32", "float32"),
-    (Cuda(gpu=True, native_bfloat16=False), None, "float32"),
-    (Cuda(gpu=True, native_bfloat16=False), "bfloat16", "bfloat16"),
-    (Cuda(gpu=False), None, "float32"),
-    (Cuda(gpu=False), "bfloat16", "bfloat16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "cuda, given, dtype",
+    [
+        (Cuda(gpu=True), None, "bfloat16"),
+        (Cuda(gpu=True), "float32", "float32"),
+        (Cuda(gpu=True, native_bfloat16=False), None, "float32"),
+        (Cuda(gpu=True, native_bfloat16=False), "bfloat16", "bfloat16"),
+        (Cuda(gpu=False), None, "float32"),
+        (Cuda(gpu=False), "bfloat16", "bfloat16"),
+    ],
+)
 def test_the_first_line_names_device_ranks_and_precision(monkeypatch, capsys, cuda, given, dtype):
     cuda.use(monkeypatch)
-    device, chosen = ranks.start(given)
+    device, chosen = dist.init_process(given)
     assert (device.type, chosen) == ("cuda" if cuda.gpu else "cpu", dtype)
     name = "Tesla V100" if cuda.gpu else f"CPU, {torch.get_num_threads()} threads"
-    assert capsys.readouterr().err.splitlines()[0] == f"device: {name}; ranks: 1; precision: {dtype}"
+    assert (
+        capsys.readouterr().err.splitlines()[0] == f"device: {name}; ranks: 1; precision: {dtype}"
+    )
 
 
 def test_a_pytorch_built_for_gpus_that_finds_none_warns(monkeypatch, capsys):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     Cuda(gpu=False).use(monkeypatch)
-    ranks.start()
+    dist.init_process()
     _, warning = capsys.readouterr().err.splitlines()
     assert warning.startswith("warning: this PyTorch is built for GPUs (13.0) but can use none")
 
@@ -465,16 +511,22 @@ def test_a_cumulative_sum_that_is_not_monotone_draws_no_impossible_token(monkeyp
     rng = np.random.default_rng(4)
     probs = rng.random((64, 5000)) * (rng.random((64, 5000)) < 0.3)  # 70 % are impossible
     probs[:, :50] = probs[:, -50:] = 0.0
-    logits = torch.from_numpy(np.log(probs / probs.sum(-1, keepdims=True), where=probs > 0, out=np.full_like(probs, -np.inf)))
+    logits = torch.from_numpy(
+        np.log(
+            probs / probs.sum(-1, keepdims=True), where=probs > 0, out=np.full_like(probs, -np.inf)
+        )
+    )
     noise = torch.from_numpy(rng.uniform(-1e-5, 1e-5, probs.shape)).float()
     cumsum = torch.Tensor.cumsum
     monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, dim: cumsum(x, dim) + noise)
     impossible, least, greatest = 0, 0, 0
     for u in [0.0, 1 - 2**-24, *rng.random(200)]:
         u = torch.full((64,), float(u))
-        tokens, log_p = sample.draw(logits, u, parallel_sums=True)
+        tokens, log_p = sample.sample_next_token(logits, u, parallel_sums=True)
         assert torch.isfinite(log_p).all()
-        impossible += int(torch.isinf(sample.draw(logits, u, parallel_sums=False)[1]).sum())
+        impossible += int(
+            torch.isinf(sample.sample_next_token(logits, u, parallel_sums=False)[1]).sum()
+        )
         # The token that an exact sum would give is at most as far away as the noise reaches
         exact = cumsum(logits.float().softmax(-1), -1)
         at = exact.gather(1, tokens[:, None])[:, 0]
@@ -490,27 +542,32 @@ def test_parallel_sums_change_no_bit_where_the_sum_is_monotone():
     logits[:, ::7] = -torch.inf
     u = torch.rand(32)
     for how in ({}, {"top_k": 50}, {"top_p": 0.9}, {"temperature": 0.5}):
-        plain = sample.draw(logits, u, parallel_sums=False, **how)
-        assert all(torch.equal(a, b) for a, b in zip(plain, sample.draw(logits, u, parallel_sums=True, **how)))
+        plain = sample.sample_next_token(logits, u, parallel_sums=False, **how)
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(plain, sample.sample_next_token(logits, u, parallel_sums=True, **how))
+        )
 
 
 def test_rows_sampled_at_once_hang_on_the_memory_of_the_device_alone():
     small = GPT(Config(12, 768, 12, 100))
     with torch.device("meta"):
         large = GPT(Config(48, 1600, 25, 100))
-    assert sample.rows_at_once([small], 256, 256, "float32") == sample.CPU_ROWS
+    assert sample.sampling_batch_size([small], 256, 256, "float32") == sample.CPU_BATCH_SIZE
     # a row of GPT-2: 2 × 12 layers × 768 × 512 tokens × 2 bytes = 18.9 MB; of XL 157.3 MB
-    assert sample.rows_at_once([small], 256, 256, "bfloat16", memory=80e9) == 256
-    assert sample.rows_at_once([small], 256, 256, "bfloat16", memory=24e9) == 127
-    assert sample.rows_at_once([small], 256, 256, "float32", memory=24e9) == 63
-    assert sample.rows_at_once([small, large], 256, 256, "bfloat16", memory=80e9) == 45
-    assert sample.rows_at_once([large], 256, 256, "bfloat16", memory=1e8) == 1
-    assert sample.rows_at_once([small], 256, 256, "bfloat16", request=0, memory=80e9) == 256
+    assert sample.sampling_batch_size([small], 256, 256, "bfloat16", memory=80e9) == 256
+    assert sample.sampling_batch_size([small], 256, 256, "bfloat16", memory=24e9) == 127
+    assert sample.sampling_batch_size([small], 256, 256, "float32", memory=24e9) == 63
+    assert sample.sampling_batch_size([small, large], 256, 256, "bfloat16", memory=80e9) == 45
+    assert sample.sampling_batch_size([large], 256, 256, "bfloat16", memory=1e8) == 1
+    assert sample.sampling_batch_size([small], 256, 256, "bfloat16", request=0, memory=80e9) == 256
 
 
 def test_all_requests_are_sampled_in_batches_of_that_many_rows(monkeypatch):
     batches = []
-    monkeypatch.setattr(sample, "rows_at_once", lambda models, n_rows, max_new, dtype, request: 7)
+    monkeypatch.setattr(
+        sample, "sampling_batch_size", lambda models, n_rows, max_new_tokens, dtype, request: 7
+    )
 
     def seen(model, requests, *rest, **how):
         batches.append(len(requests))
@@ -532,18 +589,18 @@ class Waits(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-@pytest.mark.parametrize("how", [{}, {"no_repeat": 3}, {"top_p": 0.9, "top_k": 20}])
+@pytest.mark.parametrize("how", [{}, {"no_repeat_ngram": 3}, {"top_p": 0.9, "top_k": 20}])
 def test_sampling_waits_for_the_device_only_where_it_looks(monkeypatch, how):
-    monkeypatch.setitem(sample.LOOK_EVERY, "cpu", 8)
+    monkeypatch.setitem(sample.CHECK_INTERVAL, "cpu", 8)
     monkeypatch.setattr(torch.Tensor, "tolist", counted(torch.Tensor.tolist, lists := []))
     model, requests = tiny_model(), [[3, 1, 4], [1, 5]]
     counts = {}
-    for max_new in (8, 16, 40):
-        uniforms = np.stack([sample.row_uniforms(max_new, n) for n in range(2)])
+    for max_new_tokens in (8, 16, 40):
+        uniforms = np.stack([sample.row_uniforms(max_new_tokens, n) for n in range(2)])
         lists.clear()
         with Waits() as waits:
-            sample.sample(model, requests, uniforms, -1, max_new, **how)
-        counts[max_new] = waits.count + len(lists)
+            sample.sample(model, requests, uniforms, -1, max_new_tokens, **how)
+        counts[max_new_tokens] = waits.count + len(lists)
     assert counts[16] - counts[8] == 1 and counts[40] - counts[8] == 4
 
 
@@ -559,8 +616,8 @@ def test_looking_seldom_gives_the_same_responses(monkeypatch):
     model = tiny_model()
     requests = [[n, n + 1, n + 2] for n in range(12)]
     uniforms = np.stack([sample.row_uniforms(30, n) for n in range(12)])
-    often = sample.sample(model, requests, uniforms, 7, 30, no_repeat=2)
-    monkeypatch.setitem(sample.LOOK_EVERY, "cpu", 8)
-    seldom = sample.sample(model, requests, uniforms, 7, 30, no_repeat=2)
+    often = sample.sample(model, requests, uniforms, 7, 30, no_repeat_ngram=2)
+    monkeypatch.setitem(sample.CHECK_INTERVAL, "cpu", 8)
+    seldom = sample.sample(model, requests, uniforms, 7, 30, no_repeat_ngram=2)
     assert seldom[0] == often[0]
     assert any(response[-1] == 7 for response in often[0])

@@ -6,10 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import (
+    TINY,
+    soft_prompt,
+    stored_weights,
+    tiny_model,
+    transformers_logits,
+    transformers_model,
+)
 from safetensors.torch import save_file
 
-from data.rows import load_tokenizer, pad
-from helpers import TINY, soft_prompt, stored_weights, tiny_model, transformers_logits, transformers_model
+from data.rows import pad
+from data.tokenizer import load_tokenizer
 from losses import kl
 from model import CheckpointError
 from prompt import freeze, initial_prompt, load_prompt, save_prompt, teacher_hidden
@@ -36,13 +44,23 @@ def test_the_papers_sentence_is_seven_tokens_of_gpt2(shared, tmp_path):
         (tmp_path / name).symlink_to(shared / "gpt2-bpe" / file)
     tokenizer = load_tokenizer(tmp_path)
     tokens = tokenizer.encode_ordinary("Suppose you are a student.")
-    assert [tokenizer.decode([token]) for token in tokens] == ["Supp", "ose", " you", " are", " a", " student", "."]
+    assert [tokenizer.decode([token]) for token in tokens] == [
+        "Supp",
+        "ose",
+        " you",
+        " are",
+        " a",
+        " student",
+        ".",
+    ]
     embedding = torch.arange(tokenizer.n_vocab * 2.0).view(-1, 2)
     P = initial_prompt(embedding, "text", len(tokens), tokens, tokenizer.eot_token, seed=10)
     assert P.shape == (7, 2) and torch.equal(P[:, 0], 2.0 * torch.tensor(tokens))
 
 
-@pytest.mark.parametrize("length, tokens", [(5, WORDS), (3, [11, 7, 30]), (8, [11, 7, 30, 7, 2, 11, 7, 30]), (1, [11])])
+@pytest.mark.parametrize(
+    "length, tokens", [(5, WORDS), (3, [11, 7, 30]), (8, [11, 7, 30, 7, 2, 11, 7, 30]), (1, [11])]
+)
 def test_text_is_cut_or_repeated_to_the_length(length, tokens):
     assert torch.equal(initial("text", length), stored_weights(TINY)["wte.weight"][tokens])
 
@@ -80,7 +98,9 @@ def test_a_text_prompt_is_the_same_as_its_tokens_in_front(teacher):
     hidden = teacher_hidden(teacher, ids, initial("text", 5))
     assert hidden.shape == teacher_hidden(teacher, ids).shape == (3, 7, 32)
     for b, (row, n) in enumerate(zip(ROWS, lengths)):
-        torch.testing.assert_close(hidden[b, :n], teacher(torch.tensor([[*WORDS, *row]]))[0, 5:], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            hidden[b, :n], teacher(torch.tensor([[*WORDS, *row]]))[0, 5:], atol=1e-5, rtol=0
+        )
 
 
 @torch.no_grad()
@@ -89,7 +109,9 @@ def test_bare_and_prompted_teacher_line_up_with_transformers(teacher):
     for P in [None, soft_prompt(4)]:
         logits = teacher.logits(teacher_hidden(teacher, ids, P))
         for b, row in enumerate(ROWS):
-            torch.testing.assert_close(logits[b, : len(row)], transformers_logits(hf, row, P), atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                logits[b, : len(row)], transformers_logits(hf, row, P), atol=1e-4, rtol=0
+            )
 
 
 def test_the_gradient_reaches_the_prompt_and_not_the_teacher(teacher):
@@ -102,10 +124,17 @@ def test_the_gradient_reaches_the_prompt_and_not_the_teacher(teacher):
 
 def test_the_prompts_gradient_is_the_slope_of_the_loss():
     teacher = freeze(tiny_model().double())
-    ids, P, direction = torch.tensor([ROWS[2]]), soft_prompt(3).double().requires_grad_(), soft_prompt(3).double().flip(0)
+    ids, P, direction = (
+        torch.tensor([ROWS[2]]),
+        soft_prompt(3).double().requires_grad_(),
+        soft_prompt(3).double().flip(0),
+    )
 
     def loss(P):
-        return kl_64(teacher.logits(teacher_hidden(teacher, ids, P)), teacher.logits(teacher_hidden(teacher, ids)))
+        return kl_64(
+            teacher.logits(teacher_hidden(teacher, ids, P)),
+            teacher.logits(teacher_hidden(teacher, ids)),
+        )
 
     loss(P).backward()
     with torch.no_grad():
@@ -132,7 +161,10 @@ def test_a_prompt_changes_what_the_teacher_says(teacher):
 def test_a_frozen_teacher_has_no_dropout():
     teacher = freeze(tiny_model(replace(TINY, dropout=0.5)).train())
     ids = torch.tensor([ROWS[2]])
-    assert torch.equal(teacher_hidden(teacher, ids, soft_prompt(3)), teacher_hidden(tiny_model(), ids, soft_prompt(3)))
+    assert torch.equal(
+        teacher_hidden(teacher, ids, soft_prompt(3)),
+        teacher_hidden(tiny_model(), ids, soft_prompt(3)),
+    )
 
 
 # ---- its file ----------------------------------------------------------------------------------------------------------------
@@ -160,7 +192,10 @@ DAMAGES = {
     "no rows": (prompt_file(prompt=torch.ones(0, 32)), "'prompt'"),
     "integers": (prompt_file(prompt=torch.ones(7, 32, dtype=torch.long)), "'prompt'"),
     "NaN": (prompt_file(prompt=torch.full((7, 32), float("nan"))), "finite"),
-    "another width": (prompt_file(prompt=torch.ones(7, 48)), "'prompt' is 48 wide and the model 32"),
+    "another width": (
+        prompt_file(prompt=torch.ones(7, 48)),
+        "'prompt' is 48 wide and the model 32",
+    ),
 }
 
 

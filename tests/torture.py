@@ -18,12 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch  # noqa: E402
+
 import data.prepare
 import train
-from data import ranks
-from data.files import command
-
-import torch  # noqa: E402
+from data import dist, report
+from data.cli import run_command_line
 
 STAGES = (
     "pretrain-1x24x2-demo teacher-1x24x2-demo pretrain-1x16x2-demo responses-1x24x2-demo seqkd-1x16x2-demo-s10 init-1x16x2-demo "
@@ -35,15 +35,43 @@ def plan(home, steps):
     """The command lines of the run. Every stage has `steps` steps, dropout, and states between the validations."""
     train.DEMO_TEACHER, train.DEMO_STUDENT = "1x24x2", "1x16x2"
     for kind, values in train.DEMO.copy().items():
-        small = {"steps": steps, "global_batch": 8, "validate_every": 4, "max_new": 8, "block": 32, "dropout": 0.1, "warmup": 2}
-        small |= {"rollout_rows": 16, "inner_epochs": 2} if kind == "minillm" else {}
+        small = {
+            "steps": steps,
+            "global_batch_size": 8,
+            "eval_interval": 4,
+            "max_new_tokens": 8,
+            "block_size": 32,
+            "dropout": 0.1,
+            "warmup_steps": 2,
+        }
+        small |= {"rollout_size": 16, "inner_epochs": 2} if kind == "minillm" else {}
         train.DEMO[{"3x128x4": "1x24x2", "2x64x4": "1x16x2"}.get(kind, kind)] = values | small
-    train.show_demo, train.draw_curves = lambda models, device, dtype: None, lambda directory: "no picture"
-    ranks.stop = lambda: None  # the ranks stay together for the next command
+    train.show_demo, report.plot_curves = (
+        lambda models, device, dtype: None,
+        lambda directory: "no picture",
+    )
+    dist.shutdown = lambda: None  # the ranks stay together for the next command
     data.prepare.HOME = home
-    how = ["--data", "demo", "--out", "out", "--save-every", "3", "--micro-batch", "5", "--dev-rows", "4", "--keep", "3"]
+    how = [
+        "--data",
+        "demo",
+        "--out",
+        "out",
+        "--save-every",
+        "3",
+        "--micro-batch",
+        "5",
+        "--dev-rows",
+        "4",
+        "--keep",
+        "3",
+    ]
     text = ["--lm-data", str(home / "demo" / "pretrain.jsonl")]
-    return [["--method", "seqkd", *how], ["--method", "minillm", *text, *how], ["--method", "promptkd", *how]]
+    return [
+        ["--method", "seqkd", *how],
+        ["--method", "minillm", *text, *how],
+        ["--method", "promptkd", *how],
+    ]
 
 
 def start(commands, world, armed=None):
@@ -58,13 +86,22 @@ def start(commands, world, armed=None):
             log = os.open("log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             os.dup2(log, 1), os.dup2(log, 2)
             if world > 1:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "torture"}
+                os.environ |= {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(world),
+                    "LOCAL_WORLD_SIZE": str(world),
+                }
+                os.environ |= {
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                    "TORCHELASTIC_RUN_ID": "torture",
+                }
             if armed and rank == 0:
                 die_while_saving(*armed)
             status = 1
             try:
-                command(lambda: [train.main(options) for options in commands])
+                run_command_line(lambda: [train.main(options) for options in commands])
                 status = 0
             finally:
                 sys.stdout.flush()
