@@ -38,7 +38,7 @@ from data.prepare import PUBLIC_SETS, find_data_dir
 from data.report import figure_1, format_score, legend, plot_bars, std, table, write_table
 from data.rows import MAX_NEW_TOKENS, encode_request, is_text_list, read_jsonl, read_rows
 from data.runs import UNFINISHED, kind_of, read_record, run_label, unique_labels
-from model import GPT, CheckpointError, read_config
+from model import GPT, read_config
 from sample import decode_response, sample_all, sampling_batch_size
 
 KINDS = (
@@ -786,4 +786,4 @@ def table_1(args, device):
 
 
 if __name__ == "__main__":
-    run_command_line(main, CheckpointError)
+    run_command_line(main)

@@ -33,7 +33,7 @@ from data.rows import MAX_NEW_TOKENS, Example, encode_request, make_batch, read_
 from data.runs import checkpoints, short_names
 from data.tokenizer import same_vocabulary
 from losses import kl
-from model import CheckpointError, precision
+from model import precision
 from sample import sample_all
 
 STEPS = 150  # of Figure 3a: as long as one Dolly reference in six
@@ -315,4 +315,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_command_line(main, CheckpointError)
+    run_command_line(main)

@@ -17,9 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-
-class CheckpointError(Exception):
-    """A checkpoint directory can't be read. The message is one line that names the file, and the tensor or field."""
+from data.cli import InputError
 
 
 @dataclass(frozen=True)
@@ -272,7 +270,7 @@ def load(directory, dropout=None):
     """The model of a Hugging Face GPT-2 directory (config.json with model.safetensors or pytorch_model.bin), in float32, on the CPU.
 
     Reads the names with and without `transformer.`, and files with the buffers `attn.bias` or with `lm_head.weight`.
-    dropout: instead of the configuration's own. Raises CheckpointError naming file and tensor.
+    dropout: instead of the configuration's own. Raises InputError naming file and tensor.
     """
     directory = Path(directory)
     config = read_config(directory, dropout)
@@ -291,32 +289,32 @@ def load(directory, dropout=None):
     head = state.pop("lm_head.weight", None)
     for name, tensor in state.items():
         if name not in wanted:
-            raise CheckpointError(
+            raise InputError(
                 f"{path}: tensor '{name}' is no part of GPT-2 with {config.n_layer} layers; config.json belongs to another model"
             )
         if not tensor.is_floating_point():
-            raise CheckpointError(
+            raise InputError(
                 f"{path}: tensor '{name}' is {tensor.dtype}; floating-point weights are wanted"
             )
         if name.endswith(TRANSPOSED) and tensor.ndim == 2:
             tensor = tensor.T
         if tensor.shape != wanted[name].shape:
-            raise CheckpointError(
+            raise InputError(
                 f"{path}: tensor '{name}' has shape {tuple(state[name].shape)}, which does not fit config.json"
             )
         state[name] = tensor.float().contiguous()
         if not torch.isfinite(state[name]).all():
-            raise CheckpointError(
+            raise InputError(
                 f"{path}: tensor '{name}' has values that are not finite; the file is damaged or its training diverged"
             )
     for name in wanted:
         if name not in state:
-            raise CheckpointError(f"{path}: tensor '{name}' is missing; fetch the file again")
+            raise InputError(f"{path}: tensor '{name}' is missing; fetch the file again")
     if head is not None and (
         head.shape != state["wte.weight"].shape
         or not torch.equal(head.float(), state["wte.weight"])
     ):
-        raise CheckpointError(
+        raise InputError(
             f"{path}: tensor 'lm_head.weight' differs from 'wte.weight'; GPT-2's head is its token embedding"
         )
     model.load_state_dict(state, assign=True)
@@ -324,7 +322,7 @@ def load(directory, dropout=None):
 
 
 def read_config(directory, dropout=None):
-    """The Config of a checkpoint directory. Raises CheckpointError naming the field that is not GPT-2's."""
+    """The Config of a checkpoint directory. Raises InputError naming the field that is not GPT-2's."""
     path = Path(directory) / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -333,23 +331,23 @@ def read_config(directory, dropout=None):
             for name in ("n_layer", "n_embd", "n_head", "vocab_size", "n_positions")
         }
     except FileNotFoundError as error:
-        raise CheckpointError(
+        raise InputError(
             f"{path}: no such file; a checkpoint directory has config.json and model.safetensors"
         ) from error
     except KeyError as error:
-        raise CheckpointError(f"{path}: field {error} is missing; this is no GPT-2") from error
+        raise InputError(f"{path}: field {error} is missing; this is no GPT-2") from error
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(
+        raise InputError(
             f"{path}: can't be read as a JSON object ({error}); fetch it again"
         ) from error
     for name, size in sizes.items():
         most = 1_000 if name == "n_layer" else 1_000_000
         if type(size) is not int or not 0 < size <= most:
-            raise CheckpointError(
+            raise InputError(
                 f"{path}: field '{name}' must be a whole number above 0 and up to {most:,}, not {size!r}"
             )
     if sizes["n_embd"] % sizes["n_head"]:
-        raise CheckpointError(
+        raise InputError(
             f"{path}: n_embd {sizes['n_embd']} can't be divided among n_head {sizes['n_head']}"
         )
     # What GPT-2 fixes and this code relies on
@@ -364,16 +362,14 @@ def read_config(directory, dropout=None):
     }
     for name, value in fixed.items():
         if values.get(name, value) != value:
-            raise CheckpointError(
-                f"{path}: field '{name}' is {values[name]!r}; GPT-2 has {value!r}"
-            )
+            raise InputError(f"{path}: field '{name}' is {values[name]!r}; GPT-2 has {value!r}")
     if values.get("n_inner") not in (None, 4 * sizes["n_embd"]):
-        raise CheckpointError(
+        raise InputError(
             f"{path}: field 'n_inner' is {values['n_inner']!r}; GPT-2 has {4 * sizes['n_embd']}"
         )
     rate = values.get("resid_pdrop", 0.1) if dropout is None else dropout
     if not isinstance(rate, int | float) or not 0 <= rate < 1:
-        raise CheckpointError(
+        raise InputError(
             f"{path}: field 'resid_pdrop' must be a rate from 0 to below 1, not {rate!r}"
         )
     return Config(**sizes, dropout=rate)
@@ -385,18 +381,18 @@ def _read_tensors(directory):
         try:
             return path, load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(
+            raise InputError(
                 f"{path}: is cut short or damaged ({error}); fetch it again"
             ) from error
     path = directory / "pytorch_model.bin"
     if not path.is_file():
-        raise CheckpointError(
+        raise InputError(
             f"{directory / 'model.safetensors'}: no such file; a checkpoint directory has config.json and model.safetensors"
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles fail in many ways
-        raise CheckpointError(
+        raise InputError(
             f"{path}: is cut short, damaged, or holds more than tensors ({type(error).__name__}); fetch it again"
         ) from error
     plain = isinstance(state, dict) and all(
@@ -405,9 +401,7 @@ def _read_tensors(directory):
     if not plain or not all(
         v.layout == torch.strided and v.device.type == "cpu" for v in state.values()
     ):
-        raise CheckpointError(
-            f"{path}: is no dictionary of tensors; GPT-2's weights by name are wanted"
-        )
+        raise InputError(f"{path}: is no dictionary of tensors; GPT-2's weights by name are wanted")
     return path, state
 
 
@@ -457,7 +451,7 @@ def _write(path, write):
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
+        raise InputError(
             f"{path}: can't be written ({error}); make room on the disk, or choose another place"
         ) from error
     finally:

@@ -6,7 +6,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from model import CheckpointError, save_tensors
+from data.cli import InputError
+from model import save_tensors
 
 
 def initial_prompt(embedding, init, length, text_tokens, pad_token, seed):
@@ -58,7 +59,7 @@ def save_prompt(P, directory):
 def load_prompt(path, width):
     """Read a soft prompt (P, C) from a file, or from `prompt.safetensors` in a directory.
 
-    width: the C of the model that it is to stand before. Raises CheckpointError where it does not fit or can't be read.
+    width: the C of the model that it is to stand before. Raises InputError where it does not fit or can't be read.
     """
     path, output_positions = (
         Path(path),
@@ -68,9 +69,9 @@ def load_prompt(path, width):
     try:
         tensors = load_file(path)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file; {output_positions}") from error
+        raise InputError(f"{path}: no such file; {output_positions}") from error
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
+        raise InputError(
             f"{path}: is cut short or damaged ({error}); {output_positions}"
         ) from error
     P = tensors.get("prompt")
@@ -81,11 +82,11 @@ def load_prompt(path, width):
         or not P.is_floating_point()
         or not torch.isfinite(P).all()
     ):
-        raise CheckpointError(
+        raise InputError(
             f"{path}: has no finite floating-point tensor 'prompt' of two dimensions; {output_positions}"
         )
     if P.shape[1] != width:
-        raise CheckpointError(
+        raise InputError(
             f"{path}: tensor 'prompt' is {P.shape[1]} wide and the model {width}; take the teacher that it was tuned for"
         )
     return P.float()

@@ -27,7 +27,7 @@ from data.rows import (
     pad,
     read_rows,
 )
-from model import CheckpointError, KVCache, packed_weights, precision
+from model import KVCache, packed_weights, precision
 from prompt import load_prompt
 
 CPU_BATCH_SIZE = 64  # sampled at once on a CPU, where more rows gain nothing
@@ -439,4 +439,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_command_line(main, CheckpointError)
+    run_command_line(main)

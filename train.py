@@ -84,7 +84,7 @@ from losses import (
     token_log_probs,
     whiten,
 )
-from model import GPT, CheckpointError, precision
+from model import GPT, precision
 from prompt import freeze, initial_prompt, teacher_hidden
 from sample import sample_all, sample_to_file
 
@@ -808,4 +808,4 @@ def show_demo(models, device, dtype):
 
 
 if __name__ == "__main__":
-    run_command_line(main, CheckpointError)
+    run_command_line(main)

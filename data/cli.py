@@ -1,11 +1,13 @@
 """What every command needs: one-line errors, the command line, atomic writes."""
 
 import errno
+import json
 import os
 import signal
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,8 +17,8 @@ class InputError(Exception):
     """Something that the user gave is wrong. The message is one line: what it is, and the mend."""
 
 
-def run_command_line(main, *expected):
-    """Run a command. An InputError, an OSError or one of the `expected` exceptions ends it with one line and exit status 2; SIGINT and
+def run_command_line(main):
+    """Run a command. An InputError or OSError ends it with one line and exit status 2; SIGINT and
     SIGTERM end it with one line and 128 + signal."""
     sys.stdout.reconfigure(
         errors="backslashreplace"
@@ -27,7 +29,7 @@ def run_command_line(main, *expected):
     try:
         main()
         sys.stdout.flush()  # it may be a file on a full disk
-    except (InputError, OSError, *expected) as error:
+    except (InputError, OSError) as error:
         # Under torchrun all ranks tend to fail alike: rank 0 speaks and leaves first, which ends the others. One that is still here after
         # a while has an error of its own.
         if int(os.environ.get("RANK", 0)) > 0:
@@ -79,27 +81,47 @@ def check_output_dir(path):
         )
 
 
-def write_atomic(path, content):
-    """Write text or bytes so that `path` holds the whole of the old or the whole of the new content at any moment."""
+@contextmanager
+def atomic_path(path):
+    """Give a temporary path beside `path`. What is written there takes the place of `path` when the
+    block ends without an error, and is removed otherwise: `path` holds the whole of the old or the
+    whole of the new content at any moment.
+
+    Raises OSError where `path` is a directory, or can't be written.
+    """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise OSError(errno.EEXIST, "is no plain file, and is not replaced by one", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(
-                content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
-            )
-            file.flush()
+        yield Path(name)
+        with open(name, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private
-        os.replace(temporary, path)
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes it private
+        os.replace(name, path)
     except OSError as error:
         error.filename = error.filename or str(path)  # that the disk is full comes without a name
         raise
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        Path(name).unlink(missing_ok=True)
+
+
+def write_atomic(path, content):
+    """Write text or bytes to `path`, all of it or nothing (see `atomic_path`)."""
+    if isinstance(content, str):
+        content = content.encode("utf-8", "surrogatepass")
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def read_json(path, hint):
+    """The value in a JSON file. Raises InputError with the file and a hint where it can't be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: can't be read as JSON ({error}); {hint}") from error
 
 
 def _umask():

@@ -117,7 +117,7 @@ def check_finite(directory, line):
 
 
 def check_later_inputs(args, home, teacher, student):
-    """Raise InputError or CheckpointError where an input of a later stage is wrong, before the earlier ones take their hours.
+    """Raise InputError where an input of a later stage is wrong, before the earlier ones take their hours.
 
     home: the data's directory. teacher, student: names of models, None where the demo makes its own.
     """

@@ -39,11 +39,11 @@ import exposure_bias
 import sample
 import train
 from data import prepare
-from data.cli import run_command_line, write_atomic
+from data.cli import InputError, run_command_line, write_atomic
 from data.hub import download
 from data.rows import read_rows
 from data.tokenizer import END
-from model import CheckpointError, save
+from model import save
 
 PROGRAMS = {
     "train.py": train,
@@ -153,7 +153,7 @@ def refused(world, tmp_path, capsys):
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:
             run_command_line(
-                lambda: PROGRAMS[program].main([str(a) for a in arguments]), CheckpointError
+                lambda: PROGRAMS[program].main([str(a) for a in arguments]), InputError
             )
         line = the_line(left.value.code, capsys.readouterr().err)
         assert snapshot(world, tmp_path) == before
@@ -1685,7 +1685,7 @@ def test_strange_values_of_run_json_that_do_no_harm(run, bad, capsys, values):
             lambda option=option: evaluate.main(
                 ["run", "sft-student-s10", *option, "--out", "out"]
             ),
-            CheckpointError,
+            InputError,
         )
     shutil.rmtree("out")
 
@@ -1781,7 +1781,7 @@ def test_a_damaged_state_is_one_line_or_the_stage_begins_anew(finished, tmp_path
         path.write_bytes(b"garbage" if what == "garbage" else path.read_bytes()[:-100])
     with pytest.raises((SystemExit, pytest.fail.Exception)) as left:
         run_command_line(
-            lambda: train.main([*SFT, "--data", "data", "--micro-batch", "2"]), CheckpointError
+            lambda: train.main([*SFT, "--data", "data", "--micro-batch", "2"]), InputError
         )
     assert not (tmp_path / "executed").exists()
     if isinstance(left.value, SystemExit):
@@ -1807,7 +1807,7 @@ def test_kept_responses_that_were_damaged_are_made_anew_and_said(bad, capsys):
                     *options,
                 ]
             ),
-            CheckpointError,
+            InputError,
         )
         assert "Traceback" not in capsys.readouterr().err
         return json.loads(Path("out/table1.json").read_text())["scores"]
@@ -2025,7 +2025,7 @@ def test_a_hub_that_answers_wrongly(world, tmp_path, server, capsys, program, an
         "train.py": [*SFT[:3], "owner/name", "--data", "data"],
     }[program]
     with pytest.raises(SystemExit) as left:
-        run_command_line(lambda: PROGRAMS[program].main(arguments), CheckpointError)
+        run_command_line(lambda: PROGRAMS[program].main(arguments))
     has(the_line(left.value.code, capsys.readouterr().err), *words)
     folder = tmp_path / "torch" / "hub" / "promptkd" / "owner" / "name"
     assert {path.name for path in folder.iterdir()} <= {
@@ -2243,7 +2243,7 @@ def test_weights_that_do_not_fit_on_the_disk(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises((OSError, CheckpointError), match="model.safetensors"):
+        with pytest.raises((OSError), match="model.safetensors"):
             save(tiny_model(), tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -2255,7 +2255,7 @@ def test_a_config_json_that_does_not_fit_on_the_disk(tmp_path, monkeypatch):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
-        with pytest.raises((OSError, CheckpointError), match="config.json"):
+        with pytest.raises((OSError), match="config.json"):
             save(tiny_model(), tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

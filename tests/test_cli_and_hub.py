@@ -535,5 +535,5 @@ def test_a_published_model_that_is_damaged_is_a_checkpoint_error(server, cache):
     server.serve(
         "a/b", model_safetensors=b"no tensors", config_json=json.dumps({"n_layer": 1}).encode()
     )
-    with pytest.raises(model.CheckpointError):
+    with pytest.raises(model.InputError):
         load_model("a/b", torch.device("cpu"))

@@ -39,7 +39,6 @@ from evaluate import (
     open_sets,
     rouge_l,
 )
-from model import CheckpointError
 from sample import decode_response, row_uniforms, sample
 
 
@@ -1352,7 +1351,7 @@ def score(tmp_path, texts, outputs):
                 str(tmp_path / "out" / "s.json"),
             ]
         ),
-        CheckpointError,
+        InputError,
     )
 
 
@@ -1417,7 +1416,7 @@ def test_a_file_that_does_not_fit_is_one_line_of_error(tmp_path, capsys, texts, 
 def test_a_wrong_command_is_one_line_of_error(world, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(world)
     with pytest.raises(SystemExit) as exit:
-        run_command_line(lambda: main([*arguments, "--out", "never"]), CheckpointError)
+        run_command_line(lambda: main([*arguments, "--out", "never"]))
     err = after_device(capsys.readouterr().err)
     assert (
         exit.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and words in err

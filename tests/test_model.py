@@ -27,9 +27,10 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 
+from data.cli import InputError
 from data.rows import fill_template, pad
 from data.tokenizer import load_tokenizer, tokenizer_files
-from model import GPT, CheckpointError, Config, KVCache, load, packed_weights, save
+from model import GPT, Config, KVCache, load, packed_weights, save
 
 ROWS = [[5, 17, 60, 3, 3, 41, 8], [22], [9, 60, 60, 1, 30, 12, 55, 2, 19, 44, 7]]
 PROMPT = soft_prompt(5)
@@ -357,7 +358,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr("model.save_file", full_disk)
-    with pytest.raises(CheckpointError, match="No space"):
+    with pytest.raises(InputError, match="No space"):
         save(GPT(TINY).initialise(0), tmp_path)
     assert torch.equal(load(tmp_path).wte.weight, model.wte.weight)
 
@@ -591,7 +592,7 @@ def test_a_checkpoint_that_is_wrong_gives_one_line_that_names_what(
     directory = write_checkpoint(tmp_path / "checkpoint")
     load(directory)
     damage(directory)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(InputError) as caught:
         load(directory)
     message = str(caught.value)
     assert message.startswith(f"{directory / file}: ") and words in message

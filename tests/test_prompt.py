@@ -16,10 +16,10 @@ from helpers import (
 )
 from safetensors.torch import save_file
 
+from data.cli import InputError
 from data.rows import pad
 from data.tokenizer import load_tokenizer
 from losses import kl
-from model import CheckpointError
 from prompt import freeze, initial_prompt, load_prompt, save_prompt, teacher_hidden
 
 WORDS, PAD = [11, 7, 30, 7, 2], 60
@@ -204,7 +204,7 @@ def test_a_prompt_file_that_is_wrong_gives_one_line_that_names_it(tmp_path, dama
     save_prompt(soft_prompt(7), tmp_path)
     path = tmp_path / "prompt.safetensors"
     damage(path)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(InputError) as caught:
         load_prompt(tmp_path, width=32)
     message = str(caught.value)
     assert message.startswith(f"{path}: ") and words in message and "\n" not in message

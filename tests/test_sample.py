@@ -27,7 +27,6 @@ from helpers import (
 import sample as sample_module
 from data.cli import InputError, run_command_line
 from data.rows import fill_template, pad, read_rows
-from model import CheckpointError
 from prompt import save_prompt
 from sample import (
     ban_repeated_ngrams,
@@ -893,9 +892,7 @@ def test_half_a_surrogate_pair_in_a_request_is_no_obstacle(talker, tmp_path):
 def test_wrong_input_gives_one_line_and_status_2(wrong, capsys):
     for arguments, words in wrong.values():
         with pytest.raises(SystemExit) as exit:
-            run_command_line(
-                lambda arguments=arguments: main([*map(str, arguments)]), CheckpointError
-            )
+            run_command_line(lambda arguments=arguments: main([*map(str, arguments)]), InputError)
         out, err = capsys.readouterr()
         assert exit.value.code == 2 and out == ""
         err = after_device(err)

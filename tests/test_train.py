@@ -37,7 +37,7 @@ from data.hub import find_model_dir
 from data.paper import DEMO_SETS
 from data.rows import Example, fill_template, read_rows
 from data.tokenizer import load_tokenizer
-from model import CheckpointError, Config, load
+from model import Config, load
 from prompt import load_prompt
 from sample import row_uniforms, sample
 
@@ -1686,7 +1686,7 @@ def test_a_corpus_that_cannot_be_used_is_one_line_of_error_and_leaves_no_record(
     with pytest.raises(SystemExit) as stopped:
         run_command_line(
             lambda: train.main([*map(str, options), "--out", str(tmp_path / "out")]),
-            CheckpointError,
+            InputError,
         )
     err = after_device(capsys.readouterr().err)
     assert (
