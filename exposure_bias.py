@@ -1,14 +1,17 @@
-"""Exposure bias of students: the paper's equations 5 to 11, after Arora et al. (2022), and its Figure 3.
+"""Exposure bias: the paper's equations 5 to 11, after Arora et al. (2022), and its Figure 3.
 
-R(l)          sum over the generation steps t ≤ l of the mean KL(p || q) at t, on responses sampled from the student q
-ε(l)          1 / l times the same sum, on responses sampled from the teacher p
-ExAccErr(l)   (R(l) - l ε(l)) / (l ε(l)) × 100 %: what the student loses, beyond its error at p's responses, by going on from its own
+At test time a student q continues its own text, and its errors can accumulate. p is the teacher:
+fine-tuned, fixed, without a soft prompt. For l generation steps:
 
-p is the fine-tuned teacher, fixed, without a prompt. The mean at a step is over the responses that are still alive there, so the curves
-of two students are of different responses, the later the more. Negative values are legitimate.
+    R(l)         sum over t <= l of the mean KL(p || q) at step t, on responses sampled from q
+    ε(l)         1/l times the same sum, on responses sampled from p
+    ExAccErr(l)  (R(l) - l ε(l)) / (l ε(l)) × 100 %, the excess accumulated error
 
-python exposure_bias.py --teacher MODEL --students RUN|MODEL... --data dolly    ExAccErr over generation steps (Figure 3a)
-python exposure_bias.py --teacher MODEL --along RUN... --data dolly             ExAccErr at l = 50 along training (Figure 3b)
+l ε(l) is what q would accumulate if it always continued the teacher's text. Negative values are
+legitimate. The mean at a step is over the responses that have not ended before it.
+
+    python exposure_bias.py --teacher MODEL --students RUN|MODEL... --data dolly    # Figure 3a
+    python exposure_bias.py --teacher MODEL --along RUN... --data dolly             # Figure 3b
 """
 
 from data.threads import configure_threads
@@ -29,57 +32,50 @@ from data.models import find_model, load_model
 from data.options import add_precision_option, number_in_range
 from data.prepare import find_data_dir
 from data.report import MIN_ALIVE, last_reliable_step, plot_steps, plot_training, write_figure
-from data.rows import MAX_NEW_TOKENS, Example, encode_request, make_batch, read_rows
-from data.runs import checkpoints, short_names
-from data.tokenizer import same_vocabulary
+from data.rows import MAX_NEW_TOKENS, Example, encode_request, micro_batches, read_rows
+from data.runs import checkpoints, unique_labels
+from data.tokenizer import check_same_vocabulary
 from losses import kl
 from model import precision
 from sample import sample_all
 
-STEPS = 150  # of Figure 3a: as long as one Dolly reference in six
-
-
+MAX_STEPS = 150  # of Figure 3a: one Dolly reference in six is longer
 REPORT_STEP = 50  # l of Figure 3b
+BOOTSTRAP_SAMPLES = 1000
 
 
-BOOTSTRAP = 1000  # resamples behind a band, which holds 95 % of them
-
-
-# ---- the measure -------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def step_kl(p, q, requests, responses, micro_batch_size=8, dtype="float32"):
-    """KL(p || q) at each generation step, exact over the vocabulary, in nats: for each response (a token list) a list as long, the
-    first token's step first. p, q: models of one vocabulary. dtype: "float32" or "bfloat16", of the models' blocks."""
-    device, result = p.wte.weight.device, [None] * len(requests)
-    examples = [
-        Example(i, request, response)
-        for i, (request, response) in enumerate(zip(requests, responses))
-    ]
-    examples.sort(
-        key=lambda e: -len(e.request) - len(e.response)
-    )  # little padding; what doesn't fit in memory shows at once
-    starts = range(0, len(examples), micro_batch_size)
-    for start in tqdm(starts, desc="scoring", leave=False, disable=True if dist.rank() else None):
-        chunk = examples[start : start + micro_batch_size]
-        batch = make_batch(chunk, device)
+def kl_by_step(p, q, requests, responses, micro_batch_size=8, dtype="float32"):
+    """KL(p || q) at each generation step, exact over the vocabulary, in nats.
+
+    requests and responses are lists of token ids, one of each per response. Returns for each
+    response the KL at each of its tokens, as a list. dtype: see `model.precision`.
+    """
+    device = p.wte.weight.device
+    examples = [Example(i, x, y) for i, (x, y) in enumerate(zip(requests, responses))]
+    results = [None] * len(examples)
+    batches = micro_batches(examples, micro_batch_size, device)
+    # disable=None shows the progress bar on a terminal only.
+    for batch in tqdm(batches, desc="scoring", leave=False, disable=True if dist.rank() else None):
+        positions = batch.response_positions
         with precision(device, dtype):
-            p_logits, q_logits = (
-                m.logits(m(batch.ids, output_positions=batch.response_positions)) for m in (p, q)
-            )  # (N, V), at response tokens only
-        for e, values in zip(
-            chunk, kl(p_logits, q_logits).cpu().split([len(e.response) for e in chunk])
-        ):
-            result[e.index] = values.tolist()
-    return result
+            p_logits = p.logits(p(batch.ids, output_positions=positions))  # (N, V)
+            q_logits = q.logits(q(batch.ids, output_positions=positions))  # (N, V)
+        kl_tokens = kl(p_logits, q_logits).cpu()  # (N,), response after response
+        lengths = [len(e.response) for e in batch.examples]
+        for e, kl_steps in zip(batch.examples, kl_tokens.split(lengths)):
+            results[e.index] = kl_steps.tolist()
+    return results
 
 
 def sum_by_step(kl_steps):
-    """What the means are made of: the sum of the KL, and the number of responses alive, for each request and step, (X, L) and (X, L).
+    """For each request and step, the sum of the KL and the number of responses that are alive.
 
-    kl_steps: for each of X requests its responses, for each of these the KL at its steps. L: the longest's steps.
+    kl_steps[x] has the responses to request x, each as the KL at its steps. A response is alive at
+    a step if it has a token there. Returns two arrays (X, L), L the length of the longest response.
     """
-    steps = max(len(response) for responses in kl_steps for response in responses)
-    sums, alive = np.zeros((2, len(kl_steps), steps))
+    L = max(len(response) for responses in kl_steps for response in responses)
+    sums, alive = np.zeros((2, len(kl_steps), L))
     for x, responses in enumerate(kl_steps):
         for response in responses:
             sums[x, : len(response)] += response
@@ -87,230 +83,169 @@ def sum_by_step(kl_steps):
     return sums, alive
 
 
-def accumulated_error(kl_student, kl_teacher, weights=None):
-    """R(l), ε(l) and ExAccErr(l) in %, for l = 1 ... L, the last step at which a response of each kind is alive: (L,), (L,), (L,).
+def excess_accumulated_error(kl_q, kl_p, weights=None):
+    """R(l), ε(l) and ExAccErr(l) in %, for l = 1 ... L: the steps at which both kinds are alive.
 
-    kl_student, kl_teacher: as `tally` takes them, on responses sampled from the student and from the teacher, the requests in one order.
-    weights (..., X): how often each request counts, with all of its responses of both kinds; the results are (..., L) then, NaN from
-    the first step at which no response counts.
+    kl_q and kl_p are as `sum_by_step` takes them: KL on responses sampled from the student and from
+    the teacher, to the same requests. weights (..., X) says how often a request counts, with all
+    its responses. Returns three arrays (..., L); NaN where no response that counts is alive.
     """
-    (q_sums, q_alive), (p_sums, p_alive) = sum_by_step(kl_student), sum_by_step(kl_teacher)
+    q_sums, q_alive = sum_by_step(kl_q)
+    p_sums, p_alive = sum_by_step(kl_p)
     L = min(q_sums.shape[1], p_sums.shape[1])
-    weights = np.ones(len(kl_student)) if weights is None else weights
+    weights = np.ones(len(kl_q)) if weights is None else weights
+
+    def accumulate_means(sums, alive):
+        return (weights @ sums[:, :L] / (weights @ alive[:, :L])).cumsum(-1)  # (..., L)
+
     with np.errstate(divide="ignore", invalid="ignore"):
-        R = (weights @ q_sums[:, :L] / (weights @ q_alive[:, :L])).cumsum(-1)  # (..., L)
-        l_epsilon = (weights @ p_sums[:, :L] / (weights @ p_alive[:, :L])).cumsum(-1)
+        R = accumulate_means(q_sums, q_alive)
+        l_epsilon = accumulate_means(p_sums, p_alive)  # l ε(l)
         return R, l_epsilon / np.arange(1, L + 1), 100 * (R - l_epsilon) / l_epsilon
 
 
-def curve(kl_student, kl_teacher, seed, label):
-    """The curve of the student called `label` as columns, {name: a number for each l}: what `exposure` gives, the 95 % band of ExAccErr from a bootstrap
-    over requests (each with all of its responses, so that R and ε stay together), and the responses alive.
+def exposure_curve(kl_q, kl_p, seed, label):
+    """A student's curve over l = 1 ... L: lists by name.
 
-    Raises InputError where ε is 0: student and teacher are one, and ExAccErr has no value.
+    `low` to `high` is the 95 % band of a bootstrap that resamples requests. Each request keeps all
+    its responses, so that its R and ε stay together. Raises InputError if ε is 0.
     """
-    R, epsilon, error = accumulated_error(kl_student, kl_teacher)
+    R, epsilon, ex_acc_err = excess_accumulated_error(kl_q, kl_p)
     if not (epsilon > 0).all():
-        raise InputError(
-            f"{label}: its distribution is the teacher's own, so there is no error to accumulate; leave it out"
-        )
-    X = len(kl_student)
-    weights = np.random.default_rng(seed).multinomial(X, np.full(X, 1 / X), BOOTSTRAP)  # (B, X)
-    low, high = np.nanpercentile(
-        accumulated_error(kl_student, kl_teacher, weights)[2], [2.5, 97.5], axis=0
-    )
-    alive = [sum_by_step(kind)[1].sum(0)[: len(R)].astype(int) for kind in (kl_student, kl_teacher)]
-    names = ("l", "R", "epsilon", "ex_acc_err", "low", "high", "alive_student", "alive_teacher")
-    return {
-        name: values.tolist()
-        for name, values in zip(
-            names, (np.arange(1, len(R) + 1), R, epsilon, error, low, high, *alive)
-        )
-    }
+        problem = "its distribution is the teacher's own; ExAccErr is undefined, leave it out"
+        raise InputError(f"{label}: {problem}")
+    X, L = len(kl_q), len(R)
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(X, np.full(X, 1 / X), BOOTSTRAP_SAMPLES)  # (B, X)
+    _, _, resampled = excess_accumulated_error(kl_q, kl_p, weights)  # (B, L)
+    low, high = np.nanpercentile(resampled, [2.5, 97.5], axis=0)
+    alive = [sum_by_step(kl_steps)[1].sum(0)[:L].astype(int) for kl_steps in (kl_q, kl_p)]
+    names = "l R epsilon ex_acc_err low high alive_student alive_teacher".split()
+    columns = np.arange(1, L + 1), R, epsilon, ex_acc_err, low, high, *alive
+    return {name: values.tolist() for name, values in zip(names, columns)}
 
 
-def group(results):
-    """Results (row index, a student's response's KL, a teacher's response's KL), of all ranks: the KL of either kind, by request."""
-    by_request = {}
-    for index, on_student, on_teacher in sorted(results, key=lambda result: result[0]):
-        for kind, values in zip(by_request.setdefault(index, ([], [])), (on_student, on_teacher)):
-            kind.append(values)
-    return zip(*by_request.values())
+class Teacher:
+    """The teacher p with its responses to this rank's requests, to measure students against."""
+
+    def __init__(self, p, tokenizer, rows, args):
+        self.p, self.args = p, args
+        self.eos_token_id = tokenizer.eot_token
+        requests, shortened = zip(*(encode_request(row, tokenizer) for row in rows))
+        if any(shortened):
+            print0(f"{sum(shortened)} of {len(rows)} requests were shortened to fit")
+        self.rows = [row.index for row in dist.shard(rows)]
+        self.requests = [x for x in dist.shard(requests) for _ in range(args.samples)]
+        steps = args.steps if args.students else min(REPORT_STEP, args.steps)
+        self.y_p = self.sample_responses(p, "teacher", steps, f"teacher {args.teacher}")
+
+    def sample_responses(self, model, role, steps, label):
+        """Sample a response to each request from the whole distribution, without any ban."""
+        # Teacher and student never share random numbers. All students use the same ones, which
+        # makes the difference between two students less noisy.
+        args, samples = self.args, range(self.args.samples)
+        rng_keys = [(args.seed, "exposure", role, n, row) for row in self.rows for n in samples]
+        inputs = self.requests, rng_keys, self.eos_token_id, steps, args.batch
+        return sample_all(model, *inputs, label=label, dtype=args.dtype)[0]
+
+    def measure(self, student, label, steps):
+        """The curve of a student up to `steps`, from the responses of all ranks."""
+        q, _ = load_model(student, self.p.wte.weight.device)
+        args, results = self.args, [self.rows]
+        for responses in (self.sample_responses(q, "student", steps, label), self.y_p):
+            responses = [response[:steps] for response in responses]
+            kl_steps = kl_by_step(self.p, q, self.requests, responses, args.micro_batch, args.dtype)
+            starts = range(0, len(kl_steps), args.samples)
+            results.append([kl_steps[i : i + args.samples] for i in starts])
+        _, kl_q, kl_p = zip(*sorted(dist.all_gather_list(list(zip(*results)))))
+        return exposure_curve(kl_q, kl_p, args.seed, label)
 
 
-def print_point(label, columns, n):
-    """Print a curve's point number n, from 0."""
-    error, low, high, l, alive = (
-        columns[name][n] for name in ("ex_acc_err", "low", "high", "l", "alive_student")
-    )
-    print0(
-        f"{label}: ExAccErr {error:+.1f} % (95 %: {low:+.1f} to {high:+.1f}) at l = {l}, where {alive:,} responses are alive"
-    )
+def print_point(label, columns, l):
+    """Print the point of a curve at step l. Returns it, a number by name."""
+    point = {name: values[l - 1] for name, values in columns.items()}
+    band = f"95 %: {point['low']:+.1f} to {point['high']:+.1f}"
+    place = f"l = {l}, where {point['alive_student']:,} responses are alive"
+    print0(f"{label}: ExAccErr {point['ex_acc_err']:+.1f} % ({band}) at {place}")
+    return point
 
 
-# ---- the command -------------------------------------------------------------------------------------------------------------
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="exposure_bias.py",
-        description="Exposure bias of students (ExAccErr): over generation steps, and along training.",
-    )
-    positive = number_in_range(int, 1, 10**6)
-    parser.add_argument(
-        "--teacher",
-        required=True,
-        metavar="MODEL",
-        help="the fine-tuned teacher: a run, a checkpoint directory or a hub id",
-    )
-    parser.add_argument(
-        "--students",
-        nargs="+",
-        default=[],
-        metavar="RUN|MODEL",
-        help="a curve each over generation steps (Figure 3a)",
-    )
-    parser.add_argument(
-        "--along",
-        nargs="+",
-        default=[],
-        metavar="RUN",
-        help=f"runs of train.py --keep 20: ExAccErr at l = {REPORT_STEP} along training (Figure 3b)",
-    )
-    parser.add_argument(
-        "--data",
-        default="dolly",
-        metavar="SET|DIR",
-        help="whose test.jsonl has the requests (default dolly)",
-    )
-    parser.add_argument("--rows", type=positive, metavar="N", help="only the first N requests")
-    parser.add_argument(
-        "--steps",
-        type=number_in_range(int, 1, MAX_NEW_TOKENS),
-        default=STEPS,
-        metavar="L",
-        help=f"tokens of a response at most (default {STEPS})",
-    )
-    parser.add_argument(
-        "--samples",
-        type=positive,
-        default=3,
-        metavar="N",
-        help="responses to a request, of each model (default 3)",
-    )
-    parser.add_argument("--seed", type=number_in_range(int, 0, 2**32), default=10)
-    parser.add_argument(
-        "--batch",
-        type=positive,
-        help="responses sampled at once (default: 64 on a CPU, what memory holds on a GPU)",
-    )
-    parser.add_argument(
-        "--micro-batch",
-        type=positive,
-        default=8,
-        help="responses scored at once on one rank (default 8)",
-    )
-    parser.add_argument(
-        "--out",
-        default="out/exposure_bias",
-        metavar="DIR",
-        help="where tables and pictures go (default out/exposure_bias)",
-    )
+def write_figure_3a(teacher, args, settings):
+    """ExAccErr of each student over generation steps."""
+    series = {}
+    for student, label in zip(args.students, unique_labels(args.students)):
+        series[label] = teacher.measure(student, label, args.steps)
+        print_point(label, series[label], min(REPORT_STEP, last_reliable_step(series[label])))
+    stem = Path(args.out) / "figure_3a"
+    print0(dist.run_on_rank0(write_figure, stem, "student", series, settings, plot_steps))
+
+
+def write_figure_3b(teacher, runs, args, settings):
+    """ExAccErr along training, at the last l <= 50 that is reliable for every checkpoint."""
+    max_l = min(REPORT_STEP, args.steps)
+    curves = {run: {} for run in runs}  # {run: {optimizer step: columns}}
+    for run, directories in runs.items():
+        for step, directory in directories.items():
+            curves[run][step] = teacher.measure(directory, f"{run}, step {step}", max_l)
+    l = min(last_reliable_step(c) for by_step in curves.values() for c in by_step.values())
+    if l < max_l:
+        few = f"fewer than {100 * MIN_ALIVE:.0f} % of the responses are alive"
+        print0(f"at l = {l}, not {max_l}: beyond it {few} at some checkpoint")
+    series = {}
+    for run, label in zip(args.along, unique_labels(args.along)):
+        points = []
+        for step, columns in curves[run].items():
+            point = print_point(f"{label}, step {step:,}", columns, l)
+            points.append({"step": step, "percent": 100 * step / max(curves[run])} | point)
+        series[label] = {name: [point[name] for point in points] for name in points[0]}
+    stem = Path(args.out) / "figure_3b"
+    print0(dist.run_on_rank0(write_figure, stem, "run", series, settings, plot_training))
+
+
+def parse_args(argv):
+    description = "Exposure bias of students (ExAccErr): over generation steps and along training."
+    parser = argparse.ArgumentParser(prog="exposure_bias.py", description=description)
+    positive, length = number_in_range(int, 1, 10**6), number_in_range(int, 1, MAX_NEW_TOKENS)
+    add = parser.add_argument
+    add("--teacher", required=True, metavar="MODEL", help="fine-tuned: run, directory or hub id")
+    add("--students", nargs="+", default=[], metavar="RUN|MODEL", help="for Figure 3a")
+    add("--along", nargs="+", default=[], metavar="RUN", help="for Figure 3b: with --keep 20")
+    add("--data", default="dolly", metavar="SET|DIR", help="its test.jsonl (default dolly)")
+    add("--rows", type=positive, metavar="N", help="only the first N requests")
+    add("--steps", type=length, default=MAX_STEPS, metavar="L", help="maximum length, in tokens")
+    add("--samples", type=positive, default=3, metavar="N", help="responses each (default 3)")
+    add("--seed", type=number_in_range(int, 0, 2**32), default=10)
+    add("--batch", type=positive, help="responses sampled at once (default: what memory holds)")
+    add("--micro-batch", type=positive, default=8, help="responses scored at once (default 8)")
+    add("--out", default="out/exposure_bias", metavar="DIR", help="tables and plots go here")
     add_precision_option(parser, "float32")
     args = parse_arguments(parser, argv)
     if not args.students and not args.along:
-        raise InputError(
-            "name --students RUN|MODEL... for curves over generation steps, or --along RUN... for one along training"
-        )
+        raise InputError("name --students RUN|MODEL... for Figure 3a, or --along RUN... for 3b")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
     check_output_dir(args.out)
-
     device, args.dtype = dist.init_process(args.dtype or "float32")
-    rows = read_rows(
-        dist.run_on_rank0(find_data_dir, args.data) / "test.jsonl", args.rows, needs_output=False
-    )
-    along = {run: dist.run_on_rank0(checkpoints, run) for run in args.along}
+    path = dist.run_on_rank0(find_data_dir, args.data) / "test.jsonl"
+    rows = read_rows(path, args.rows, needs_output=False)
+    runs = {run: dist.run_on_rank0(checkpoints, run) for run in args.along}
     p, tokenizer = load_model(args.teacher, device)
-    for name in [
-        *args.students,
-        *(directory for of_run in along.values() for directory in of_run.values()),
-    ]:  # before anything takes long
-        if not same_vocabulary(find_model(name)[1], tokenizer):
-            raise InputError(
-                f"teacher {args.teacher} and student {name} have different tokenizers; a KL over the vocabulary needs one for both"
-            )
-    tokens = {row.index: encode_request(row, tokenizer) for row in rows}
-    if cut := sum(shortened for _, shortened in tokens.values()):
-        print0(f"{cut} of {len(rows)} requests were shortened to fit")
-    mine = [row.index for row in dist.shard(rows) for _ in range(args.samples)]  # this rank's part
-    requests = [tokens[index][0] for index in mine]
-
-    def respond(model, role, steps, label):
-        """Plain samples. The random numbers of teacher and student are never the same; those of all students are, which helps to compare them."""
-        keys = [
-            (args.seed, "exposure", role, n % args.samples, index) for n, index in enumerate(mine)
-        ]
-        return sample_all(
-            model,
-            requests,
-            keys,
-            tokenizer.eot_token,
-            steps,
-            args.batch,
-            label=label,
-            dtype=args.dtype,
-        )[0]
-
-    def measure(name, label, steps):
-        """The curve of a student, all ranks together."""
-        q, _ = load_model(name, device)
-        y_q = respond(q, "student", steps, label)
-        kl_q, kl_p = (
-            step_kl(p, q, requests, y, args.micro_batch, args.dtype)
-            for y in (y_q, [y[:steps] for y in y_p])
-        )
-        return curve(*group(dist.all_gather_list(list(zip(mine, kl_q, kl_p)))), args.seed, label)
-
-    at = min(REPORT_STEP, args.steps)
-    y_p = respond(p, "teacher", args.steps if args.students else at, f"teacher {args.teacher}")
-    settings = {
-        name: value
-        for name, value in vars(args).items()
-        if name not in ("out", "batch", "micro_batch_size")
-    } | {"requests": len(rows)}
+    # Check every student before anything is sampled, which can take hours.
+    kept = [directory for directories in runs.values() for directory in directories.values()]
+    for student in [*args.students, *kept]:
+        check_same_vocabulary(args.teacher, student, tokenizer, find_model(student)[1])
+    teacher = Teacher(p, tokenizer, rows, args)
+    # Batch sizes change the speed only.
+    unrecorded = ("out", "batch", "micro_batch")
+    settings = {name: value for name, value in vars(args).items() if name not in unrecorded}
+    settings["requests"] = len(rows)
     if args.students:
-        series = {}
-        for name, label in short_names(args.students).items():
-            series[label] = measure(name, label, args.steps)
-            print_point(label, series[label], min(at, last_reliable_step(series[label])) - 1)
-        print0(
-            dist.run_on_rank0(
-                write_figure, Path(args.out) / "figure_3a", "student", series, settings, plot_steps
-            )
-        )
+        write_figure_3a(teacher, args, settings)
     if args.along:
-        curves = {
-            run: [
-                measure(directory, f"{run}, step {step}", at) for step, directory in of_run.items()
-            ]
-            for run, of_run in along.items()
-        }
-        l = min(last_reliable_step(columns) for of_run in curves.values() for columns in of_run)
-        if l < at:
-            print0(
-                f"at l = {l}, not {at}: beyond it fewer than {100 * MIN_ALIVE:.0f} % of the responses are alive at some checkpoint"
-            )
-        series = {}
-        for run, label in short_names(args.along).items():
-            steps = [*along[run]]
-            of_training = {"step": steps, "percent": [100 * step / steps[-1] for step in steps]}
-            series[label] = of_training | {
-                name: [columns[name][l - 1] for columns in curves[run]] for name in curves[run][0]
-            }
-            for n, step in enumerate(steps):
-                print_point(f"{label}, step {step:,}", series[label], n)
-        print0(
-            dist.run_on_rank0(
-                write_figure, Path(args.out) / "figure_3b", "run", series, settings, plot_training
-            )
-        )
+        write_figure_3b(teacher, runs, args, settings)
     dist.shutdown()
 
 

@@ -1,8 +1,13 @@
-"""Every loss on tokens. N is the number of response tokens, V the vocabulary; each function gives one value a token, (N,), so that
-the caller can divide their sum by the number of response tokens in the whole global batch.
+"""Every loss on tokens.
 
-`sum_over_tokens` takes any of them from hidden states, a few tokens at a time, so that no (N, V) tensor ever exists.
+Each loss takes logits (N, V) of N response tokens, V vocabulary entries each, and returns one value
+per token, (N,); prompt_loss returns four. The caller divides the sum by the number of response
+tokens in the global batch. Logits at position i predict the token at i + 1, so those of a response
+start at the last token of its request (`data.rows.Batch`). Arguments p and q are logits of teacher
+and student. A loss trains its first argument, but `kl` and `kls` differentiate every argument.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -11,185 +16,200 @@ from model import head_logits
 
 
 def cross_entropy(logits, targets):
-    """- log q(y_t | y_<t, x): logits (N, V), targets (N,) -> (N,)."""
+    """-log q(y_t | y_<t, x): logits (N, V), targets (N,) -> (N,)."""
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
+def kl(a_logits, b_logits):
+    """KL(a || b) per token, exact over the vocabulary: (N, V), (N, V) -> (N,)."""
+    return kls(a_logits, b_logits)[0]
+
+
+def kls(a_logits, *b_logits):
+    """KL(a || b) per token for each of k distributions b: (N, V), each (N, V) -> (k, N)."""
+    return _KL.apply(a_logits.float(), *(logits.float() for logits in b_logits))
+
+
 class _KL(torch.autograd.Function):
-    """KL(first || other) for each of k others, with gradients in closed form: far fewer passes over (N, V) than autograd would make."""
+    """KL(a || b) for each b. Its gradients in closed form take fewer passes over (N, V) than
+    autograd. For KL = Σ_v a_v (log a_v - log b_v), with a and b softmaxes of logits:
+
+        d KL / d b_logits = b - a
+        d KL / d a_logits = a ⊙ (log a - log b - KL)
+
+    The gradient through a softmax a is a ⊙ (g - Σ_v a_v g_v). With g = log a - log b + 1 the sum
+    is KL + 1, so the 1 cancels.
+    """
 
     @staticmethod
-    def forward(ctx, first, *others):
-        log_first = F.log_softmax(first, dim=-1)
-        probs, ratios, to_others = log_first.exp(), [], ctx.needs_input_grad[1:]
-        of_others = []
-        for other, needed in zip(others, to_others):
-            log_other = F.log_softmax(other, dim=-1)
-            of_others.append(log_other.exp() if needed else None)
-            ratios.append(torch.sub(log_first, log_other, out=log_other))
-        values = torch.stack([torch.linalg.vecdot(probs, ratio) for ratio in ratios])  # (k, N)
-        ctx.save_for_backward(probs, values, *ratios, *of_others)
+    def forward(ctx, a_logits, *b_logits):
+        log_a = F.log_softmax(a_logits, dim=-1)  # (N, V)
+        a = log_a.exp()
+        log_ratios, bs = [], []
+        for logits, needs_grad in zip(b_logits, ctx.needs_input_grad[1:]):
+            log_b = F.log_softmax(logits, dim=-1)  # (N, V)
+            bs.append(log_b.exp() if needs_grad else None)
+            log_ratios.append(torch.sub(log_a, log_b, out=log_b))  # overwrites log b
+        values = torch.stack([torch.linalg.vecdot(a, ratio) for ratio in log_ratios])  # (k, N)
+        ctx.save_for_backward(a, values, *log_ratios, *bs)
         return values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # (k, N)
-        probs, values, *rest = ctx.saved_tensors
-        ratios, of_others = rest[: len(values)], rest[len(values) :]
-        to_first = None
-        if ctx.needs_input_grad[0]:  # p ⊙ (m - p·m), with m = Σ_j g_j log(first / other_j)
-            to_first = ratios[0] * grad[0][:, None]
-            for ratio, g in zip(ratios[1:], grad[1:]):
-                to_first.addcmul_(ratio, g[:, None])
-            to_first.sub_((grad * values).sum(0)[:, None]).mul_(probs)
-        return to_first, *(
-            None if q is None else (q - probs).mul_(g[:, None]) for q, g in zip(of_others, grad)
-        )
+        a, values, *rest = ctx.saved_tensors
+        log_ratios, bs = rest[: len(values)], rest[len(values) :]
+        grads = grad[:, :, None]  # (k, N, 1): the gradient of each KL
+        d_a = None
+        if ctx.needs_input_grad[0]:
+            # a ⊙ (Σ_j g_j (log a - log b_j) - Σ_j g_j KL_j)
+            d_a = log_ratios[0] * grads[0]
+            for ratio, g in zip(log_ratios[1:], grads[1:]):
+                d_a.addcmul_(ratio, g)
+            d_a.sub_((grad * values).sum(0)[:, None]).mul_(a)
+        d_bs = [None if b is None else (b - a).mul_(g) for b, g in zip(bs, grads)]
+        return d_a, *d_bs
 
 
-def kls(first, *others):
-    """KL(first || other) at each token, exact over the vocabulary, for each of k others: logits (N, V), each (N, V) -> (k, N)."""
-    return _KL.apply(first.float(), *(other.float() for other in others))
-
-
-def kl(first, second):
-    """KL(first || second) at each token, exact over the vocabulary: logits (N, V), (N, V) -> (N,).
-
-    Zero for equal distributions. Forward KL is kl(p, q), reverse KL is kl(q, p), for teacher p and student q.
-    """
-    return kls(first, second)[0]
-
-
-def directed_kl(trained, target, direction):
-    """ "reverse": KL(trained || target), as in the paper's equations; "forward": KL(target || trained), as in Table 5."""
-    return kl(trained, target) if direction == "reverse" else kl(target, trained)
+def directed_kl(trained, other, direction):
+    """KL(trained || other) if "reverse", KL(other || trained) if "forward" (Table 5). trained gets
+    the gradient: in the prompt's loss this is p(y | P, x), never the student."""
+    return kl(trained, other) if direction == "reverse" else kl(other, trained)
 
 
 def prompt_loss(p_prompted, q, p_bare, lam, reg_weight=1.0, prompt_kl="reverse", reg_kl="reverse"):
-    """Equations 1 to 3, the loss of the soft prompt P:  L_P = L_kd + reg · λ · L_reg.
+    """Equations 1 to 3, the loss of the soft prompt P:  L_P = L_kd + reg_weight · λ · L_reg.
 
-    p_prompted: logits of p(y | P, x), which carry the gradient to P; q: of the student; p_bare: of p(y | x); all (N, V).
-    lam: λ = 1 - t/T. Returns L_P, L_kd and L_reg, each (N,).
+    L_kd = KL(p(y | P, x) || q(y | x)) moves the prompted teacher towards the student q. L_reg =
+    KL(p(y | P, x) || p(y | x)) keeps it near the teacher without prompt. λ (lam) = 1 - t/T falls
+    from 1 at the first of T steps to 1/T at the last: early on the prompt must not spoil the
+    teacher, later it may move further. All logits are (N, V); only p_prompted has a gradient, to P.
+    reg_weight, prompt_kl, reg_kl: for ablations; the defaults are the paper's method. reg_weight=0
+    drops L_reg; the directions are those of `directed_kl`.
+    Returns (4, N): L_P, L_kd, L_reg and the drift KL(p(y | P, x) || p(y | x)), which is L_reg
+    unless reg_kl is "forward".
     """
     if prompt_kl == reg_kl == "reverse":
-        L_kd, L_reg = kls(p_prompted, q, p_bare)  # (1), (2), which share the work on p_prompted
-    else:
+        # (1) KL(p_prompted || q) and (2) KL(p_prompted || p_bare), in one pass over p_prompted
+        L_kd, L_reg = kls(p_prompted, q, p_bare)
+    else:  # the ablations of Table 5
         L_kd = directed_kl(p_prompted, q, prompt_kl)  # (1)
         L_reg = directed_kl(p_prompted, p_bare, reg_kl)  # (2)
-    return L_kd + reg_weight * lam * L_reg, L_kd, L_reg  # (3)
+    L_P = L_kd + reg_weight * lam * L_reg  # (3)
+    drift = L_reg if reg_kl == "reverse" else kl(p_prompted, p_bare)
+    return torch.stack([L_P, L_kd, L_reg, drift])
 
 
 def student_loss(q, p):
-    """Equation 4, the loss of the student:  L_θ = KL(q(y | x) || p(y | P, x)), (N, V), (N, V) -> (N,).
-
-    With p(y | x), without a prompt, it is GKD's (Agarwal et al. 2024), fully on-policy with reverse KL.
-    """
+    """Equation 4:  L_θ = KL(q(y | x) || p(y | P, x)), the student's loss; p: logits of p(y | P, x).
+    GKD, as the paper compares it, is the same with p(y | x), the teacher without the prompt."""
     return kl(q, p)
 
 
 def kd_loss(q, p, targets):
-    """Half cross-entropy, half forward KL:  0.5 · -log q(y_t) + 0.5 · KL(p || q), (N, V), (N, V), (N,) -> (N,). KD's and SeqKD's."""
+    """0.5 · (-log q(y_t)) + 0.5 · KL(p || q), the loss of KD and SeqKD as released -> (N,)."""
     return 0.5 * cross_entropy(q, targets) + 0.5 * kl(p, q)
 
 
-# ---- MiniLLM (Gu et al. 2024), with the values of its released code -----------------------------------------------------------------
-def minillm_returns(log_p, log_q, gamma=0.95):
-    """R_t of one response:  R_t = 1 / (n - t) · Σ_{k=t}^{n-1} γ^(k-t) r_k,  r_k = (log p(y_k) - log q(y_k)) / 0.5, clipped at ±100.
-
-    log_p, log_q: log-probabilities of the response's n tokens under teacher and sampling student (n,) -> (n,). The sum starts at r_t
-    itself, as in the released code; the paper's equation starts one token later, for the single-step term has r_t's exact gradient.
-    """
-    r = ((log_p - log_q) / 0.5).clamp(-100, 100)
-    t = torch.arange(len(r), device=r.device, dtype=r.dtype)
-    discount = (gamma ** (t - t[:, None]).clamp(min=0)).triu()  # (n, n): γ^(k-t) from k = t on
-    return discount @ r / (len(r) - t)
+# --- MiniLLM (Gu et al. 2024), with the constants of its released code ---
 
 
-def whiten(R):
-    """R over all tokens of a rollout (M,), shifted and scaled to mean 0 and variance 1."""
-    return (R - R.mean()) * (R.var(correction=0) + 1e-8).rsqrt()
-
-
-def importance_weight(log_p, log_q, alpha=0.2):
-    """w = q / ((1 - α) q + α p) at each token (N,), of responses that were sampled from that mixture of student q and teacher p."""
-    return 1 / (1 - alpha + alpha * (log_p - log_q).exp())
+def minillm_loss(q_theta, p, targets, log_q, w, R):
+    """The policy gradient plus the exact single-step KL(q_θ || p): logits (N, V), others (N,).
+    As in the released code the KL is not weighted by w; in the paper it is."""
+    return policy_gradient_loss(-cross_entropy(q_theta, targets), log_q, w, R) + kl(q_theta, p)
 
 
 def policy_gradient_loss(log_q_theta, log_q, w, R, epsilon=0.2):
-    """- min(ρ R, clip(ρ, 1 - ε, 1 + ε) R),  ρ = w · q_θ(y_t) / q(y_t), at each token; all (N,).
+    """-min(ρ R, clip(ρ, 1 - ε, 1 + ε) R) with ρ = w · q_θ(y_t) / q(y_t); all (N,).
 
-    q_θ is the student being trained, q the one that the rollout was sampled from, R its whitened return.
+    q_θ: the student being trained; q: the same student when the rollout was made; w: corrects for
+    sampling from the mixture of q and p instead of q (`importance_weight`); R: the whitened return.
     """
     rho = w * (log_q_theta - log_q).exp()
     return -torch.minimum(rho * R, rho.clamp(1 - epsilon, 1 + epsilon) * R)
 
 
-def minillm_loss(q_theta, p, targets, log_q, w, R):
-    """The policy gradient, and the exact KL(q_θ || p) of the single step: logits (N, V), (N, V) and tokens, log_q, w, R (N,) -> (N,)."""
-    return policy_gradient_loss(-cross_entropy(q_theta, targets), log_q, w, R) + kl(q_theta, p)
+def minillm_returns(log_p, log_q, gamma=0.95):
+    """The returns R_t of one response of n tokens:
+
+        R_t = 1 / (n - t) · Σ_{k=t}^{n-1} γ^(k-t) r_k
+        r_k = (log p(y_k) - log q(y_k)) / 0.5, clipped at ±100
+
+    log_p, log_q: of the sampled tokens, under the teacher and under the student at the time of the
+    rollout, (n,) -> (n,). 0.5 is the reward scale of the released code. The paper's sum starts at
+    r_{t+1}, because the single-step KL already covers r_t exactly; the released code, followed
+    here, starts at r_t.
+    """
+    rewards = ((log_p - log_q) / 0.5).clamp(-100, 100)
+    t = torch.arange(len(rewards), device=rewards.device, dtype=rewards.dtype)
+    # Row t of this triangular matrix has the discounts γ^(k-t) of the rewards from t on. One matrix
+    # product replaces a loop over n dependent steps, and n is at most 256.
+    discounts = (gamma ** (t - t[:, None]).clamp(min=0)).triu()  # (n, n)
+    return discounts @ rewards / (len(rewards) - t)
 
 
-# ---- the memory-lean form -----------------------------------------------------------------------------------------------------------
-
-# Of float32 logits: a chunk has enough rows for its matrix products to be fast, a block few enough to stay in a CPU's cache while its loss is made.
-CHUNK_BYTES, BLOCK_BYTES = {"cpu": 2**27, "cuda": 2**28}, {"cpu": 2**23, "cuda": 2**28}
-
-
-def equal_slices(n, head, most_bytes):
-    """Slices of n tokens, of equal size, the logits of each of which take no more than `most_bytes`; one empty slice where n is 0."""
-    size = max(1, -(-n // max(1, -(-n * 4 * len(head) // most_bytes[head.device.type]))))
-    return [slice(start, min(start + size, n)) for start in range(0, max(1, n), size)]
+def whiten(R):
+    """R (M,), the returns of all M tokens of a rollout, shifted to mean 0, scaled to variance 1."""
+    return (R - R.mean()) * (R.var(correction=0) + 1e-8).rsqrt()
 
 
-@torch.no_grad()
-def token_log_probs(hidden, head, tokens):
-    """log q(y_t | y_<t, x) of tokens (N,), from hidden states (N, C) and head (V, C) -> (N,), a chunk at a time. Without gradients."""
-    chunks = equal_slices(len(hidden), head, CHUNK_BYTES)
-    return torch.cat(
-        [-cross_entropy(head_logits(hidden[i], head, padded=True), tokens[i]) for i in chunks]
-    )
+def importance_weight(log_p, log_q, alpha=0.2):
+    """w = q / ((1 - α) q + α p) per token (N,), for responses sampled from that mixture."""
+    return 1 / (1 - alpha + alpha * (log_p - log_q).exp())
 
 
-def sum_over_tokens(loss_fn, hidden, head, *targets):
-    """The sum of a loss over N tokens, from hidden states (N, C) and head (V, C), a few tokens at a time: no (N, V) tensor is ever made.
+# Bytes of float32 logits: chunks for the matrix products, blocks within them for the loss. On a CPU
+# a block stays in its cache; on a GPU a chunk is one block.
+CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**28}
+BLOCK_BYTES = {"cpu": 2**23, "cuda": 2**28}
 
-    targets: (hidden, head) of each model that the loss compares with, which get no gradient.
-    loss_of: a slice i of the N tokens, their logits, and their logits of each target, (n, V'), padded as head_logits does -> the loss
-    (n,); or (k, n), whose first row is the loss and whose others are for the log.
-    Returns the sum (), or the sums (k,), of which the first carries gradients to hidden and head. They are made on the spot, while the
-    logits are there, by float32 products like the logits themselves, also inside autocast.
+
+def sum_over_tokens(loss_fn, hidden, head, *others):
+    """loss_fn(slice(0, N), hidden @ head.T, *[h @ W.T for h, W in others]).sum(-1), without ever
+    holding all (N, V) logits. Gradients are computed chunk by chunk in the forward pass; backward
+    only scales them. All products are in float32, even inside autocast.
+
+    others: (hidden, head) of each further model; they get no gradient.
+    loss_fn: loss_fn(span, logits, *other_logits) -> (n,), or (k, n): the loss first, then what is
+    only logged. span: which of the N response tokens. Logits are (n, V'): on a CPU V' is V rounded
+    up, to align rows in memory. The extra logits are a large finite negative number: softmax makes
+    them 0, and unlike -inf they keep log a - log b finite.
+    Returns the sum (), or sums (k,). Only the first has a gradient, to hidden (N, C), head (V, C).
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        return _SumOverTokens.apply(loss_fn, targets, hidden, head)
+        return _SumOverTokens.apply(loss_fn, others, hidden, head)
 
 
 class _SumOverTokens(torch.autograd.Function):
+    """Computes the gradients in the forward pass, while a chunk's logits exist."""
+
     @staticmethod
-    def forward(ctx, loss_fn, targets, hidden, head):
-        *_, to_hidden, to_head = ctx.needs_input_grad
-        d_hidden = torch.empty_like(hidden) if to_hidden else None
-        d_head = torch.zeros_like(head) if to_head else None
+    def forward(ctx, loss_fn, others, hidden, head):
+        hidden_needs_grad, head_needs_grad = ctx.needs_input_grad[2:]
+        needs_grad = hidden_needs_grad or head_needs_grad
+        d_hidden = torch.empty_like(hidden) if hidden_needs_grad else None
+        d_head = torch.zeros_like(head) if head_needs_grad else None
         total = 0
-        for i in equal_slices(len(hidden), head, CHUNK_BYTES):
-            logits, *of_targets = (
-                head_logits(h[i], w, padded=True) for h, w in ((hidden, head), *targets)
-            )  # (n, V') each
-            for j in equal_slices(len(logits), head, BLOCK_BYTES):
-                block = logits[j].detach().requires_grad_(to_hidden or to_head)
-                with torch.set_grad_enabled(block.requires_grad):
-                    at = slice(i.start + j.start, i.start + j.stop)
-                    losses = loss_fn(at, block, *(z[j] for z in of_targets)).sum(-1)  # () or (k,)
+        for chunk in equal_slices(len(hidden), head, CHUNK_BYTES):
+            logits = head_logits(hidden[chunk], head, padded=True)  # (n, V')
+            other_logits = [head_logits(h[chunk], W, padded=True) for h, W in others]
+            for block in equal_slices(len(logits), head, BLOCK_BYTES):
+                z = logits[block].detach().requires_grad_(needs_grad)  # (m, V')
+                span = slice(chunk.start + block.start, chunk.start + block.stop)
+                with torch.set_grad_enabled(needs_grad):
+                    losses = loss_fn(span, z, *(other[block] for other in other_logits)).sum(-1)
                     loss = losses if losses.ndim == 0 else losses[0]
                 total = total + losses.detach()
-                if block.requires_grad:
-                    logits[j] = torch.autograd.grad(loss, block)[
-                        0
-                    ]  # in place of the logits, which are done with
-            d_logits = logits[:, : len(head)]
-            if to_hidden:
-                d_hidden[i] = d_logits @ head
-            if to_head:
-                d_head.addmm_(d_logits.T, hidden[i])
+                if needs_grad:
+                    # The gradient may overwrite the block's logits: nothing reads them again.
+                    (d_z,) = torch.autograd.grad(loss, z)
+                    logits[block] = d_z
+            d_logits = logits[:, : len(head)]  # (n, V), without the padding
+            if hidden_needs_grad:
+                d_hidden[chunk] = d_logits @ head
+            if head_needs_grad:
+                d_head.addmm_(d_logits.T, hidden[chunk])
         ctx.save_for_backward(d_hidden, d_head)
         return total
 
@@ -198,3 +218,18 @@ class _SumOverTokens(torch.autograd.Function):
     def backward(ctx, grad):  # () or (k,)
         scale = grad if grad.ndim == 0 else grad[0]
         return None, None, *(None if d is None else d * scale for d in ctx.saved_tensors)
+
+
+@torch.no_grad()
+def token_log_probs(hidden, head, tokens):
+    """Log-probabilities (N,) of tokens (N,) under the model of hidden (N, C) and head (V, C)."""
+    chunks = equal_slices(len(hidden), head, CHUNK_BYTES)
+    logits = (head_logits(hidden[chunk], head, padded=True) for chunk in chunks)  # (n, V') each
+    return torch.cat([-cross_entropy(z, tokens[i]) for z, i in zip(logits, chunks)])
+
+
+def equal_slices(n, head, max_bytes):
+    """Slices of n tokens, the logits of each within max_bytes; a single empty slice for n = 0."""
+    n_slices = max(1, math.ceil(n * 4 * len(head) / max_bytes[head.device.type]))
+    size = max(1, math.ceil(n / n_slices))
+    return [slice(start, min(start + size, n)) for start in range(0, max(1, n), size)]

@@ -1,4 +1,4 @@
-"""The soft prompt P (PromptKD, section 3.2): a few trainable embeddings in front of a frozen teacher."""
+"""The soft prompt P (PromptKD, section 3.2): trainable embeddings in front of a frozen teacher."""
 
 from pathlib import Path
 
@@ -10,83 +10,91 @@ from data.cli import InputError
 from model import save_tensors
 
 
-def initial_prompt(embedding, init, length, text_tokens, pad_token, seed):
-    """The prompt before it is tuned, float32 (P, C).
+def hidden_states(model, ids, P=None, output_positions=None):
+    """Hidden states (B, S, C) of ids (B, S): for p(y | P, x), or for p(y | x) if P is None.
 
-    embedding: the teacher's token embedding (V, C). init, one of the three of Figure 4:
-      "text"     the embeddings of `text_tokens`, cut or repeated to `length`
-      "padding"  the embedding of `pad_token` (GPT-2's end-of-text), `length` times
-      "random"   standard normal, large beside GPT-2's embeddings, as in the released code
+    P: (prompt_length, C), in front of every row at positions 0 to prompt_length - 1, so that ids
+    move right; its own states are cut off. output_positions: (row, position) in ids of N tokens,
+    two tensors (N,). Then only their states are returned, (N, C). The model adds prompt_length to
+    these positions, so they mean the same tokens with and without P.
     """
-    if init == "random":
-        return torch.randn(
-            length, embedding.shape[1], generator=torch.Generator().manual_seed(seed)
-        )
-    tokens = (
-        [text_tokens[i % len(text_tokens)] for i in range(length)]
-        if init == "text"
-        else [pad_token] * length
-    )
-    return embedding.detach()[tokens].float().cpu().clone()
+    hidden = model(ids, prefix=P, output_positions=output_positions)
+    if P is None or output_positions is not None:
+        return hidden
+    return hidden[:, len(P) :]
+
+
+@torch.no_grad()
+def response_hidden(model, batch, P=None):
+    """The hidden states (N, C) that predict a batch's N response tokens, and the head (V, C).
+
+    No gradient and no dropout, also for the student's q in equation 1: there q is only a target.
+    `batch.response_positions` are one to the left of the response tokens, as logits predict ahead.
+    """
+    model.eval()  # no dropout; train.student_backward switches the student back
+    return hidden_states(model, batch.ids, P, batch.response_positions), model.wte.weight
 
 
 def freeze(teacher, dtype="float32"):
-    """The teacher p: no gradients to its weights, no dropout. In bfloat16 the matrices of its blocks take half the memory, and are what
-    autocast would make of them at each use; embeddings, head and LayerNorm stay float32."""
-    for module in teacher.modules():
-        if isinstance(module, torch.nn.Linear) and dtype == "bfloat16":
-            module.bfloat16()
+    """Make a teacher p: no gradients to its weights, no dropout.
+
+    In bfloat16 only the matrices of the blocks are converted, which halves their memory. Inside
+    bfloat16 autocast that changes no result: it would convert them at each use. Embeddings, head
+    and LayerNorm stay float32.
+    """
+    if dtype == "bfloat16":
+        for module in teacher.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.bfloat16()
     return teacher.eval().requires_grad_(False)
 
 
-def teacher_hidden(teacher, ids, P=None, output_positions=None):
-    """The teacher's hidden states for p(y | P, x), or for p(y | x) without a prompt.
+def initial_prompt(embedding, init, length, text_tokens, pad_token, seed):
+    """The prompt before it is tuned: float32 (length, C).
 
-    ids (B, T), P (P, C) -> (B, T, C): the prompt's own positions are cut off, so both forms line up token by token. With `where`,
-    row and place of N tokens of ids, theirs alone, (N, C).
+    embedding: the teacher's token embedding (V, C). init is one of the three of Figure 4:
+      "text"     the embeddings of text_tokens (paper: "Suppose you are a student.", 7 tokens), cut
+                 or repeated to length
+      "padding"  the embedding of pad_token (GPT-2's end-of-text), repeated to length
+      "random"   standard normal numbers as in the released code; much larger than GPT-2's
+                 embeddings
     """
-    hidden = teacher(ids, prefix=P, output_positions=output_positions)
-    return hidden if P is None or output_positions is not None else hidden[:, len(P) :]
+    if init == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(length, embedding.shape[1], generator=generator)
+    source = text_tokens if init == "text" else [pad_token]
+    tokens = [source[i % len(source)] for i in range(length)]
+    return embedding.detach()[tokens].float().cpu().clone()
 
 
 def save_prompt(P, directory):
-    """Write P (P, C) as `prompt.safetensors` in a checkpoint directory."""
-    save_tensors(
-        {"prompt": P.detach().float().cpu().contiguous()}, Path(directory) / "prompt.safetensors"
-    )
+    """Write P (prompt_length, C) to `prompt.safetensors` in a checkpoint directory."""
+    tensor = P.detach().float().cpu().contiguous()
+    save_tensors({"prompt": tensor}, Path(directory) / "prompt.safetensors")
 
 
 def load_prompt(path, width):
-    """Read a soft prompt (P, C) from a file, or from `prompt.safetensors` in a directory.
-
-    width: the C of the model that it is to stand before. Raises InputError where it does not fit or can't be read.
-    """
-    path, output_positions = (
-        Path(path),
-        "a PromptKD run keeps its prompt in best/prompt.safetensors",
-    )
-    path = path / "prompt.safetensors" if path.is_dir() else path
+    """Read a soft prompt, float32 (prompt_length, C), from a file or from `prompt.safetensors` in a
+    directory. width: the C of the model that it will be prepended to. Raises InputError if it does
+    not fit or the file can't be read."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "prompt.safetensors"
+    hint = "a PromptKD run keeps its prompt in best/prompt.safetensors"
     try:
-        tensors = load_file(path)
+        P = load_file(path).get("prompt")
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; {output_positions}") from error
+        raise InputError(f"{path}: no such file; {hint}") from error
     except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path}: is truncated or damaged ({error}); {hint}") from error
+    is_matrix = P is not None and P.ndim == 2 and len(P) > 0 and P.is_floating_point()
+    if not is_matrix or not torch.isfinite(P).all():
         raise InputError(
-            f"{path}: is cut short or damaged ({error}); {output_positions}"
-        ) from error
-    P = tensors.get("prompt")
-    if (
-        P is None
-        or P.ndim != 2
-        or len(P) == 0
-        or not P.is_floating_point()
-        or not torch.isfinite(P).all()
-    ):
-        raise InputError(
-            f"{path}: has no finite floating-point tensor 'prompt' of two dimensions; {output_positions}"
+            f"{path}: has no finite floating-point tensor 'prompt' of two dimensions; {hint}"
         )
     if P.shape[1] != width:
         raise InputError(
-            f"{path}: tensor 'prompt' is {P.shape[1]} wide and the model {width}; take the teacher that it was tuned for"
+            f"{path}: tensor 'prompt' is {P.shape[1]} wide and the model {width}; "
+            "use the teacher that it was tuned for"
         )
     return P.float()

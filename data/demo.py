@@ -1,219 +1,119 @@
-"""The demo world: a small instruction-following language, made by rules from a seed, and the byte-level BPE that reads it.
+"""The demo's synthetic data: a small language of instructions.
 
-A row asks for one of seven things (or for two of them in turn) to be done to a text of a few plain words. `write_demo` writes
-its data sets and the teacher's pre-training text. `python -m data.demo` trains the tokenizer that ships in data/demo_bpe.
+A row asks for one of seven tasks, or for two in turn, on a text of a few plain words. `write_demo`
+writes the data sets and the teacher's pre-training text, which depend on a seed only.
 """
 
 import json
 import random
-from collections import Counter, namedtuple
+from collections import namedtuple
 from pathlib import Path
 
 import regex
-from tiktoken_ext.openai_public import r50k_pat_str
 
 from data.cli import write_atomic
 from data.rows import fill_template
-from data.tokenizer import END, LETTER_OF_BYTE
 
-TOKENIZER_DIR = Path(__file__).parent / "demo_bpe"
+TOKENIZER_DIR = Path(__file__).parent / "demo_bpe"  # trained by tests/make_demo_bpe.py
 
-
-VOCABULARY = 1000  # at most: training ends when every word of its text is one token
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# The words. Pre-training meets the new ones; fine-tuning and distillation do not, and the set "words" is about them.
+# The words: adjectives in pairs of opposites, verbs in pairs of present and past tense. NEW_WORDS
+# occur in pre-training and in the test set "words", never in fine-tuning or distillation.
 Words = namedtuple("Words", "animals things opposites pasts")
-
-
 WORDS = Words(
     animals="bear cat cow dog fox goat horse lion pig sheep".split(),
     things="barn boat book chair door flag hat key lamp tower".split(),
-    opposites="big small old new hot cold fast slow wet dry".split(),  # pairs of adjectives
-    pasts="finds found sees saw holds held pulls pulled hides hid".split(),  # pairs of verbs, present and past
+    opposites="big small old new hot cold fast slow wet dry".split(),
+    pasts="finds found sees saw holds held pulls pulled hides hid".split(),
 )
-
-
 NEW_WORDS = Words(
     animals="camel otter rabbit swan tiger".split(),
     things="basket candle ladder mill wagon".split(),
     opposites="wide narrow clean dirty loud quiet".split(),
     pasts="carries carried loses lost".split(),
 )
-
-
 ALL_WORDS = Words(*(old + new for old, new in zip(WORDS, NEW_WORDS)))
 
-
-OPPOSITE = {
-    word: other
-    for pair in zip(ALL_WORDS.opposites[::2], ALL_WORDS.opposites[1::2])
-    for word, other in (pair, pair[::-1])
-}
-
-
+OPPOSITE = dict(zip(ALL_WORDS.opposites[::2], ALL_WORDS.opposites[1::2]))
+OPPOSITE |= {second: first for first, second in OPPOSITE.items()}
 PAST = dict(zip(ALL_WORDS.pasts[::2], ALL_WORDS.pasts[1::2]))
 
-
 QUALITIES = "colour size age price shape weight name owner".split()
-
-
-REPAIRS = ["no wait", "sorry", "i mean", "or rather"]  # what a speaker says who corrects himself
-
-
+REPAIRS = ["no wait", "sorry", "i mean", "or rather"]  # said before correcting oneself
 PLACES = ["near", "behind", "under", "beside"]
 
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# The tasks: what each does to the words of a text, and how it is asked for.
-SLIP = regex.compile(
-    rf"the (?:\w+ ){{1,3}}(?:{'|'.join(REPAIRS)}) "
-)  # "the colour no wait " the size ...
+# What is corrected in a question: "the colour no wait " before "the size of ..."
+SLIP = regex.compile(rf"the (?:\w+ ){{1,3}}(?:{'|'.join(REPAIRS)}) ")
 
 
-TASKS = {
-    "sort": sorted,
-    "adjectives": lambda words: [word for word in words if word not in OPPOSITE],
-    "animals": lambda words: [word for word in words if word in ALL_WORDS.animals],
-    "others": lambda words: [word for word in words if word not in ALL_WORDS.animals],
-    "opposite": lambda words: [OPPOSITE.get(word, word) for word in words],
-    "past": lambda words: [PAST.get(word, word) for word in words],
-    "correct": lambda words: SLIP.sub("", " ".join(words)).split(),
+# --- Tasks
+def do_task(task, words):
+    """What a task makes of the words of a text."""
+    if task == "sort":
+        return sorted(words)
+    if task == "adjectives":
+        return [word for word in words if word not in OPPOSITE]
+    if task == "animals":
+        return [word for word in words if word in ALL_WORDS.animals]
+    if task == "others":
+        return [word for word in words if word not in ALL_WORDS.animals]
+    if task == "opposite":
+        return [OPPOSITE.get(word, word) for word in words]
+    if task == "past":
+        return [PAST.get(word, word) for word in words]
+    return SLIP.sub("", " ".join(words)).split()  # "correct"
+
+
+# Each task's wordings: of training and all other sets, in addition to them of pre-training, and of
+# the test set "wording" only.
+TRAIN_WORDINGS = {
+    "sort": "sort the words/sort the text by the alphabet/put the words in alphabetical order/"
+    "write the words from a to z",
+    "adjectives": "remove the adjectives/delete all the adjectives/"
+    "write the text without adjectives/drop the adjectives",
+    "animals": "keep only the animals/list only the animals/write the animals/find all the animals",
+    "others": "remove the animals/delete all the animals/write the text without animals/"
+    "drop the animals",
+    "opposite": "replace the adjectives with their opposites/"
+    "change the adjectives to their opposites/use opposite adjectives",
+    "past": "write the text in the past tense/put the verb in the past tense/"
+    "say that it happened yesterday",
+    "correct": "correct the question/fix the question/remove the slip from the question/"
+    "write the question without the slip",
+}
+EXTRA_WORDINGS = {
+    "sort": "arrange the list by the alphabet/order the words from a to z/"
+    "give the words in alphabetical order",
+    "adjectives": "leave out all the adjectives/take the describing words out/"
+    "remove the describing words",
+    "animals": "name the living things/pick out the animals/keep the living things",
+    "others": "leave out all the animals/take the living things out/remove the living things",
+    "opposite": "swap each adjective for its opposite/give the opposite of each adjective/"
+    "make the describing words opposite",
+    "past": "change the verb to the past/tell it as if it happened long ago/make it past tense",
+    "correct": "clean up the question/write what the speaker meant/repair the slip in the question",
+}
+PRETRAIN_WORDINGS = {t: f"{text}/{EXTRA_WORDINGS[t]}" for t, text in TRAIN_WORDINGS.items()}
+UNSEEN_WORDINGS = {
+    "sort": "arrange the words from a to z/list the text in alphabetical order/"
+    "order the text by the alphabet",
+    "adjectives": "leave out the describing words/take all the adjectives out/"
+    "say the text without describing words",
+    "animals": "pick only the animals/list the living things/name all the animals",
+    "others": "leave out the living things/take all the animals out/say the text without animals",
+    "opposite": "swap the adjectives for their opposites/change each adjective to its opposite",
+    "past": "tell the text in the past tense/change it to the past/"
+    "write as if it happened yesterday",
+    "correct": "repair the question/say what the speaker meant/clean the slip from the question",
 }
 
-
-SENTENCE_TASKS = {
-    "adjectives",
-    "opposite",
-    "past",
-}  # these take a sentence; all but "past" and "correct", a list
+# Two tasks in turn: in training, and in the test set "combined" only.
+PAIRS = "adjectives+sort opposite+animals others+adjectives adjectives+past sort+others".split()
+NEW_PAIRS = "animals+sort opposite+others adjectives+animals opposite+past sort+adjectives".split()
 
 
-# How a task is asked for in training, moreover in pre-training, and in the set "wording" alone.
-WORDINGS = {
-    "sort": (
-        [
-            "sort the words",
-            "sort the text by the alphabet",
-            "put the words in alphabetical order",
-            "write the words from a to z",
-        ],
-        [
-            "arrange the list by the alphabet",
-            "order the words from a to z",
-            "give the words in alphabetical order",
-        ],
-        [
-            "arrange the words from a to z",
-            "list the text in alphabetical order",
-            "order the text by the alphabet",
-        ],
-    ),
-    "adjectives": (
-        [
-            "remove the adjectives",
-            "delete all the adjectives",
-            "write the text without adjectives",
-            "drop the adjectives",
-        ],
-        [
-            "leave out all the adjectives",
-            "take the describing words out",
-            "remove the describing words",
-        ],
-        [
-            "leave out the describing words",
-            "take all the adjectives out",
-            "say the text without describing words",
-        ],
-    ),
-    "animals": (
-        [
-            "keep only the animals",
-            "list only the animals",
-            "write the animals",
-            "find all the animals",
-        ],
-        ["name the living things", "pick out the animals", "keep the living things"],
-        ["pick only the animals", "list the living things", "name all the animals"],
-    ),
-    "others": (
-        [
-            "remove the animals",
-            "delete all the animals",
-            "write the text without animals",
-            "drop the animals",
-        ],
-        ["leave out all the animals", "take the living things out", "remove the living things"],
-        ["leave out the living things", "take all the animals out", "say the text without animals"],
-    ),
-    "opposite": (
-        [
-            "replace the adjectives with their opposites",
-            "change the adjectives to their opposites",
-            "use opposite adjectives",
-        ],
-        [
-            "swap each adjective for its opposite",
-            "give the opposite of each adjective",
-            "make the describing words opposite",
-        ],
-        ["swap the adjectives for their opposites", "change each adjective to its opposite"],
-    ),
-    "past": (
-        [
-            "write the text in the past tense",
-            "put the verb in the past tense",
-            "say that it happened yesterday",
-        ],
-        ["change the verb to the past", "tell it as if it happened long ago", "make it past tense"],
-        [
-            "tell the text in the past tense",
-            "change it to the past",
-            "write as if it happened yesterday",
-        ],
-    ),
-    "correct": (
-        [
-            "correct the question",
-            "fix the question",
-            "remove the slip from the question",
-            "write the question without the slip",
-        ],
-        [
-            "clean up the question",
-            "write what the speaker meant",
-            "repair the slip in the question",
-        ],
-        ["repair the question", "say what the speaker meant", "clean the slip from the question"],
-    ),
-}
-
-
-TRAIN, PRETRAIN, UNSEEN = 0, 1, 2
-
-
-PAIRS = [
-    ("adjectives", "sort"),
-    ("opposite", "animals"),
-    ("others", "adjectives"),
-    ("adjectives", "past"),
-    ("sort", "others"),
-]
-
-
-UNSEEN_PAIRS = [
-    ("animals", "sort"),
-    ("opposite", "others"),
-    ("adjectives", "animals"),
-    ("opposite", "past"),
-    ("sort", "adjectives"),
-]
-
-
+# --- Rows
 def make_text(rng, tasks, words, longer=False):
-    """A text that the tasks can be done to, as a list of words: a question with a slip, a sentence, or a list."""
+    """A text that suits all the tasks, as words: a corrected question, a sentence, or a list."""
 
     def thing():
         adjectives = rng.sample(words.opposites, rng.choice([1, 1, 2] if longer else [0, 1, 1]))
@@ -223,15 +123,16 @@ def make_text(rng, tasks, words, longer=False):
         return [rng.choice(PLACES), *thing()]
 
     if "correct" in tasks:
-        slip, quality = rng.sample(QUALITIES, 2)
-        repair, ending = (
-            rng.choice(REPAIRS).split(),
-            [*thing(), *(place() + place() if longer else [])],
-        )
+        wrong, quality = rng.sample(QUALITIES, 2)
+        repair = rng.choice(REPAIRS).split()
+        ending = thing()
+        if longer:
+            ending += place() + place()
         if rng.random() < 0.5:
-            return ["what", "is", "the", slip, *repair, "the", quality, "of", *ending]
+            return ["what", "is", "the", wrong, *repair, "the", quality, "of", *ending]
         return ["what", "is", "the", quality, "of", *thing(), *repair, *ending]
-    if "past" in tasks or set(tasks) <= SENTENCE_TASKS and rng.random() < 0.5:
+    # "past" needs a sentence, and these two tasks also take one.
+    if "past" in tasks or (set(tasks) <= {"adjectives", "opposite"} and rng.random() < 0.5):
         ending = place() + place() if longer else rng.choice([[], place()])
         return [*thing(), rng.choice(words.pasts[::2]), *thing(), *ending]
     text = rng.sample(words.animals, rng.randint(3, 5))
@@ -240,202 +141,129 @@ def make_text(rng, tasks, words, longer=False):
     return rng.sample(text, len(text))
 
 
-def ask(rng, tasks, kinds):
-    """How the tasks, one after the other, are asked for."""
-    request = " and then ".join(
-        rng.choice([wording for kind in kinds for wording in WORDINGS[task][kind]])
-        for task in tasks
-    )
+def make_request(rng, tasks, wordings):
+    """A request for the tasks, one after the other."""
+    request = " and then ".join(rng.choice(wordings[task].split("/")) for task in tasks)
     return rng.choice([request, "please " + request]).capitalize()
-
-
-def answer(tasks, words):
-    """The words after the tasks were done to them, one after the other."""
-    for task in tasks:
-        words = TASKS[task](words)
-    return words
 
 
 def join(words):
     return " ".join(words) + ("?" if words[0] == "what" else "")
 
 
-def make_row(rng, tasks, kinds=(TRAIN,), words=WORDS, longer=False):
-    """A row: instruction, input (empty in a quarter of the rows, which have the text in the instruction) and output."""
-    text = make_text(rng, tasks, words, longer)
-    request, output = ask(rng, tasks, kinds), join(answer(tasks, text))
-    if rng.random() < 0.25:
-        return {"instruction": f"{request}: {join(text)}", "input": "", "output": output}
-    return {"instruction": f"{request}.", "input": join(text), "output": output}
-
-
-def make_rows(rng, count, used, pairs=PAIRS, pair_share=0.2, **how):
-    """`count` rows, of which about `pair_share` ask for two tasks in turn. No text of theirs is in `used`, which they join."""
+def make_rows(
+    rng, n, used, pairs=PAIRS, pair_share=0.2, wordings=TRAIN_WORDINGS, words=WORDS, longer=False
+):
+    """`n` rows with texts that are not in the set `used`, which they are added to. A share of about
+    `pair_share` asks for two tasks in turn; a quarter has the text in the instruction."""
     rows = []
-    while len(rows) < count:
-        tasks = rng.choice(pairs) if rng.random() < pair_share else [rng.choice([*TASKS])]
-        row = make_row(rng, tasks, **how)
-        text = row["input"] or row["instruction"].split(": ")[1]
+    while len(rows) < n:
+        tasks = rng.choice(pairs if rng.random() < pair_share else [*TRAIN_WORDINGS]).split("+")
+        output = make_text(rng, tasks, words, longer)
+        text, request = join(output), make_request(rng, tasks, wordings)
+        for task in tasks:
+            output = do_task(task, output)
+        row = {"instruction": f"{request}.", "input": text, "output": join(output)}
+        if rng.random() < 0.25:
+            row |= {"instruction": f"{request}: {text}", "input": ""}
         if text not in used:
             used.add(text)
             rows.append(row)
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# The pre-training text. A soft prompt moves the request away from position 0 and says something first; the teacher takes no
-# harm from it only if its pre-training text did both: the trainer packs the documents, and here many of them have preambles.
+# --- Pre-training text
+#
+# A soft prompt moves the request away from position 0 and puts an unrelated text before it. The
+# teacher tolerates that only if its pre-training had both. So the trainer packs documents into
+# blocks, and most requests here have a preamble.
 def make_preamble(rng):
-    """A sentence to stand before a request, mostly one that says who the reader is."""
-    who = " ".join(
-        [
-            "a",
-            *rng.choice([[], [rng.choice("young kind careful good new clever patient".split())]]),
-            rng.choice(
-                "student student student teacher child reader writer farmer doctor friend beginner".split()
-            ),
-        ]
+    """A sentence to put before a request. Most say who the reader is, like the paper's prompt."""
+    adjectives = "young kind careful good new clever patient".split()
+    adjective = rng.choice(["", rng.choice(adjectives) + " "])
+    people = "student student student teacher child reader writer farmer doctor friend beginner"
+    who = f"a {adjective}{rng.choice(people.split())}"
+    opening = rng.choice("Suppose/Imagine/Pretend/Assume/Suppose that/Imagine that".split("/"))
+    sentences = (
+        f"{opening} you are {who}./{opening} you are {who}./{opening} I am {who}./You are {who}./"
+        f"Answer like {who}./Here is a task for {who}./Read the task with care./"
+        "Think before you write."
     )
-    opening = rng.choice(
-        ["Suppose", "Imagine", "Pretend", "Assume", "Suppose that", "Imagine that"]
-    )
-    return rng.choice(
-        [
-            f"{opening} you are {who}.",
-            f"{opening} you are {who}.",
-            f"{opening} I am {who}.",
-            f"You are {who}.",
-            f"Answer like {who}.",
-            f"Here is a task for {who}.",
-            "Read the task with care.",
-            "Think before you write.",
-        ]
-    )
+    return rng.choice(sentences.split("/"))
 
 
 def make_fact(rng):
-    """A sentence or two about the words, the new ones among them."""
+    """One or two sentences about the words, including the new ones."""
     words, place = ALL_WORDS, rng.choice(PLACES)
-    adjective, animal, thing, present = (
-        rng.choice(pool)
-        for pool in [words.opposites, words.animals, words.things, words.pasts[::2]]
-    )
+    adjective, animal = rng.choice(words.opposites), rng.choice(words.animals)
+    thing, present = rng.choice(words.things), rng.choice(words.pasts[::2])
     first, second = sorted(rng.sample(words.animals + words.things + words.opposites, 2))
-    return rng.choice(
-        [
-            f"The {animal} is an animal and a living thing. The {thing} is no animal.",
-            f"The opposite of {adjective} is {OPPOSITE[adjective]}. Both are adjectives, or describing words.",
-            f"Today the {animal} {present} the {adjective} {thing}. Yesterday the {animal} {PAST[present]} the {adjective} {thing}.",
-            f"In the alphabet {first} comes before {second}.",
-            f"The {adjective} {animal} is {place} the {thing}. The {thing} is not {place} the {adjective} {animal}.",
-        ]
-    )
-
-
-def make_copy(rng, used):
-    """A list a few times over. Small models learn to copy from the context, which all the tasks need, from this first."""
-    text = join(make_text(rng, ["sort"], ALL_WORDS))
-    used.add(text)
-    return "\n".join([text] * rng.randint(3, 5))
+    facts = [
+        f"The {animal} is an animal and a living thing. The {thing} is no animal.",
+        f"The opposite of {adjective} is {OPPOSITE[adjective]}. Both are adjectives, or describing "
+        "words.",
+        f"Today the {animal} {present} the {adjective} {thing}. Yesterday the {animal} "
+        f"{PAST[present]} the {adjective} {thing}.",
+        f"In the alphabet {first} comes before {second}.",
+        f"The {adjective} {animal} is {place} the {thing}. The {thing} is not {place} the "
+        f"{adjective} {animal}.",
+    ]
+    return rng.choice(facts)
 
 
 def make_lesson(rng, used):
-    """A text, and one request after another about it with the response: for its length there is most to learn from this."""
-    group = rng.choice(
-        [
-            ["sort", "adjectives", "animals", "others", "opposite"],
-            ["adjectives", "opposite", "past"],
-            ["correct"],
-        ]
-    )
+    """A text, then several requests about it with their responses: much to learn in few tokens."""
+    list_tasks = ["sort", "adjectives", "animals", "others", "opposite"]
+    group = rng.choice([list_tasks, ["adjectives", "opposite", "past"], ["correct"]])
     text = make_text(rng, group, ALL_WORDS)
     lines = [join(text)]
     used.add(lines[0])
     for task in rng.sample(group, min(3, len(group))):
-        lines += [ask(rng, [task], (TRAIN, PRETRAIN)) + ".", join(answer([task], text))]
+        request = make_request(rng, [task], PRETRAIN_WORDINGS) + "."
+        lines += [request, join(do_task(task, text))]
     return "\n".join(lines)
 
 
 def make_document(rng, used):
-    """A text for pre-training: a fact, a copy, a lesson, or a row in the template, often behind a preamble."""
+    """A text for pre-training. Most rows in the template have a preamble."""
     kind = rng.choices(["fact", "copy", "lesson", "row"], [5, 25, 35, 35])[0]
     if kind == "fact":
         return make_fact(rng)
     if kind == "copy":
-        return make_copy(rng, used)
+        # A list, repeated: all the tasks need to copy from the context, so a model learns it first.
+        text = join(make_text(rng, ["sort"], ALL_WORDS))
+        used.add(text)
+        return "\n".join([text] * rng.randint(3, 5))
     if kind == "lesson":
         return make_lesson(rng, used)
-    [row] = make_rows(rng, 1, used, kinds=(TRAIN, PRETRAIN), words=rng.choice([WORDS, ALL_WORDS]))
-    preamble = (
-        make_preamble(rng) + rng.choice(["", "\n", " " + make_preamble(rng) + "\n"])
-        if rng.random() < 0.8
-        else ""
-    )
+    words = rng.choice([WORDS, ALL_WORDS])
+    [row] = make_rows(rng, 1, used, wordings=PRETRAIN_WORDINGS, words=words)
+    preamble = ""
+    if rng.random() < 0.8:
+        preamble = make_preamble(rng) + rng.choice(["", "\n", " " + make_preamble(rng) + "\n"])
     return preamble + fill_template(row["instruction"], row["input"]) + row["output"]
 
 
 def make_documents(seed, count=24_000):
-    """The pre-training text, and the texts that its requests are about."""
+    """The pre-training documents, and the set of texts that their requests are about."""
     rng, used = random.Random(seed), set()
     return [make_document(rng, used) for _ in range(count)], used
 
 
 def write_demo(directory, seed=10):
-    """Write the demo's data sets in `directory`: train, dev, test and pretrain, and the four held-out sets in its subfolders."""
-    directory = Path(directory)
+    """Write the data sets: train, dev, test and pretrain, and four test sets in subdirectories."""
     documents, used = make_documents(seed)
     rng = random.Random(seed + 1)
     sets = {
         "train": make_rows(rng, 4000, used),
         "dev": make_rows(rng, 200, used),
         "test": make_rows(rng, 200, used),
-        "wording/test": make_rows(rng, 200, used, kinds=(UNSEEN,)),
+        "wording/test": make_rows(rng, 200, used, wordings=UNSEEN_WORDINGS),
         "words/test": make_rows(rng, 200, used, words=NEW_WORDS),
         "longer/test": make_rows(rng, 200, used, longer=True),
-        "combined/test": make_rows(rng, 200, used, pairs=UNSEEN_PAIRS, pair_share=1),
+        "combined/test": make_rows(rng, 200, used, pairs=NEW_PAIRS, pair_share=1),
         "pretrain": [{"text": text} for text in documents],
     }
-    for name, items in sets.items():
-        write_atomic(
-            directory / f"{name}.jsonl", "".join(json.dumps(item) + "\n" for item in items)
-        )
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# The tokenizer: GPT-2's byte-level BPE (Sennrich et al. 2016; Radford et al. 2019), trained on the pre-training text.
-def train_bpe(texts, merge_count):
-    """The merges, in order, that byte-pair encoding learns from the texts: again and again, join the most frequent pair."""
-    pieces = Counter(piece for text in texts for piece in regex.findall(r50k_pat_str, text))
-    words = {piece: [LETTER_OF_BYTE[byte] for byte in piece.encode()] for piece in pieces}
-    merges = []
-    while len(merges) < merge_count:
-        pairs = Counter()
-        for piece, word in words.items():
-            for pair in zip(word, word[1:]):
-                pairs[pair] += pieces[piece]
-        if not pairs:
-            break  # every piece is one token
-        left, right = max(
-            pairs, key=lambda pair: (pairs[pair], pair)
-        )  # by the pair too, so that a tie is no chance
-        merges.append((left, right))
-        for word in words.values():
-            for i in range(len(word)):
-                if word[i : i + 2] == [left, right]:
-                    word[i : i + 2] = [left + right]
-    return merges
-
-
-def write_tokenizer(directory, seed=10):
-    """Train the BPE on the demo's pre-training text and write vocab.json and merges.txt. As in GPT-2, an id is a merge's rank."""
-    merges = train_bpe(make_documents(seed)[0], VOCABULARY - 257)
-    tokens = [*LETTER_OF_BYTE.values(), *(left + right for left, right in merges), END]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    write_atomic(Path(directory) / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
-    write_atomic(
-        Path(directory) / "merges.txt", "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges)
-    )
-
-
-if __name__ == "__main__":
-    write_tokenizer(TOKENIZER_DIR)
+    for name, rows in sets.items():
+        lines = [json.dumps(row) + "\n" for row in rows]
+        write_atomic(Path(directory) / f"{name}.jsonl", "".join(lines))

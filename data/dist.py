@@ -1,4 +1,4 @@
-"""Data-parallel ranks under torchrun. Without torchrun there is one rank, and every function here is the identity."""
+"""Data-parallel ranks under torchrun. Without torchrun there is one, and nothing communicates."""
 
 import os
 import signal
@@ -7,60 +7,53 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from data.cli import InputError
 
-DTYPES = ("float32", "bfloat16")  # of the products in a model's blocks
+DTYPES = ("float32", "bfloat16")  # of the matrix products in a model's blocks
 
 
 def init_process(dtype=None):
-    """Join the other ranks, if torchrun started us. Returns this rank's device, and the dtype of its products: what is given, else bfloat16
-    on a GPU that has it without emulation, float32 elsewhere. Both, and the ranks, are said on standard error."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    """Join the other ranks if torchrun started this process, and print what it runs on.
+
+    Returns this rank's device and the dtype of its matrix products: `dtype` if given, else bfloat16
+    on a GPU with native support, else float32.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     gpu = torch.cuda.is_available()
     if gpu:
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")
     if torch.distributed.is_torchelastic_launched() and not torch.distributed.is_initialized():
-        store, number, size = next(torch.distributed.rendezvous("env://"))
-        if size == int(os.environ["LOCAL_WORLD_SIZE"]):
-            # With --max-restarts torchrun's store on one machine still has the addresses of the attempt before.
-            store = torch.distributed.PrefixStore(
-                f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
-            )
-        # gloo beside nccl: Python objects travel between CPUs. A peer that dies closes its connection, which gloo notices at once. The
-        # timeout is for one that hangs: longer than rank 0 takes to download GPT-2 XL while the others wait.
-        backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+        store, global_rank, size = next(torch.distributed.rendezvous("env://"))
+        if size == local_world_size:
+            # On one machine, torchrun's store still holds the addresses of the attempt before a
+            # restart (--max-restarts).
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+            store = torch.distributed.PrefixStore(f"attempt {attempt}", store)
+        # gloo for Python objects. It notices at once when a peer exits. The timeout is for one that
+        # hangs, and longer than rank 0 takes to download GPT-2 XL while the others wait.
+        backend, timeout = "cpu:gloo,cuda:nccl" if gpu else "gloo", timedelta(hours=2)
         torch.distributed.init_process_group(
-            backend, store=store, rank=number, world_size=size, timeout=timedelta(hours=2)
+            backend, store=store, rank=global_rank, world_size=size, timeout=timeout
         )
     if not gpu and world_size() > 1:
         # Processes with more threads than cores between them run ten times slower.
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(
-            max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // local_world))
-        )
+        cores = (os.cpu_count() or 1) // local_world_size
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores)))
     if dtype is None:
-        dtype = (
-            "bfloat16"
-            if gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-            else "float32"
-        )
+        native = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if native else "float32"
     if rank() == 0:
         name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
-        print(
-            f"device: {name}; ranks: {world_size()}; precision: {dtype}",
-            file=sys.stderr,
-            flush=True,
-        )
+        sys.stderr.write(f"device: {name}; ranks: {world_size()}; precision: {dtype}\n")
         if not gpu and (built := torch.version.cuda or torch.version.hip):
-            hint = "look at nvidia-smi, the driver's version and CUDA_VISIBLE_DEVICES"
-            print(
-                f"warning: this PyTorch is built for GPUs ({built}) but can use none, so the CPU works; {hint}",
-                file=sys.stderr,
-                flush=True,
-            )
-    return torch.device("cuda", local) if gpu else torch.device("cpu"), dtype
+            hint = "check nvidia-smi, the driver and CUDA_VISIBLE_DEVICES"
+            problem = f"this PyTorch is built for GPUs ({built}) but can use none"
+            sys.stderr.write(f"warning: {problem}; {hint}\n")
+    return torch.device("cuda", local_rank) if gpu else torch.device("cpu"), dtype
 
 
 def shutdown():
@@ -76,51 +69,10 @@ def world_size():
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
-def print0(*words):
+def print0(*values):
     """Print on rank 0."""
     if rank() == 0:
-        print(*words, flush=True)
-
-
-def barrier():
-    """Wait for all ranks."""
-    if world_size() > 1:
-        torch.distributed.all_gather_object(
-            [None] * world_size(), None
-        )  # over gloo, also where the tensors go over nccl
-
-
-def all_reduce_sum(tensor):
-    """The sum of a tensor over all ranks, in place."""
-    if world_size() > 1:
-        torch.distributed.all_reduce(tensor)
-    return tensor
-
-
-def all_reduce_max(number):
-    """The largest of all ranks' whole numbers."""
-    if world_size() > 1:
-        number = torch.tensor(number)
-        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-    return int(number)
-
-
-@contextmanager
-def defer_signals():
-    """Inside, SIGINT and SIGTERM end nothing: their numbers are appended to the list that is given. Those noted when it is left take
-    their usual effect then."""
-    noted = []
-    before = {
-        number: signal.signal(number, lambda number, frame: noted.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    for number in noted:
-        signal.raise_signal(number)
+        print(*values, flush=True)
 
 
 def shard(items):
@@ -128,8 +80,23 @@ def shard(items):
     return items[rank() :: world_size()]
 
 
+def all_reduce_sum(tensor):
+    """Sum a tensor over all ranks, in place. Returns it."""
+    if world_size() > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_max(number):
+    """The maximum of an int over all ranks."""
+    if world_size() > 1:
+        number = torch.tensor(number)
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+    return int(number)
+
+
 def all_gather_list(items):
-    """The lists of all ranks, joined in the order of ranks; every rank gets the whole."""
+    """The concatenation of all ranks' lists, in the order of ranks, on every rank."""
     if world_size() == 1:
         return items
     lists = [None] * world_size()
@@ -137,19 +104,46 @@ def all_gather_list(items):
     return [item for items in lists for item in items]
 
 
-def run_on_rank0(function, *arguments):
-    """Run a function on rank 0 while the others wait. All return its result, and all raise its InputError or OSError.
+def wrap_in_ddp(model, device):
+    """The model under DistributedDataParallel; without torchrun the model itself."""
+    if not torch.distributed.is_initialized():
+        return model
+    device_ids = [device] if device.type == "cuda" else None
+    ddp = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    # DDP rebuilds its buckets after the first pass, and they determine the order in which the
+    # gradients of three or more ranks are summed. After this empty pass a run that resumes sums
+    # them in the same order as one that was never interrupted.
+    ddp(torch.zeros(1, 1, dtype=torch.long, device=device)).sum().backward()
+    model.zero_grad(set_to_none=True)
+    return ddp
 
-    The ranks' machines share a file system.
-    """
-    answer = [None, None]
+
+def run_on_rank0(function, *arguments):
+    """Run a function on rank 0 while the others wait. All ranks return its result, and all raise
+    InputError if it raises InputError or OSError. The ranks must share a file system."""
+    result = [None, None]  # value, error message
     if rank() == 0:
         try:
-            answer[0] = function(*arguments)
+            result[0] = function(*arguments)
         except (InputError, OSError) as error:
-            answer[1] = str(error)
+            result[1] = str(error)
     if world_size() > 1:
-        torch.distributed.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise InputError(answer[1])
-    return answer[0]
+        torch.distributed.broadcast_object_list(result, src=0)
+    if result[1] is not None:
+        raise InputError(result[1])
+    return result[0]
+
+
+@contextmanager
+def defer_signals():
+    """Defer SIGINT and SIGTERM to the end of the block. Yields the list of those received."""
+    received, previous = [], {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, lambda number, frame: received.append(number))
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    for number in received:
+        signal.raise_signal(number)

@@ -1,4 +1,4 @@
-"""The command lines' options and their checks."""
+"""The options of the command lines, and their checks."""
 
 import argparse
 
@@ -8,232 +8,142 @@ from data.paper import PROMPT
 from data.rows import MAX_NEW_TOKENS
 from model import Config
 
+# The options that take precedence over a value of the method's preset: {option: field of Settings}
+_OPTIONS = "lr prompt_lr epochs steps global_batch dropout lm_data".split()
+_OPTIONS += "prompt_text prompt_length prompt_init reg prompt_kl reg_kl".split()
+OVERRIDES = {option: option for option in _OPTIONS}
+OVERRIDES |= {"global_batch": "global_batch_size", "reg": "reg_weight"}
+PROMPT_OPTIONS = tuple(name for name in OVERRIDES if name.startswith(("prompt", "reg")))
+
 
 def number_in_range(kind, low, high, low_open=False):
-    """An argparse type: a number of a kind from `low` (or above it) to `high`."""
+    """An argparse type: an int or float from `low` (above it, if low_open) to `high`."""
 
     def parse(text):
         value = kind(text)
         if not low <= value <= high or (low_open and value == low):
-            raise argparse.ArgumentTypeError(
-                f"must be {'above' if low_open else 'at least'} {low} and at most {high}, not {text!r}"
-            )
+            least = "above" if low_open else "at least"
+            expected = f"{least} {low} and at most {high}"
+            raise argparse.ArgumentTypeError(f"must be {expected}, not {text!r}")
         return value
 
-    parse.__name__ = (
-        "number" if kind is float else "whole number"
-    )  # argparse names it in its own message
+    # argparse's own message uses the name.
+    parse.__name__ = "number" if kind is float else "whole number"
     return parse
 
 
-def add_precision_option(parser, default="bfloat16 on a GPU that has it, float32 elsewhere"):
-    parser.add_argument(
-        "--dtype",
-        choices=dist.DTYPES,
-        help=f"of the products in the models' blocks; logits are float32 (default: {default})",
-    )
+def add_precision_option(parser, default="bfloat16 on a GPU that has it, else float32"):
+    help = f"of the matrix products in the blocks; logits are float32 (default: {default})"
+    parser.add_argument("--dtype", choices=dist.DTYPES, help=help)
 
 
 def add_decoding_options(parser):
-    parser.add_argument(
-        "--max-new",
-        type=number_in_range(int, 1, 100_000),
-        default=MAX_NEW_TOKENS,
-        metavar="N",
-        help=f"tokens of a response at most (default {MAX_NEW_TOKENS})",
-    )
-    parser.add_argument(
-        "--temperature", type=number_in_range(float, 0, 100, low_open=True), default=1.0
-    )
-    parser.add_argument(
-        "--top-k",
-        type=number_in_range(int, 0, 10**6),
-        default=0,
-        help="only the K likeliest tokens (0: all)",
-    )
-    parser.add_argument(
-        "--top-p",
-        type=number_in_range(float, 0, 1, low_open=True),
-        default=1.0,
-        help="only the likeliest tokens that hold this much probability",
-    )
-    parser.add_argument("--greedy", action="store_true", help="the likeliest token each time")
-
-
-def parse_shape(shape, vocab_size, dropout):
-    try:
-        n_layer, n_embd, n_head = (int(n) for n in shape.split("x"))
-        fits = min(n_layer, n_embd, n_head) > 0 and n_embd % n_head == 0
-    except ValueError:
-        fits = False
-    if not fits:
-        raise InputError(
-            f"--shape {shape}: must be LAYERSxWIDTHxHEADS with a width that the heads divide, as in 6x256x8"
-        )
-    return Config(n_layer, n_embd, n_head, vocab_size, dropout=dropout)
+    option = parser.add_argument
+    help = f"maximum number of tokens of a response (default {MAX_NEW_TOKENS})"
+    length = number_in_range(int, 1, 100_000)
+    option("--max-new", type=length, default=MAX_NEW_TOKENS, metavar="N", help=help)
+    option("--temperature", type=number_in_range(float, 0, 100, low_open=True), default=1.0)
+    help = "sample from the K most likely tokens (0: all)"
+    option("--top-k", type=number_in_range(int, 0, 10**6), default=0, help=help)
+    help = "sample from the most likely tokens with this total probability"
+    option("--top-p", type=number_in_range(float, 0, 1, low_open=True), default=1.0, help=help)
+    option("--greedy", action="store_true", help="take the most likely token each time")
 
 
 def parse_train_args(argv, methods):
+    """The command line of train.py. methods: the values of --method."""
     parser = argparse.ArgumentParser(
         prog="train.py",
-        description="Train a student by PromptKD or a method it is compared with, and the stages that it needs; without options, the demo.",
+        description="Train a student by PromptKD or a method that the paper compares it with, and "
+        "the stages that it needs. Without options: the demo.",
     )
     positive, rate = number_in_range(int, 1, 10**9), number_in_range(float, 0, 10, low_open=True)
-    parser.add_argument("--method", choices=sorted(methods), default="promptkd")
-    parser.add_argument(
-        "--student",
-        metavar="MODEL",
-        help="pre-trained student: gpt2, gpt2-medium, gpt2-large, a directory or a hub id (default: the demo's)",
-    )
-    parser.add_argument("--teacher", metavar="MODEL", help="pre-trained teacher (default gpt2-xl)")
-    parser.add_argument(
-        "--sft-teacher",
-        metavar="MODEL",
-        help="a teacher that is fine-tuned already; its stage is skipped",
-    )
-    parser.add_argument(
-        "--init", metavar="MODEL", help="a student that is fine-tuned already; its stage is skipped"
-    )
-    parser.add_argument(
-        "--data",
-        metavar="SET|DIR",
-        help="dolly, demo, or a directory with train.jsonl and dev.jsonl (default dolly; without a student demo)",
-    )
-    parser.add_argument(
-        "--out", default="out", metavar="DIR", help="where the runs go (default out)"
-    )
-    parser.add_argument("--seed", type=number_in_range(int, 0, 2**32), default=10)
-    parser.add_argument(
-        "--shape",
-        metavar="LxWxH",
-        help="for --method pretrain: layers, width and heads, as 6x256x8",
-    )
-    parser.add_argument(
-        "--lm-data",
-        metavar="FILE",
-        help="for --method minillm: plain text for its last term, JSON lines with 'text' or a text file",
-    )
-    parser.add_argument("--prompt-text", metavar="TEXT", help=f"default: {PROMPT['prompt_text']!r}")
-    parser.add_argument(
-        "--prompt-length",
-        type=number_in_range(int, 1, 512),
-        metavar="N",
-        help="tokens of the soft prompt (default: the text's own)",
-    )
-    parser.add_argument("--prompt-init", choices=("text", "padding", "random"))
-    parser.add_argument(
-        "--reg",
-        type=number_in_range(float, 0, 1e6),
-        help="weight of the regularisation, equation 2 (default 1; 0: off)",
-    )
-    parser.add_argument(
-        "--prompt-kl",
-        choices=("reverse", "forward"),
-        help="direction of equation 1 (default reverse)",
-    )
-    parser.add_argument(
-        "--reg-kl", choices=("reverse", "forward"), help="direction of equation 2 (default reverse)"
-    )
-    over = parser.add_argument_group("over the preset of the method's stage")
-    over.add_argument("--lr", type=rate)
-    over.add_argument("--prompt-lr", type=rate)
-    over.add_argument("--epochs", type=positive)
-    over.add_argument(
-        "--steps", type=positive, help="optimizer steps, instead of what the epochs come to"
-    )
-    over.add_argument("--global-batch", type=positive, metavar="ROWS")
-    over.add_argument("--dropout", type=number_in_range(float, 0, 0.99))
-    parser.add_argument(
-        "--keep",
-        type=number_in_range(int, 0, 10**6),
-        default=0,
-        metavar="N",
-        help="save N checkpoints of the method's run, evenly (Figure 3b)",
-    )
-    every = parser.add_argument_group("for every stage")
-    every.add_argument(
-        "--micro-batch",
-        type=positive,
-        metavar="ROWS",
-        help="rows of one forward on one rank (default 8; the demo 32)",
-    )
-    every.add_argument(
-        "--train-rows", type=positive, metavar="N", help="only the first N training rows"
-    )
-    every.add_argument(
-        "--save-every",
-        type=positive,
-        metavar="STEPS",
-        help="save the state so often, too (default: at validations alone)",
-    )
-    every.add_argument(
-        "--dev-rows", type=positive, metavar="N", help="only the first N validation rows"
-    )
-    add_precision_option(every)
+    directions = ("reverse", "forward")
+
+    option = parser.add_argument
+    option("--method", choices=sorted(methods), default="promptkd")
+    help = "pre-trained student: gpt2, a directory, a hub id, ... (default: the demo's)"
+    option("--student", metavar="MODEL", help=help)
+    option("--teacher", metavar="MODEL", help="pre-trained teacher (default gpt2-xl)")
+    option("--sft-teacher", metavar="MODEL", help="a fine-tuned teacher; its stage is skipped")
+    option("--init", metavar="MODEL", help="a fine-tuned student; its stage is skipped")
+    help = "dolly, demo, or a directory with train.jsonl and dev.jsonl (default: dolly with a model"
+    option("--data", metavar="SET|DIR", help=f"{help} given, else demo)")
+    option("--out", default="out", metavar="DIR", help="directory of the runs (default out)")
+    option("--seed", type=number_in_range(int, 0, 2**32), default=10)
+    option("--shape", metavar="LxWxH", help="for pretrain: layers, width, heads, as 6x256x8")
+    option("--lm-data", metavar="FILE", help="for minillm: plain text, or JSON lines with 'text'")
+    option("--prompt-text", metavar="TEXT", help=f"default: {PROMPT['prompt_text']!r}")
+    help = "tokens of the soft prompt (default: those of the text)"
+    option("--prompt-length", type=number_in_range(int, 1, 512), metavar="N", help=help)
+    option("--prompt-init", choices=("text", "padding", "random"))
+    option("--reg", type=number_in_range(float, 0, 1e6), help="weight of equation 2 (default 1)")
+    option("--prompt-kl", choices=directions, help="direction of equation 1 (default reverse)")
+    option("--reg-kl", choices=directions, help="direction of equation 2 (default reverse)")
+
+    option = parser.add_argument_group("instead of the method's preset").add_argument
+    option("--lr", type=rate)
+    option("--prompt-lr", type=rate)
+    option("--epochs", type=positive)
+    option("--steps", type=positive, help="optimizer steps, instead of whole epochs")
+    option("--global-batch", type=positive, metavar="ROWS")
+    option("--dropout", type=number_in_range(float, 0, 0.99))
+    help = "keep N evenly spaced checkpoints of the method's run (Figure 3b)"
+    option("--keep", type=number_in_range(int, 0, 10**6), default=0, metavar="N", help=help)
+
+    every_stage = parser.add_argument_group("for every stage")
+    option = every_stage.add_argument
+    help = "rows of a forward pass of one rank (default 8; the demo 32)"
+    option("--micro-batch", type=positive, metavar="ROWS", help=help)
+    option("--train-rows", type=positive, metavar="N", help="only the first N training rows")
+    help = "steps between saved states, besides those at validations"
+    option("--save-every", type=positive, metavar="STEPS", help=help)
+    option("--dev-rows", type=positive, metavar="N", help="only the first N validation rows")
+    add_precision_option(every_stage)
     return parse_arguments(parser, argv)
 
 
-# Options that take the place of a value of the preset, and the settings that they set
-OVERRIDES = {
-    "lr": "lr",
-    "prompt_lr": "prompt_lr",
-    "epochs": "epochs",
-    "steps": "steps",
-    "global_batch": "global_batch_size",
-    "dropout": "dropout",
-    "lm_data": "lm_data",
-    "prompt_text": "prompt_text",
-    "prompt_length": "prompt_length",
-    "prompt_init": "prompt_init",
-    "reg": "reg_weight",
-    "prompt_kl": "prompt_kl",
-    "reg_kl": "reg_kl",
-}
-
-
-def check_unused_options(args):
-    """Raise InputError where an option was given that the method does not use, or one with nothing in it."""
+def check_options(args, method):
+    """Set the defaults that depend on other options. Raises InputError if an option is empty or has
+    no effect. method: of train.METHODS."""
     for name, value in vars(args).items():
         if value == "":
-            raise InputError(
-                f"--{name.replace('_', '-')} is empty; give something, or leave it out"
-            )
-    idle = (
-        [name for name in OVERRIDES if name.startswith(("prompt", "reg"))]
-        if args.method != "promptkd"
-        else []
-    )
-    idle += ["shape"] if args.method != "pretrain" else ["student"]
-    idle += (
-        ["teacher", "sft_teacher"]
-        if args.method in ("pretrain", "sft")
-        else ["teacher"]
-        if args.sft_teacher
-        else []
-    )
-    idle += (
-        ["init"]
-        if args.method in ("pretrain", "sft", "kd", "seqkd")
-        else ["student"]
-        if args.init
-        else []
-    )
-    idle += ["lm_data"] if args.method != "minillm" else []
-    for name in idle:
-        if getattr(args, name) is not None:
-            raise InputError(
-                f"--{name.replace('_', '-')} has no effect here (method {args.method}); leave it out"
-            )
+            raise InputError(f"--{name.replace('_', '-')} is empty; give a value or leave it out")
+    used = {*method.options, "shape" if method.start == "shape" else "student"}
+    if method.needs_teacher:
+        used.add("sft_teacher" if args.sft_teacher else "teacher")
+    if method.start == "init" and args.init:
+        used = used - {"student"} | {"init"}
+    for name in ("shape", "init", "student", "sft_teacher", "teacher", "lm_data", *PROMPT_OPTIONS):
+        if getattr(args, name) is not None and name not in used:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} has no effect here (method {args.method}); leave it out")
+    if method.start == "shape":
+        parse_shape(args.shape)
+    if args.data is None:
+        has_model = args.student or args.teacher or args.init or args.sft_teacher
+        args.data = "dolly" if has_model else "demo"
+    if args.micro_batch is None:
+        args.micro_batch = 32 if args.data == "demo" else 8
 
 
-def check_shape(shape):
-    """Raise InputError where --shape is none, or none that memory holds or a checkpoint may have."""
+def parse_shape(shape, vocab_size=1, dropout=0.0):
+    """The Config of a shape such as "6x256x8": layers, width, heads.
+
+    Raises InputError if it is None, not a shape, or too large.
+    """
     if shape is None:
-        raise InputError(
-            "--method pretrain needs --shape LAYERSxWIDTHxHEADS, as in --shape 6x256x8"
-        )
-    config = parse_shape(shape, 1, 0.0)
-    if config.n_layer > 1000 or 12 * config.n_layer * config.n_embd**2 > 10**10:
-        raise InputError(
-            f"--shape {shape}: is of more than 1,000 layers or 10 billion parameters; give a smaller one, as in 6x256x8"
-        )
+        raise InputError("--method pretrain needs --shape LAYERSxWIDTHxHEADS, as in 6x256x8")
+    try:
+        n_layer, n_embd, n_head = (int(n) for n in shape.split("x"))
+        is_valid = min(n_layer, n_embd, n_head) > 0 and n_embd % n_head == 0
+    except ValueError:
+        is_valid = False
+    problem = None
+    if not is_valid:
+        problem = "must be LAYERSxWIDTHxHEADS with a width that the heads divide"
+    elif n_layer > 1000 or 12 * n_layer * n_embd**2 > 10**10:
+        problem = "has more than 1,000 layers or 10 billion parameters; give a smaller one"
+    if problem:
+        raise InputError(f"--shape {shape}: {problem}, as in 6x256x8")
+    return Config(n_layer, n_embd, n_head, vocab_size, dropout=dropout)

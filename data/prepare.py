@@ -1,5 +1,7 @@
-"""Prepare the public data sets: python -m data.prepare dolly self_inst vicuna sinst uinst [--source DIR]. Each becomes a directory
-`data/<set>/` of JSON lines with `instruction`, `input` and `output` (a text, or a list of reference texts)."""
+"""Prepare public data sets, each as JSON lines in data/<set>/.
+
+python -m data.prepare dolly self_inst vicuna sinst uinst [--source DIR]
+"""
 
 import argparse
 import json
@@ -11,183 +13,148 @@ from pathlib import Path
 from data import demo
 from data.cli import InputError, run_command_line, write_atomic
 from data.hub import download, hub_url
-from data.rows import Row, read_jsonl, read_rows
+from data.paper import PAPER_SETS
+from data.rows import Row, read_jsonl, read_rows, text_field
 
-HOME = Path(__file__).parent
+DATA_DIR = Path(__file__).parent
+RAW_DOLLY = "databricks-dolly-15k"  # the original release; its split is not the paper's
+UINST_FILE_ROWS = 23_916  # MiniLLM's file; the paper takes the first 10,000 rows
 
-
-# set: repository on the Hugging Face hub, its files, and how many rows the paper's experiments have
+# Repository and files on the hub. 11_ has the rows with references of 11 words or more.
 PUBLIC_SETS = {
-    "dolly": (
-        "MiniLLM/dolly",
-        ("raw.jsonl", "valid.jsonl"),
-        {"train": 11_435, "dev": 1_000, "test": 500},
-    ),
-    "self_inst": ("MiniLLM/self-inst", ("valid.jsonl",), {"test": 242}),
-    "vicuna": ("MiniLLM/Vicuna", ("valid.jsonl",), {"test": 80}),
-    "sinst": (
-        "MiniLLM/sinst",
-        ("11_/valid.jsonl",),
-        {"test": 1_694},
-    ),  # 11_: references of 11 words or more
-    "uinst": ("MiniLLM/uinst", ("11_/valid.jsonl",), {"test": 10_000}),
+    "dolly": ("MiniLLM/dolly", "raw.jsonl", "valid.jsonl"),
+    "self_inst": ("MiniLLM/self-inst", "valid.jsonl"),
+    "vicuna": ("MiniLLM/Vicuna", "valid.jsonl"),
+    "sinst": ("MiniLLM/sinst", "11_/valid.jsonl"),
+    "uinst": ("MiniLLM/uinst", "11_/valid.jsonl"),
 }
-
-
-RAW_DOLLY = "databricks-dolly-15k.jsonl"  # the raw release, whose split is not the paper's
-
-
-DEV_ROWS, TEST_ROWS = 1_000, 500
-
-
-UNNI_FILE_ROWS = 23_916  # of which the experiments take the first 10,000
+# The rows of each split in the paper's experiments.
+PAPER_COUNTS = {name: {"test": n_rows} for name, n_rows in PAPER_SETS.items()}
+PAPER_COUNTS["dolly"] = {"train": 11_435, "dev": 1_000, "test": 500}
 
 
 def prepare(name, source=None, target=None):
-    """Write the files of a set to `target` (data/<set>/), from files at hand in `source` or from the network.
+    """Write the files of a set to `target` (default data/<set>/). Returns a line for the user.
 
-    source: the folder of the set's files, or a folder that has theirs under the set's name or the hub's. Dolly is MiniLLM's raw.jsonl and
-    valid.jsonl, or a split made already (train.jsonl, dev.jsonl and valid.jsonl), or the raw release databricks-dolly-15k.jsonl. Any
-    other set is valid.jsonl or test.jsonl, perhaps in a folder 11_ as on the hub.
-    Returns a line that says what was made. Raises InputError where a file can't be had or a row is wrong; nothing is written then.
+    source: a directory with the set's files, laid out as `_read_dolly` or `_read_test_set` says;
+    None for the hub. Raises InputError, and writes nothing, if a file is missing or malformed.
     """
-    target, wanted = Path(target or HOME / name), PUBLIC_SETS[name][2]
-    splits, note = (
-        _download(name, target / "download") if source is None else _read(name, Path(source))
-    )
-    for split in wanted:
-        if not splits[split]:
-            raise InputError(f"{source}: leaves no rows for {split}; check its files")
-    for split in reversed(wanted):  # training rows last: then the set is whole
-        lines = [
-            {
-                "instruction": r.instruction,
-                "input": r.input,
-                "output": r.references[0] if len(r.references) == 1 else r.references,
-            }
-            for r in splits[split]
-        ]
-        write_atomic(target / f"{split}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    counts = {split: len(rows) for split, rows in splits.items()}
-    if counts != wanted and not note:
-        note = f"; the paper's experiments have {_listed(wanted)}"
-    return f"{target}: {_listed(counts)} rows{note}"
-
-
-def _download(name, folder):
-    """A set from the hub, by way of `folder`, which keeps the files: what `_read` gives."""
-    repository, files, _ = PUBLIC_SETS[name]
-    for file in files:
-        url = hub_url(f"datasets/{repository}", file)
-        if not (folder / file).is_file() and not download(url, folder / file):
-            raise InputError(f"{url} does not exist; give the files yourself with --source DIR")
+    target, expected = Path(target or DATA_DIR / name), PAPER_COUNTS[name]
+    directory = _download(name, target / "download") if source is None else Path(source)
     try:
-        return _read(name, folder)
+        read = _read_dolly if name == "dolly" else _read_test_set
+        splits, note = read(name, directory)
     except InputError as error:
-        shutil.rmtree(folder)
+        if source is not None:
+            raise
+        shutil.rmtree(directory)
         raise InputError(f"{error}; the download is removed, so try again") from error
+    if empty := [split for split in expected if not splits[split]]:
+        raise InputError(f"{directory}: leaves no rows for {empty[0]}; check its files")
+    # The training rows come last: a set that has them is complete.
+    for split in reversed(expected):
+        lines = []
+        for row in splits[split]:
+            output = row.references[0] if len(row.references) == 1 else row.references
+            value = {"instruction": row.instruction, "input": row.input, "output": output}
+            lines.append(json.dumps(value) + "\n")
+        write_atomic(target / f"{split}.jsonl", "".join(lines))
+    counts = {split: len(rows) for split, rows in splits.items()}
+    if counts != expected and not note:
+        note = f"; the paper's experiments have {_format_counts(expected)}"
+    return f"{target}: {_format_counts(counts)} rows{note}"
 
 
-def _read(name, source):
-    """A set's rows by split, and what is to be said about them."""
-    return _read_dolly(source) if name == "dolly" else _read_test_set(name, source)
-
-
-def _read_dolly(source):
-    for folder in (source, source / "dolly", source / "raw"):
-        there = {path.name for path in folder.glob("*.jsonl")}
-        if there >= {"train.jsonl", "dev.jsonl", "valid.jsonl"}:
-            return {
-                split: read_rows(folder / f"{file}.jsonl")
-                for split, file in (("train", "train"), ("dev", "dev"), ("test", "valid"))
-            }, ""
-        if there >= {"raw.jsonl", "valid.jsonl"}:
-            rows = read_rows(folder / "raw.jsonl")
-            return {
-                "train": rows[DEV_ROWS:],
-                "dev": rows[:DEV_ROWS],
-                "test": read_rows(folder / "valid.jsonl"),
-            }, ""
-        if RAW_DOLLY in there:
-            return _split_raw(
-                folder / RAW_DOLLY
-            ), "; NOT the paper's split, but one of the raw release"
-    raise InputError(
-        f"{source}: has neither raw.jsonl and valid.jsonl, nor train.jsonl, dev.jsonl and valid.jsonl, nor {RAW_DOLLY}; name their folder"
-    )
-
-
-def _read_test_set(name, source):
-    repository, (file,), wanted = PUBLIC_SETS[name]
-    folders = [source / name, source / repository.split("/")[1], source]
-    if any((source / of_dolly).is_file() for of_dolly in ("train.jsonl", "raw.jsonl")):
-        folders.pop()  # its valid.jsonl is Dolly's
-    paths = [
-        folder / place
-        for folder in folders
-        for place in (file, file.replace("valid", "test"), "valid.jsonl", "test.jsonl")
-    ]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        raise InputError(
-            f"{source}: has no {file}, valid.jsonl or test.jsonl of {name}, nor a folder {name} with one; name their folder"
-        )
-    rows = read_rows(path)
-    if name != "uinst" or len(rows) <= wanted["test"]:
-        return {"test": rows}, ""
-    note = "" if len(rows) == UNNI_FILE_ROWS else f"; the paper's file has {UNNI_FILE_ROWS:,}"
-    return {"test": rows[: wanted["test"]]}, f", the first of {len(rows):,}{note}"
-
-
-def _listed(counts):
+def _format_counts(counts):
     return ", ".join(f"{count:,} {split}" for split, count in counts.items())
 
 
+def _download(name, directory):
+    """Download the files of a set that are not in `directory` yet. Returns it."""
+    repository, *files = PUBLIC_SETS[name]
+    for file in files:
+        url = hub_url(f"datasets/{repository}", file)
+        if not (directory / file).is_file() and not download(url, directory / file):
+            raise InputError(f"{url} does not exist; give the files yourself with --source DIR")
+    return directory
+
+
+def _read_dolly(name, source):
+    """Rows by split, and a note, from ready splits, MiniLLM's files or the original release.
+
+    MiniLLM calls the paper's test set valid.jsonl. Its raw.jsonl starts with the 1,000 dev rows.
+    """
+    for directory in (source, source / name, source / "raw"):
+        paths = {path.stem: path for path in directory.glob("*.jsonl")}
+        if {"train", "dev", "valid"} <= set(paths):
+            train, dev, test = (read_rows(paths[stem]) for stem in ("train", "dev", "valid"))
+            return {"train": train, "dev": dev, "test": test}, ""
+        if {"raw", "valid"} <= set(paths):
+            rows, test = read_rows(paths["raw"]), read_rows(paths["valid"])
+            return {"train": rows[1000:], "dev": rows[:1000], "test": test}, ""
+        if RAW_DOLLY in paths:
+            return _split_raw(paths[RAW_DOLLY]), "; NOT the paper's split"
+    missing = "neither raw.jsonl and valid.jsonl, nor train.jsonl, dev.jsonl and valid.jsonl"
+    raise InputError(f"{source}: has {missing}, nor {RAW_DOLLY}.jsonl; name their folder")
+
+
 def _split_raw(path):
-    """The raw release (instruction, context, response, category), split by a seeded shuffle."""
+    """Split the original release (instruction, context, response, category) at random, with as many
+    dev and test rows as the paper."""
     rows = []
     for index, value in enumerate(read_jsonl(path)):
-        texts = [value.get(field) for field in ("instruction", "context", "response")]
-        if not all(isinstance(text, str) for text in texts):
-            raise InputError(
-                f"{path}, line {index + 1}: 'instruction', 'context' and 'response' must be texts"
-            )
-        rows.append(Row(index, texts[0], texts[1], (texts[2],)))
+        fields = ("instruction", "context", "response")
+        *request, response = (text_field(value, f, f"{path}, line {index + 1}") for f in fields)
+        rows.append(Row(index, *request, (response,)))
     random.Random(10).shuffle(rows)
-    held_out = DEV_ROWS + TEST_ROWS
-    return {"train": rows[held_out:], "dev": rows[:DEV_ROWS], "test": rows[DEV_ROWS:held_out]}
+    return {"train": rows[1500:], "dev": rows[:1000], "test": rows[1000:1500]}
+
+
+def _read_test_set(name, source):
+    """Rows by split, and a note, from valid.jsonl or test.jsonl: in `source` or in a directory with
+    the set's name here or on the hub, there perhaps in 11_."""
+    repository, hub_file = PUBLIC_SETS[name]
+    directories = [source / name, source / repository.split("/")[1]]
+    # The valid.jsonl next to one of these is Dolly's.
+    if not any((source / dolly).is_file() for dolly in ("train.jsonl", "raw.jsonl")):
+        directories.append(source)
+    files = (hub_file, hub_file.replace("valid", "test"), "valid.jsonl", "test.jsonl")
+    paths = [directory / file for directory in directories for file in files]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        missing = f"{hub_file}, valid.jsonl or test.jsonl of {name}, nor a folder {name} with it"
+        raise InputError(f"{source}: has no {missing}; name their folder")
+    rows, limit, note = read_rows(path), PAPER_COUNTS[name]["test"], ""
+    if name == "uinst" and len(rows) > limit:
+        note = f", the first of {len(rows):,}"
+        if len(rows) != UINST_FILE_ROWS:
+            note += f"; the paper's file has {UINST_FILE_ROWS:,}"
+        rows = rows[:limit]
+    return {"test": rows}, note
 
 
 def find_data_dir(name):
-    """The directory of a data set: one of PUBLIC_SETS or "demo", prepared if it is not there yet, or a directory.
-
-    Under torchrun call it on one rank and let the others wait (ranks.on_first).
-    """
+    """The directory of a data set: `name` itself, or that of one of PUBLIC_SETS or "demo", which is
+    prepared first if need be. Under torchrun, call this through `dist.run_on_rank0`."""
+    known = (*PUBLIC_SETS, "demo")
+    directory = DATA_DIR / name if name in known else Path(name)
     if name == "demo":
-        if not (HOME / "demo" / "pretrain.jsonl").is_file():
-            demo.write_demo(HOME / "demo")
-        return HOME / "demo"
-    if name in PUBLIC_SETS:
-        if not all((HOME / name / f"{split}.jsonl").is_file() for split in PUBLIC_SETS[name][2]):
+        if not (directory / "pretrain.jsonl").is_file():
+            demo.write_demo(directory)
+    elif name in PUBLIC_SETS:
+        if not all((directory / f"{split}.jsonl").is_file() for split in PAPER_COUNTS[name]):
             print(prepare(name), flush=True)
-        return HOME / name
-    if not os.path.isdir(name):
-        raise InputError(
-            f"data {name!r}: no such directory; give one with train.jsonl, dev.jsonl and test.jsonl, or one of {', '.join(PUBLIC_SETS)}, demo"
-        )
-    return Path(name)
+    elif not os.path.isdir(name):
+        expected = f"train.jsonl, dev.jsonl and test.jsonl, or one of {', '.join(known)}"
+        raise InputError(f"data {name!r}: no such directory; give one with {expected}")
+    return directory
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m data.prepare", description="Prepare public data sets under data/."
-    )
-    parser.add_argument(
-        "sets", nargs="+", choices=list(PUBLIC_SETS), metavar="SET", help=", ".join(PUBLIC_SETS)
-    )
-    parser.add_argument(
-        "--source", metavar="DIR", help="a folder with the files, instead of the network"
-    )
+    description = f"Prepare public data sets under data/: {', '.join(PUBLIC_SETS)}."
+    parser = argparse.ArgumentParser(prog="python -m data.prepare", description=description)
+    parser.add_argument("sets", nargs="+", choices=PUBLIC_SETS, metavar="SET")
+    parser.add_argument("--source", metavar="DIR", help="read the files here, not from the hub")
     args = parser.parse_args(argv)
     for name in args.sets:
         print(prepare(name, args.source))

@@ -1,9 +1,8 @@
-"""Tables and plots."""
+"""Tables and plots: text, Markdown, JSON, CSV and PNG."""
 
 import csv
 import io
 import json
-import math
 import statistics
 import textwrap
 from collections import Counter
@@ -12,287 +11,283 @@ from pathlib import Path
 import numpy as np
 
 from data.cli import write_atomic
+from data.rows import read_jsonl
+
+# Lowest share of responses alive at which a generation step is reliable (Figures 3a and 3b)
+MIN_ALIVE = 0.1
 
 
-def plot_curves(directory):
-    """curves.png: losses, and validation ROUGE-L, over steps. Says where it lies, or why there is none."""
-    plot = pyplot()
-    if plot is None:
-        return "no picture without matplotlib"
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    figure, (left, right) = plot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    series = {
-        "loss": "loss",
-        "prompt_kd": "prompt: L_kd",
-        "prompt_reg": "prompt: L_reg",
-        "val_loss": "validation loss",
-    }
-    for name, label in series.items():
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        if points:
-            left.plot(
-                *zip(*points), label=label, linewidth=1, marker="o" if name == "val_loss" else None
-            )
-    left.set(xlabel="optimizer step", ylabel="nats a token", title=directory.name)
-    left.legend()
-    points = [(line["step"], line["val_rouge_l"]) for line in lines if "val_rouge_l" in line]
-    if points:
-        right.plot(*zip(*points), marker="o")
-    right.set(
-        xlabel="optimizer step",
-        ylabel="ROUGE-L",
-        title="validation" if points else "no validation by ROUGE-L in this stage",
-    )
-    figure.savefig(directory / "curves.png", dpi=120)
-    plot.close(figure)
-    return str(directory / "curves.png")
-
-
+# ---- tables ----------------------------------------------------------------------------------
 def std(scores):
-    """The standard deviation of the sample; of a single score None."""
+    """The sample standard deviation; None for a single score."""
     return statistics.stdev(scores) if len(scores) > 1 else None
 
 
 def format_score(scores):
-    """Mean and, for several seeds, spread."""
-    return f"{statistics.fmean(scores):.1f}" + (f" ± {std(scores):.1f}" if len(scores) > 1 else "")
+    """The mean and, for several seeds, the standard deviation."""
+    mean = f"{statistics.fmean(scores):.1f}"
+    return f"{mean} ± {std(scores):.1f}" if len(scores) > 1 else mean
 
 
-def differs_from_paper(scores, figure):
-    """Whether a figure of the paper's lies outside our spread around our mean."""
-    return len(scores) > 1 and abs(statistics.fmean(scores) - figure) > std(scores)
+def score_table(scores, reported=None, best=None):
+    """A table with a row per model and a column per data set, as a list of rows of cells.
 
-
-def table(scores, figures=None, best=None):
-    """Cells of a table with a row for each model and a column for each of its scores.
-
-    scores: {label: {column: [a score a seed]}}. figures: the paper's, {label: {column: figure}}. best: {column: labels to be marked}.
+    scores: {label: {column: [score per seed]}}. reported: the paper's scores,
+    {label: {column: score}}. best: the labels to mark, {column: labels}.
     """
-    figures, best = figures or {}, best or {}
-    lines = [["ROUGE-L"], *([label] for label in scores)]
-    for name in next(iter(scores.values())):
-        numbers, marks = [name], [""]
+    reported, best = reported or {}, best or {}
+    table = [["ROUGE-L"], *([label] for label in scores)]
+    for column in next(iter(scores.values())):
+        numbers, marks = [column], [""]
         for label, by_column in scores.items():
-            figure = figures.get(label, {}).get(name)
-            numbers.append(format_score(by_column[name]))
-            marks.append("" if name not in best else " *" if label in best[name] else "  ")
-            if figure is not None:
-                marks[-1] += (
-                    f" ({figure:.1f}{' ≠' if differs_from_paper(by_column[name], figure) else ''})"
-                )
+            ours, mark = by_column[column], ""
+            numbers.append(format_score(ours))
+            if column in best:
+                mark = " *" if label in best[column] else "  "
+            if column in reported.get(label, {}):
+                score = reported[label][column]
+                differs = len(ours) > 1 and abs(statistics.fmean(ours) - score) > std(ours)
+                mark += f" ({score:.1f}{' ≠' if differs else ''})"
+            marks.append(mark)
         width = max(map(len, marks))
-        for line, number, mark in zip(lines, numbers, marks):
-            line.append(number + mark.ljust(width))
-    return lines
+        for row, number, mark in zip(table, numbers, marks):
+            row.append(number + mark.ljust(width))
+    return table
 
 
-def format_table(lines, markdown=False):
-    """Lines of cells, the first with the columns' names, as aligned text or as a table in Markdown."""
-    if markdown:
-        rule = [":--", *["--:"] * (len(lines[0]) - 1)]
-        return "\n".join(
-            "| " + " | ".join(cell.strip().replace("|", "\\|") for cell in line) + " |"
-            for line in [lines[0], rule, *lines[1:]]
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            [line[0].ljust(widths[0]), *(c.rjust(width) for c, width in zip(line[1:], widths[1:]))]
-        ).rstrip()
-        for line in lines
-    )
-
-
-def legend(scores, figures, best):
-    """What the marks in a table mean, a line each, as far as there are any."""
-    lines = (
-        [
-            "*: the best of its size in the column, or not worse by more than the spread of the difference, √(s₁² + s₂²)"
-        ]
-        if best
-        else []
-    )
-    if any(figures.values()):
-        far = any(
-            differs_from_paper(scores[label][name], figure)
-            for label, by_column in figures.items()
-            for name, figure in by_column.items()
-        )
+def legend(table):
+    """Explanations of the marks that occur in a `score_table`, one line each."""
+    lines, scores = [], "".join(cell for row in table[1:] for cell in row[1:])
+    if "*" in scores:
         lines.append(
-            "in brackets: the paper's figure"
-            + ("; ≠: ours differs from it by more than our spread" if far else "")
+            "*: the best of its size in the column, or not worse by more than the standard "
+            "deviation of the difference, √(s₁² + s₂²)"
         )
+    if "(" in scores:
+        sign = "; ≠: ours differs by more than our standard deviation" if "≠" in scores else ""
+        lines.append(f"in brackets: the paper's score{sign}")
     return lines
 
 
-def write_table(out, stem, title, cells, notes, content):
-    """Print a table, and write it as Markdown and JSON."""
-    print(format_table(cells), *notes, sep="\n")
-    write_atomic(
-        out / f"{stem}.md",
-        "\n\n".join([f"### {title}", format_table(cells, markdown=True), *notes]) + "\n",
-    )
+def format_table(table, markdown=False):
+    """Rows of cells, the header first, as aligned text or as a Markdown table."""
+    if markdown:
+        rule = [":--", *["--:"] * (len(table[0]) - 1)]
+        escaped = [[cell.strip().replace("|", "\\|") for cell in row] for row in table]
+        rows = [escaped[0], rule, *escaped[1:]]
+        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines = []
+    for row in table:
+        numbers = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
+        lines.append("  ".join([row[0].ljust(widths[0]), *numbers]).rstrip())
+    return "\n".join(lines)
+
+
+def write_table(out, stem, title, table, notes, content):
+    """Print a table with its notes. Write it as Markdown, and `content` as JSON."""
+    print(format_table(table), *notes, sep="\n")
+    page = [f"### {title}", format_table(table, markdown=True), *notes]
+    write_atomic(out / f"{stem}.md", "\n\n".join(page) + "\n")
     write_atomic(out / f"{stem}.json", json.dumps(content, indent=1) + "\n")
     print(f"also in {out / stem}.md and .json")
 
 
-def plot_bars(path, bars, lines, title, xlabel):
-    """Grouped bars. bars: {(group, series): scores}, as high as their mean, with the spread as error bar. lines: {label: height}.
+def write_group_table(out, fields, groups, scores, title):
+    """Print, write and plot the scores of groups of runs, pooled within each group.
 
-    Returns the path, or why there is no picture.
+    groups: {values of the fields: labels}. scores: {label: [score per seed]}.
     """
-    plot = pyplot()
-    if plot is None or not bars:
-        return "no picture without " + ("matplotlib" if bars else "a student")
-    groups, several = (list(dict.fromkeys(key[i] for key in bars)) for i in (0, 1))
-    there = {group: [series for series in several if (group, series) in bars] for group in groups}
-    width = 0.8 / max(map(len, there.values()))
-    n_columns = 4 if max(map(len, several)) < 20 else 2  # of the legend
-    height = 4 + 0.25 * math.ceil((len(several) + len(lines)) / n_columns)
-    figure, axes = plot.subplots(
-        figsize=(min(14, 5 + 0.5 * len(bars)), height), layout="constrained"
-    )
-    for color, series in enumerate(several):
-        mine = [group for group in groups if series in there[group]]
-        x = [
-            groups.index(group) + (there[group].index(series) - (len(there[group]) - 1) / 2) * width
-            for group in mine
-        ]
-        heights, errors = (
-            [f(bars[group, series]) or 0 for group in mine] for f in (statistics.fmean, std)
-        )
-        drawn = axes.bar(
-            x,
-            heights,
-            0.9 * width,
-            yerr=errors if any(errors) else None,
-            capsize=3,
-            label=series,
-            color=f"C{color % 10}",
-        )
-        axes.bar_label(
-            drawn,
-            fmt="%.1f",
-            padding=2,
-            fontsize=8,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-        )
-    for label, height in lines.items():
-        axes.axhline(height, linestyle="--", linewidth=1, color="black", label=label)
-    axes.set_xticks(range(len(groups)), groups)
-    axes.set(title=textwrap.fill(title, 72), xlabel=xlabel, ylabel="ROUGE-L")
-    axes.margins(y=0.1)
-    figure.legend(loc="outside lower center", ncols=n_columns)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plot.close(figure)
+    table, content, bars = [[*fields, "runs", "ROUGE-L"]], [], {}
+    for values, labels in groups.items():
+        cells = ["-" if value is None else str(value) for value in values]
+        pooled = [score for label in labels for score in scores[label]]
+        table.append([*cells, str(len(labels)), format_score(pooled)])
+        content.append({"values": cells, "runs": labels, "scores": pooled})
+        bars[cells[0], " ".join([*fields[1:], *cells[1:]]) or "average"] = pooled
+    stem = f"by-{'-'.join(fields)}"
+    note = "scores of a group's runs are pooled: mean ± standard deviation over runs and seeds"
+    content = {"fields": fields, "groups": content}
+    write_table(out, f"table-{stem}", title, table, [note], content)
+    print(plot_bars(out / f"figure-{stem}.png", bars, {}, title, fields[0]))
+
+
+def write_samples(out, n, set_name, rows, paths):
+    """Print and write Table 6: n of a set's rows, with each model's response to them.
+
+    paths: the files of the responses, {label: path}.
+    """
+    n = min(n, len(rows))
+    texts = {}
+    for label, path in paths.items():
+        texts[label] = {result["index"]: result["text"] for result in read_jsonl(path)}
+    page = [f"### Table 6: requests of {set_name} and the responses to them"]
+    for row in (rows[i * len(rows) // n] for i in range(n)):
+        page.append(f"#### {set_name}, row {row.index + 1}")
+        parts = {"instruction": row.instruction, "input": row.input, "reference": row.references[0]}
+        if not row.input:
+            del parts["input"]
+        for name, text in (parts | {label: texts[label][row.index] for label in texts}).items():
+            wrapped = "\n".join(textwrap.fill(line, 120) for line in text.splitlines())
+            page.append(f"{name}:\n\n{textwrap.indent(wrapped, '    ')}")
+    text = "\n\n".join(page) + "\n"
+    write_atomic(out / "table6.md", text)
+    print(f"\n{text}\nalso in {out / 'table6.md'}")
+
+
+# ---- plots -----------------------------------------------------------------------------------
+def save_plot(path, draw):
+    """Draw a plot with draw(figure), which gets a matplotlib Figure, and write it as a PNG.
+
+    Returns the path or, if matplotlib is not installed or drawing fails, one line with the reason:
+    hours of work must not end with an error in a plot.
+    """
+    try:
+        from matplotlib.figure import Figure
+
+        figure = Figure(layout="constrained")
+        draw(figure)
+        image = io.BytesIO()
+        figure.savefig(image, dpi=150)
+        write_atomic(path, image.getvalue())
+    except Exception as error:
+        return f"no plot ({type(error).__name__}: {' '.join(str(error).split())})"
     return str(path)
 
 
-def figure_1(path, averages, models, title):
-    """A bar for each student, beside those of its size, and the teachers as dashed lines. averages: {label: [a score a seed]}."""
-    sizes = {
-        label: f"{m.size / 1e6:,.0f} M" if m.size >= 1e7 else f"{m.size / 1e3:,.0f} thousand"
-        for label, m in models.items()
-    }
-    known = Counter((sizes[label], model.kind) for label, model in models.items())
-    bars, lines = {}, {}
+def plot_curves(run_dir):
+    """Plot a run's losses and validation ROUGE-L over its steps as curves.png (see `save_plot`)."""
+
+    def draw(figure):
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+        metrics = [json.loads(line) for line in lines]
+
+        def plot(axes, name, label, marker=None):
+            points = [(values["step"], values[name]) for values in metrics if name in values]
+            if points:
+                axes.plot(*zip(*points), label=label, linewidth=1, marker=marker)
+
+        figure.set_size_inches(10, 4)
+        left, right = figure.subplots(1, 2)
+        plot(left, "loss", "loss")
+        plot(left, "prompt_kd", "prompt: L_kd")
+        plot(left, "prompt_reg", "prompt: L_reg")
+        plot(left, "val_loss", "validation loss", marker="o")
+        left.set(xlabel="optimizer step", ylabel="nats per token", title=run_dir.name)
+        left.legend()
+        plot(right, "val_rouge_l", "ROUGE-L", marker="o")
+        title = "validation" if right.lines else "no validation by ROUGE-L in this stage"
+        right.set(xlabel="optimizer step", ylabel="ROUGE-L", title=title)
+
+    return save_plot(run_dir / "curves.png", draw)
+
+
+def plot_bars(path, bars, lines, title, xlabel):
+    """Plot mean scores as grouped bars, with the standard deviation as error bar (see `save_plot`).
+
+    bars: {(group, series): scores}, in order of groups. lines: horizontal lines, {label: score}.
+    """
+    if not bars:
+        return "no plot (there is nothing to compare)"
+    all_series = list(dict.fromkeys(series for _, series in bars))
+
+    def draw(figure):
+        figure.set_size_inches(min(14, 5 + 0.5 * len(bars)), 4 + 0.125 * len(all_series))
+        axes, handles, positions = figure.subplots(), {}, {}
+        for label, score in lines.items():
+            handles[label] = axes.axhline(score, linestyle="--", linewidth=1, color="black")
+        for i, ((group, series), scores) in enumerate(bars.items()):
+            group_positions = positions.setdefault(group, [])
+            x = i + len(positions)  # with a gap before each group
+            group_positions.append(x)
+            style = {"color": f"C{all_series.index(series) % 10}", "label": series}
+            bar = axes.bar(x, statistics.fmean(scores), yerr=std(scores), capsize=3, **style)
+            axes.bar_label(bar, fmt="%.1f", padding=2, fontsize=8)
+            handles[series] = bar
+        axes.set_xticks([statistics.fmean(xs) for xs in positions.values()], positions)
+        axes.set(title=textwrap.fill(title, 72), xlabel=xlabel, ylabel="ROUGE-L")
+        axes.margins(y=0.1)
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=2)
+
+    return save_plot(path, draw)
+
+
+def plot_figure_1(path, scores, models, title):
+    """Plot a bar per student, grouped by size, and a dashed line per teacher.
+
+    scores: {label: [score per seed]}. models: {label: data.models.Model}.
+    """
+
+    bars, lines, n_runs = {}, {}, Counter((model.size, model.kind) for model in models.values())
     for label, model in models.items():
+        n = model.size
+        size = f"{n / 1e6:,.0f} M" if n >= 1e7 else f"{n / 1e3:,.0f} thousand"
         if model.kind == "teacher":
-            lines[f"teacher, {sizes[label]}"] = statistics.fmean(averages[label])
+            lines[f"teacher, {size}"] = statistics.fmean(scores[label])
         elif model.kind != "pretrain":
-            alone = model.kind and known[sizes[label], model.kind] == 1
-            bars[sizes[label], model.kind if alone else label] = averages[label]
+            # A bar is called after its method where that is enough to identify the run.
+            unique = model.kind and n_runs[n, model.kind] == 1
+            bars[size, model.kind if unique else label] = scores[label]
     return plot_bars(path, bars, lines, title, "parameters of the student")
 
 
-MIN_ALIVE = 0.1  # share of the responses alive below which Figure 3a is dotted, and which Figure 3b keeps to
-
-
+# ---- exposure bias: Figures 3a and 3b --------------------------------------------------------
 def last_reliable_step(columns):
-    """The last l of a curve at which enough responses of each kind are alive."""
-    alive = np.minimum(columns["alive_student"], columns["alive_teacher"])
-    return int((alive >= MIN_ALIVE * alive[0]).sum())  # they only ever become fewer
+    """The last step l of a curve at which enough responses of student and teacher are alive."""
+    alive = np.minimum(columns["alive_student"], columns["alive_teacher"])  # (L,), never rises
+    return int((alive >= MIN_ALIVE * alive[0]).sum())
 
 
-def write_figure(stem, first, series, settings, draw):
-    """Write a figure as `stem`.csv, .json and, with matplotlib, .png. Returns a line that says where they lie.
+def write_figure(stem, series_name, series, settings, draw):
+    """Write a figure's curves as `stem`.csv and .json, and plot them as .png.
 
-    series: {label: columns of equal length by name}; first: what the labels are called in the CSV.
+    series: {label: {column: values}}, columns of equal length. series_name: what a label is, as
+    "student". draw(figure, series, subtitle): draws on a matplotlib Figure.
+    Returns a line that names the files.
     """
     text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow([first, *next(iter(series.values()))])
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([series_name, *next(iter(series.values()))])
     for label, columns in series.items():
-        lines.writerows([label, *values] for values in zip(*columns.values()))
+        writer.writerows([label, *values] for values in zip(*columns.values()))
     write_atomic(f"{stem}.csv", text.getvalue())
-    write_atomic(f"{stem}.json", json.dumps({"settings": settings, f"{first}s": series}) + "\n")
-    if pyplot() is None:
-        return f"also in {stem}.csv and .json; no picture without matplotlib"
-    what = f"{Path(settings['data']).name}: {settings['requests']} requests × {settings['samples']} samples; bands: 95 %, bootstrap over requests"
-    figure = draw(pyplot(), series, what)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=150)
-    pyplot().close(figure)
-    write_atomic(f"{stem}.png", picture.getvalue())
-    return f"also in {stem}.csv, .json and .png"
+    content = {"settings": settings, f"{series_name}s": series}
+    write_atomic(f"{stem}.json", json.dumps(content) + "\n")
+    size = f"{settings['requests']} requests × {settings['samples']} samples"
+    subtitle = f"{Path(settings['data']).name}: {size}; bands: 95 %, bootstrap over requests"
+    plot = save_plot(f"{stem}.png", lambda figure: draw(figure, series, subtitle))
+    return f"also in {stem}.csv and .json; {plot}"
 
 
-def plot_band(axes, x, columns, color):
-    """The band of ExAccErr, and the line at zero."""
-    axes.fill_between(x, columns["low"], columns["high"], color=color, alpha=0.15, linewidth=0)
-    axes.axhline(0, color="black", linewidth=0.8)
-
-
-def plot_steps(pyplot, series, what):
-    """Figure 3a: ExAccErr over generation steps, and below it the responses alive."""
-    figure, (top, bottom) = pyplot.subplots(
-        2, 1, sharex=True, height_ratios=(3, 1), figsize=(7, 6), layout="constrained"
-    )
+def plot_steps(figure, series, subtitle):
+    """Plot Figure 3a: ExAccErr over generation steps, and below it the responses alive."""
+    figure.set_size_inches(7, 6)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     for label, columns in series.items():
-        l, error, n = columns["l"], columns["ex_acc_err"], last_reliable_step(columns)
-        [line] = top.plot(l[:n], error[:n], label=label)
-        top.plot(l[n - 1 :], error[n - 1 :], color=line.get_color(), linestyle=":")
-        plot_band(top, l, columns, line.get_color())
-        bottom.plot(l, columns["alive_student"], color=line.get_color())
+        steps, error, n = columns["l"], columns["ex_acc_err"], last_reliable_step(columns)
+        color = top.plot(steps[:n], error[:n], label=label)[0].get_color()
+        top.plot(steps[n - 1 :], error[n - 1 :], color=color, linestyle=":")
+        top.fill_between(steps, columns["low"], columns["high"], color=color, alpha=0.15, lw=0)
+        bottom.plot(steps, columns["alive_student"], color=color)
+    top.axhline(0, color="black", linewidth=0.8)
     longest = max(series.values(), key=lambda columns: len(columns["l"]))
-    bottom.plot(
-        longest["l"], longest["alive_teacher"], color="black", linestyle="--", label="teacher's"
-    )
-    top.set(ylabel="ExAccErr (%)", title=f"Exposure bias over generation steps\n{what}")
-    bottom.set(
-        xlabel=f"generation step l (tokens); dotted: fewer than {100 * MIN_ALIVE:.0f} % alive",
-        ylabel="responses alive",
-        ylim=(0, None),
-    )
-    for axes in (top, bottom):
-        axes.legend()
-    return figure
+    bottom.plot(longest["l"], longest["alive_teacher"], "k--", label="teacher's")
+    top.set(ylabel="ExAccErr (%)", title=f"Exposure bias over generation steps\n{subtitle}")
+    xlabel = f"generation step l (tokens); dotted: fewer than {100 * MIN_ALIVE:.0f} % alive"
+    bottom.set(xlabel=xlabel, ylabel="responses alive", ylim=(0, None))
+    top.legend()
+    bottom.legend()
 
 
-def plot_training(pyplot, series, what):
-    """Figure 3b: ExAccErr along training."""
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+def plot_training(figure, series, subtitle):
+    """Plot Figure 3b: ExAccErr along training, at one generation step for all runs."""
+    figure.set_size_inches(7, 4.5)
+    axes = figure.subplots()
     for label, columns in series.items():
-        [line] = axes.plot(columns["percent"], columns["ex_acc_err"], label=label, marker="o")
-        plot_band(axes, columns["percent"], columns, line.get_color())
-    l = next(iter(series.values()))["l"][0]  # the same everywhere
-    axes.set(
-        xlabel="optimizer step (% of the best checkpoint's)",
-        ylabel=f"ExAccErr at l = {l} (%)",
-        title=f"Exposure bias along training\n{what}",
-    )
+        axes.plot(columns["percent"], columns["ex_acc_err"], label=label, marker="o")
+        axes.fill_between(columns["percent"], columns["low"], columns["high"], alpha=0.15, lw=0)
+    axes.axhline(0, color="black", linewidth=0.8)
+    step = next(iter(series.values()))["l"][0]
+    xlabel, ylabel = "optimizer step (% of the best checkpoint's)", f"ExAccErr at l = {step} (%)"
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=f"Exposure bias along training\n{subtitle}")
     axes.legend()
-    return figure
-
-
-def pyplot():
-    """matplotlib.pyplot, drawing without a screen; None where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot

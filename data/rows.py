@@ -1,5 +1,6 @@
-"""JSON lines to rows, examples and batches."""
+"""JSON lines -> Row -> the template's request -> Example in token ids -> padded Batch."""
 
+import codecs
 import json
 import re
 from dataclasses import dataclass
@@ -10,208 +11,170 @@ import torch
 
 from data.cli import InputError
 
-MAX_NEW_TOKENS = 256  # tokens of a response, whatever the request's length
-
-
+MAX_REQUEST = 256  # tokens of a request
+MAX_NEW_TOKENS = 256  # tokens of a sampled response
 MAX_LENGTH = 512  # tokens of a training row: request, response and end-of-text
 
 
-MAX_REQUEST = 256  # tokens of a request
-
-
-# ---- rows ------------------------------------------------------------------------------------------------------------------
-def fill_template(instruction, input=""):
-    """The request that a model sees (the template of Alpaca, as in the paper's data): one header with an input, one without."""
-    if input:
-        return (
-            "Below is an instruction that describes a task, paired with an input that provides further context. "
-            "Write a response that appropriately completes the request.\n\n"
-            f"### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-        )
-    return (
-        "Below is an instruction that describes a task. "
-        "Write a response that appropriately completes the request.\n\n"
-        f"### Instruction:\n{instruction}\n\n### Response:\n"
-    )
-
-
 def read_jsonl(path):
-    """The objects of a JSON-lines file, in order. Raises InputError with file and line where one is not an object in UTF-8."""
-    path, objects = Path(path), []
+    """The objects of a JSON-lines file. Raises InputError with file and line if one is bad."""
+    path = Path(path)
     if not path.is_file():
-        raise InputError(
-            f"{path}: {'is a directory; a file is wanted' if path.is_dir() else 'no such file'}"
-        )
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                text = line.decode(
-                    "utf-8-sig" if number == 1 else "utf-8"
-                )  # a byte-order mark is fine
-                value = json.loads(text) if text.strip() else None
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{path}, line {number}: is not UTF-8; convert the file to UTF-8"
-                ) from error
-            except ValueError as error:
-                raise InputError(
-                    f"{path}, line {number}: is not JSON ({error}); one object a line is wanted"
-                ) from error
-            except RecursionError as error:
-                raise InputError(
-                    f"{path}, line {number}: is nested too deeply; one flat object a line is wanted"
-                ) from error
-            if not isinstance(value, dict):
-                raise InputError(
-                    f"{path}, line {number}: is {'empty' if value is None else 'no JSON object'}; one object a line is wanted"
-                )
-            objects.append(value)
+        problem = "is a directory, not a file" if path.is_dir() else "no such file"
+        raise InputError(f"{path}: {problem}")
+    with path.open("rb") as file:  # bytes, so that a line that is not UTF-8 has its number
+        if file.read(3) != codecs.BOM_UTF8:
+            file.seek(0)
+        lines = enumerate(file, start=1)
+        objects = [_parse_object(line, f"{path}, line {number}") for number, line in lines]
     if not objects:
         raise InputError(f"{path}: has no rows")
     return objects
 
 
+def _parse_object(line, location):
+    try:
+        value = json.loads(line.decode("utf-8")) if line.strip() else None
+        if isinstance(value, dict):
+            return value
+        problem = "is empty" if value is None else "is not a JSON object"
+    except UnicodeDecodeError as error:
+        raise InputError(f"{location}: is not UTF-8; convert the file to UTF-8") from error
+    except ValueError as error:
+        problem = f"is not JSON ({error})"
+    except RecursionError:
+        problem = "is nested too deeply"
+    raise InputError(f"{location}: {problem}; expected one object per line")
+
+
+def check_field(valid, location, field, value, expected):
+    if not valid:
+        raise InputError(f"{location}: '{field}' must be {expected}, not {json.dumps(value)[:40]}")
+
+
+def text_field(value, field, location):
+    text = value.get(field)
+    check_field(isinstance(text, str), location, field, text, "a string")
+    return text
+
+
 def read_texts(path, limit=None):
-    """The documents of a text corpus: the field `text` of JSON lines; or, of a file that is not named .jsonl, what blank lines separate."""
-    if Path(path).suffix != ".jsonl" and Path(path).is_file():
+    """The first texts of a corpus: `text` of each .jsonl object, else what blank lines separate."""
+    path = Path(path)
+    if path.suffix != ".jsonl" and path.is_file():
         try:
-            return [
-                text
-                for text in re.split(r"\n\s*\n", Path(path).read_text(encoding="utf-8-sig"))
-                if text.strip()
-            ][:limit]
+            documents = re.split(r"\n\s*\n", path.read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: is not UTF-8; convert the file to UTF-8") from error
-    texts = [value.get("text") for value in read_jsonl(path)[:limit]]
-    for number, text in enumerate(texts, start=1):
-        if not isinstance(text, str):
-            raise InputError(
-                f"{path}, line {number}: 'text' must be a text, not {json.dumps(text)[:40]}"
-            )
-    return texts
+        return [text for text in documents if text.strip()][:limit]
+    objects = enumerate(read_jsonl(path)[:limit], start=1)
+    return [text_field(value, "text", f"{path}, line {number}") for number, value in objects]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a data set."""
+
+    index: int  # position in the file, part of the seed of the row's random numbers
+    instruction: str
+    input: str  # may be empty
+    references: tuple  # of str; training uses the first
+    ids: tuple | None = None  # the tokens of a sampled response (SeqKD)
+
+
+def read_rows(path, limit=None, needs_output=True):
+    """The first `limit` rows of a file. Raises InputError if a field of any row is malformed."""
+    rows = []
+    for index, value in enumerate(read_jsonl(path)):
+        location = f"{path}, line {index + 1}"
+        instruction = text_field(value, "instruction", location)
+        input, output, ids = (value.get(field) for field in ("input", "output", "ids"))
+        check_field(isinstance(input, str | None), location, "input", input, "a string or absent")
+        references = [output] if isinstance(output, str) else output
+        valid = is_text_list(references) or (output is None and not needs_output)
+        check_field(valid, location, "output", output, "a string or a list of strings")
+        if ids is not None:
+            valid = isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)
+            check_field(valid, location, "ids", ids, "a list of token ids")
+            ids = tuple(ids)
+        rows.append(Row(index, instruction, input or "", tuple(references or ()), ids))
+    return rows[:limit]
 
 
 def is_text_list(value):
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of a data set. `index` is its place in the file; its random numbers hang on that."""
-
-    index: int
-    instruction: str
-    input: str
-    references: tuple  # of str; training uses the first
-    ids: tuple | None = None  # the response's own tokens, where they were sampled (SeqKD)
-
-
-def read_rows(path, limit=None, needs_output=True):
-    """The rows of a data file, the first `limit` of them. Raises InputError with file and line where a field is wrong."""
-    rows = []
-    for index, value in enumerate(read_jsonl(path)):
-        location = f"{path}, line {index + 1}"
-        instruction, input, output, ids = (
-            value.get("instruction"),
-            value.get("input"),
-            value.get("output"),
-            value.get("ids"),
-        )
-        if not isinstance(instruction, str):
-            raise InputError(
-                f"{location}: 'instruction' must be a text, not {json.dumps(instruction)[:40]}"
-            )
-        if not isinstance(input, str | None):
-            raise InputError(
-                f"{location}: 'input' must be a text or absent, not {json.dumps(input)[:40]}"
-            )
-        if isinstance(output, str):
-            output = [output]
-        elif output is None and not needs_output:
-            output = []
-        elif not is_text_list(output):
-            raise InputError(
-                f"{location}: 'output' must be a text or a list of texts, not {json.dumps(output)[:40]}"
-            )
-        if ids is not None and not (
-            isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)
-        ):
-            raise InputError(
-                f"{location}: 'ids' must be a list of token numbers, not {json.dumps(ids)[:40]}"
-            )
-        rows.append(
-            Row(index, instruction, input or "", tuple(output), None if ids is None else tuple(ids))
-        )
-    return rows[:limit]
+def fill_template(instruction, input=""):
+    """The request that a model sees: Alpaca's template, as in the paper's data."""
+    context = ", paired with an input that provides further context" if input else ""
+    input_section = f"### Input:\n{input}\n\n" if input else ""
+    return (
+        f"Below is an instruction that describes a task{context}. "
+        "Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{instruction}\n\n{input_section}### Response:\n"
+    )
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row in tokens. Request and response are encoded apart, so that no merge crosses the border."""
+    """A row in token ids. Request and response are encoded apart. Together, a merge could cross the
+    border, and the request would have other tokens than the one that is sampled from."""
 
     index: int
     request: list
-    response: list  # with end-of-text where the response has ended; [] where there is none yet
+    response: list  # ends with end-of-text unless it is cut off; [] if there is none yet
+    # MiniLLM's rollout: (log q(y_t), w_t, R_t) per response token, under the q that sampled it
+    scores: list | None = None
 
 
-@dataclass(frozen=True)
-class RolloutRow(Example):
-    """A row of MiniLLM's rollout: (log q(y_t), w_t, R_t) for each of its response's tokens, under the q that sampled it."""
-
-    tokens: list
-
-
-def encode_training_rows(rows, tokenizer, max_length=MAX_LENGTH, max_request=MAX_REQUEST):
-    """Examples of the rows whose request is within `max_request` tokens (the others are dropped), cut at `max_length`."""
+def encode_training_rows(rows, tokenizer):
+    """Examples of at most MAX_LENGTH tokens. Rows with a request over MAX_REQUEST are dropped."""
     examples = []
     for row in rows:
         request = tokenizer.encode_ordinary(fill_template(row.instruction, row.input))
-        if len(request) > max_request:
+        if len(request) > MAX_REQUEST:
             continue
-        if row.ids is not None:
-            if max(row.ids, default=0) >= tokenizer.n_vocab:
-                raise InputError(
-                    f"data, row {row.index + 1}: 'ids' has a token beyond the tokenizer's {tokenizer.n_vocab}; leave 'ids' out"
-                )
-            response = list(row.ids)
-        else:
+        response = row.ids
+        if response is None:
             response = [*tokenizer.encode_ordinary(row.references[0]), tokenizer.eot_token]
-        examples.append(Example(row.index, request, response[: max_length - len(request)]))
+        elif max(response, default=0) >= tokenizer.n_vocab:
+            problem = f"has a token beyond the tokenizer's {tokenizer.n_vocab}; leave 'ids' out"
+            raise InputError(f"data, row {row.index + 1}: 'ids' {problem}")
+        examples.append(Example(row.index, request, list(response[: MAX_LENGTH - len(request)])))
     return examples
 
 
-def encode_request(row, tokenizer, max_request=MAX_REQUEST):
-    """A row's request in tokens. One over the limit is shortened at the end of its input, then of its instruction, so
-    that the response header stays. Returns the tokens and whether it was shortened."""
+def encode_request(row, tokenizer):
+    """A row's request in token ids, and whether it was shortened to MAX_REQUEST tokens: at the end
+    of the input, then of the instruction, so that the response header stays."""
     instruction, input = row.instruction, row.input
     request = tokenizer.encode_ordinary(fill_template(instruction, input))
-    shortened = len(request) > max_request
-    while len(request) > max_request and (instruction or input):
+    shortened = len(request) > MAX_REQUEST
+    # The shortened text may encode to more tokens than were kept, so try until it fits.
+    while len(request) > MAX_REQUEST and (instruction or input):
         tokens = tokenizer.encode_ordinary(input or instruction)
-        kept = tokenizer.decode(
-            tokens[: max(0, len(tokens) - (len(request) - max_request))], errors="ignore"
-        )
+        n_kept = max(0, len(tokens) - (len(request) - MAX_REQUEST))
+        kept = tokenizer.decode(tokens[:n_kept], errors="ignore")
         instruction, input = (instruction, kept) if input else (kept, "")
         request = tokenizer.encode_ordinary(fill_template(instruction, input))
     return request, shortened
 
 
-# ---- batches ---------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Batch:
-    """Rows of request + response, right-padded. Padding is told from the lengths, never from the tokens: GPT-2 pads with
-    end-of-text, which is also a response's last token."""
+    """B examples, right-padded: every row starts at position 0, and causal attention keeps tokens
+    from seeing the padding after them. Padding is told from the lengths, never from the ids: GPT-2
+    has no padding token, and end-of-text is also the last token of a response."""
 
-    examples: list  # the B rows, in order
-    ids: torch.Tensor  # (B, T)
-    response_positions: (
-        tuple  # two (N,) tensors, row and position: the logits there predict the N response tokens
-    )
+    examples: list
+    ids: torch.Tensor  # (B, T) request + response
+    response_positions: tuple  # rows (N,) and positions (N,) of the logits of the N response tokens
     targets: torch.Tensor  # (N,) the response tokens
 
 
 def pad(lists, device, fill=0):
-    """Token lists as one right-padded tensor (B, T) and their lengths (B,)."""
+    """Lists of token ids as a right-padded tensor (B, T), and their lengths (B,)."""
     lengths = torch.tensor([len(tokens) for tokens in lists])
     ids = torch.full((len(lists), int(lengths.max())), fill)
     for row, tokens in zip(ids, lists):
@@ -220,31 +183,40 @@ def pad(lists, device, fill=0):
 
 
 def make_batch(examples, device):
-    """A Batch of examples, padded to the longest."""
     ids, lengths = pad([[*e.request, *e.response] for e in examples], device)  # (B, T), (B,)
     starts = torch.tensor([len(e.request) for e in examples], device=device)  # (B,)
-    position = torch.arange(ids.shape[1], device=device)  # (T,)
-    is_response = (position >= starts[:, None]) & (position < lengths[:, None])  # (B, T)
-    row, place = is_response.nonzero(as_tuple=True)
-    return Batch(examples, ids, (row, place - 1), ids[row, place])
+    positions = torch.arange(ids.shape[1], device=device)  # (T,)
+    is_response = (positions >= starts[:, None]) & (positions < lengths[:, None])  # (B, T)
+    rows, columns = is_response.nonzero(as_tuple=True)  # (N,), (N,)
+    # The logits at position t predict token t + 1, so those of a token are one to its left.
+    return Batch(examples, ids, (rows, columns - 1), ids[rows, columns])
 
 
 def micro_batches(examples, size, device):
-    """Batches of at most `size` examples each, sorted by length so that little is padding; the longest first, so that
-    memory that doesn't suffice shows at once."""
+    """Batches of examples sorted by length for little padding, the longest first to fail early."""
     ordered = sorted(examples, key=lambda e: len(e.request) + len(e.response), reverse=True)
     return [make_batch(ordered[i : i + size], device) for i in range(0, len(ordered), size)]
 
 
 def epoch_order(n, seed, epoch):
-    """The order of n rows in an epoch: a permutation that depends on seed and epoch alone."""
+    """A permutation of n rows that depends only on seed and epoch."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def packed_blocks(documents, block_size, seed, epoch):
-    """Token lists (each with its end-of-text) joined in a random order and cut into blocks (M, block + 1); the last token
-    of a block is the first of the next, so that every token is predicted once."""
-    stream = np.concatenate([documents[i] for i in epoch_order(len(documents), seed, epoch)])
-    count = (len(stream) - 1) // block_size
-    starts = np.arange(count)[:, None] * block_size
-    return torch.from_numpy(stream[starts + np.arange(block_size + 1)].astype(np.int64))
+def packed_examples(documents, block_size, seed, epoch=0):
+    """Documents (lists of token ids), joined in random order and cut into examples: one token, and
+    `block_size` more to predict. They overlap by one token, so every token is predicted once."""
+    order = epoch_order(len(documents), seed, epoch)
+    stream = [token for i in order for token in documents[i]]
+    starts = range(0, len(stream) - block_size, block_size)
+    blocks = [stream[start : start + block_size + 1] for start in starts]
+    return [Example(i, block[:1], block[1:]) for i, block in enumerate(blocks)]
+
+
+def count_complete_lines(path):
+    """The number of lines in a file that is being written; creates it, cuts off a partial line."""
+    path.touch()
+    with open(path, "rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+    return content.count(b"\n")

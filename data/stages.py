@@ -1,6 +1,11 @@
-"""The data of a stage, and the checks before and during it."""
+"""What a stage is called, what it trains on, and the checks before and during it."""
 
 import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from data import dist
@@ -8,124 +13,211 @@ from data.cli import InputError
 from data.demo import TOKENIZER_DIR
 from data.dist import print0
 from data.hub import find_model_dir
-from data.models import find_model
+from data.models import find_model, load_model
+from data.options import OVERRIDES
+from data.paper import DEMO, paper_row, preset
 from data.prepare import find_data_dir
-from data.rows import (
-    Example,
-    encode_training_rows,
-    epoch_order,
-    packed_blocks,
-    read_rows,
-    read_texts,
-)
-from data.tokenizer import load_tokenizer, same_vocabulary
+from data.rows import encode_training_rows, epoch_order, packed_examples, read_rows, read_texts
+from data.runs import Settings, base_label, finish_run, open_run, override_suffix, write_record
+from data.tokenizer import check_same_vocabulary, load_tokenizer
+from prompt import freeze
+from sample import sample_to_file
+
+
+def data_label(args):
+    """What a run's name says of its data: nothing for all of dolly."""
+    label = "" if args.data == "dolly" else f"-{Path(args.data).name}"
+    return f"{label}-{args.train_rows}rows" if args.train_rows else label
+
+
+def plan_stage(args, kind, from_init, **values):
+    """A stage's name, its Settings, and which of the paper's runs it is (see `paper_row`).
+
+    values: the fields of Settings that the stages before it determine, at least `student`.
+    """
+    name = f"{kind}-{base_label(values['student'])}{data_label(args)}"
+    values |= {"data": args.data, "max_train_rows": args.train_rows, "max_dev_rows": args.dev_rows}
+    values["method"] = "sft" if kind in ("teacher", "init") else kind
+    values |= preset(kind, values["student"], demo=args.data == "demo")
+    overrides = {}
+    if kind == args.method:
+        overrides = {o: v for o in OVERRIDES if (v := getattr(args, o)) is not None}
+        values |= {OVERRIDES[option]: value for option, value in overrides.items()}
+        values["seed"] = args.seed
+        name += "".join(override_suffix(option, value) for option, value in overrides.items())
+        name += f"-s{args.seed}" if kind != "pretrain" or args.seed != 10 else ""
+    s = Settings(**values)
+    return name, s, paper_row(kind, s, overrides, from_init)
+
+
+def plan_steps(s, n_examples):
+    """How epochs of n examples are divided into optimizer steps: fields of train.Run."""
+    global_batch_size = min(s.global_batch_size, n_examples)
+    if global_batch_size < dist.world_size():
+        problem = f"can't be divided among {dist.world_size()} ranks"
+        fix = "start fewer, or raise --global-batch"
+        raise InputError(f"a global batch of {global_batch_size} rows {problem}; {fix}")
+    rollout_size = min(max(global_batch_size, s.rollout_size or 0), n_examples)
+    rollout_steps = s.inner_epochs * (rollout_size // global_batch_size)
+    steps_per_epoch = n_examples // rollout_size * rollout_steps
+    return {
+        "total_steps": s.steps or min(steps_per_epoch * s.epochs, s.max_steps or math.inf),
+        "steps_per_epoch": steps_per_epoch,
+        "global_batch_size": global_batch_size,
+        "rollout_size": rollout_size,
+        "rollout_steps": rollout_steps,
+    }
+
+
+def print_stage(run, directory, n_examples, start_step):
+    """Print what is about to be trained."""
+    resuming = f", resuming after step {start_step:,}" if start_step else ""
+    print0(
+        f"\n{directory}: {run.settings.method}, {run.student.n_parameters():,} parameters, "
+        f"{n_examples:,} rows, {run.total_steps:,} steps of {run.global_batch_size}{resuming}"
+    )
+    if run.P is not None:
+        (length, width), n, n_teacher = run.P.shape, run.P.numel(), run.teacher.n_parameters()
+        share = f"{100 * n / n_teacher:.4f} % of the teacher's {n_teacher:,} parameters"
+        print0(f"prompt: {length} × {width} = {n:,} numbers, {share}")
+
+
+@dataclass
+class StageData:
+    """What a stage trains and validates on."""
+
+    tokenizer: object  # a tiktoken.Encoding
+    dev_rows: list
+    dev_examples: list  # dev_rows in tokens
+    epoch_examples: Callable  # epoch number -> its training examples in their order
 
 
 def data_files(s):
-    """The files that a stage trains and validates on, and for pre-training the one of its texts, where there is one."""
+    """The paths of a stage's training rows, validation rows and, for pretrain, texts."""
     directory = dist.run_on_rank0(find_data_dir, s.data)
-    texts = (
-        [directory / "pretrain.jsonl"]
-        if s.method == "pretrain" and (directory / "pretrain.jsonl").is_file()
-        else []
-    )
-    return [Path(s.responses or directory) / "train.jsonl", directory / "dev.jsonl", *texts]
+    files = [Path(s.responses or directory) / "train.jsonl", directory / "dev.jsonl"]
+    texts = directory / "pretrain.jsonl"
+    return [*files, texts] if s.method == "pretrain" and texts.is_file() else files
 
 
 def load_data(s):
-    """A stage's tokenizer, validation rows, and a function that gives an epoch's training examples in their order."""
-    path, dev_path, *texts = data_files(s)
-    rows, dev_rows = read_rows(path, s.max_train_rows), read_rows(dev_path, s.max_dev_rows)
+    """The StageData for Settings `s`. Raises InputError if nothing is left to train on."""
+    train_path, dev_path, *text_paths = data_files(s)
+    rows, dev_rows = read_rows(train_path, s.max_train_rows), read_rows(dev_path, s.max_dev_rows)
     if s.method == "pretrain":
         tokenizer = load_tokenizer(TOKENIZER_DIR if s.data == "demo" else None)
-        if texts:
-            documents = [
-                [*tokenizer.encode_ordinary(text), tokenizer.eot_token]
-                for text in read_texts(texts[0], s.max_train_rows)
-            ]
-        else:
-            documents = [e.request + e.response for e in encode_training_rows(rows, tokenizer)]
-
-        def epoch_examples(epoch):
-            return packed_examples(documents, s, epoch)
     else:
         tokenizer = load_tokenizer(dist.run_on_rank0(find_model_dir, s.student))
+    dev_examples = encode_training_rows(dev_rows, tokenizer)
+    if s.method == "pretrain" and text_paths:
+        documents = encode_texts(read_texts(text_paths[0], s.max_train_rows), tokenizer)
+    else:
         examples = encode_training_rows(rows, tokenizer)
-        if len(examples) < len(rows):
-            print0(
-                f"{path}: {len(rows) - len(examples)} of {len(rows)} rows have a request over the limit and are left out"
-            )
+        documents = [e.request + e.response for e in examples]
+    if s.method != "pretrain" and len(examples) < len(rows):
+        dropped = f"{len(rows) - len(examples)} of {len(rows)} rows"
+        print0(f"{train_path}: {dropped} have a request over the limit and are left out")
 
-        def epoch_examples(epoch):
-            return [examples[i] for i in epoch_order(len(examples), s.seed, epoch)]
+    @lru_cache(maxsize=1)  # the loop asks at every step
+    def epoch_examples(epoch):
+        if s.method == "pretrain":
+            return packed_examples(documents, s.block_size, s.seed, epoch)
+        return [examples[i] for i in epoch_order(len(examples), s.seed, epoch)]
 
-    return tokenizer, dev_rows, epoch_examples
+    problem = None
+    if not epoch_examples(0):
+        problem = "train.jsonl is too little to train on; give more or shorter rows"
+    elif not dev_examples:
+        problem = "every validation row's request is over the limit; give shorter ones in dev.jsonl"
+    if problem:
+        raise InputError(f"data {s.data}: {problem}")
+    return StageData(tokenizer, dev_rows, dev_examples, epoch_examples)
 
 
-def packed_examples(documents, s, epoch=0):
-    """Token lists as rows of `block` tokens to predict, all but the first."""
-    return [
-        Example(i, block[:1], block[1:])
-        for i, block in enumerate(packed_blocks(documents, s.block_size, s.seed, epoch).tolist())
-    ]
+def encode_texts(texts, tokenizer):
+    return [[*tokenizer.encode_ordinary(text), tokenizer.eot_token] for text in texts]
 
 
 def read_lm_blocks(s, tokenizer, n_rows):
-    """Blocks of the plain text of MiniLLM's last term: `n_rows`, or all that it gives."""
+    """Blocks of MiniLLM's plain text: at least `n_rows`, or as many as the text gives."""
     documents, n_tokens = [], 0
     for text in read_texts(s.lm_data):
-        documents.append([*tokenizer.encode_ordinary(text), tokenizer.eot_token])
+        documents += encode_texts([text], tokenizer)
         n_tokens += len(documents[-1])
         if n_tokens > n_rows * s.block_size:
             break
     if n_tokens <= s.block_size:
-        raise InputError(
-            f"{s.lm_data}: has {n_tokens} tokens, and a block is of {s.block_size}; give a longer text"
-        )
-    return packed_examples(documents, s)
+        problem = f"has {n_tokens} tokens, and a block has {s.block_size}; give a longer text"
+        raise InputError(f"{s.lm_data}: {problem}")
+    return packed_examples(documents, s.block_size, s.seed)
 
 
 def check_positions(run, examples):
-    """Raise InputError where a row is longer than a model can read."""
-    longest = max(len(e.request) + len(e.response) for e in [*examples, *(run.text or [])]) + (
-        0 if run.P is None else len(run.P)
-    )
+    """Raise InputError if a row is longer than a model can read."""
+    longest = max(len(e.request) + len(e.response) for e in [*examples, *(run.lm_blocks or [])])
+    longest += 0 if run.P is None else len(run.P)
     for name, model in (("student", run.student), ("teacher", run.teacher)):
         if model is not None and longest > model.config.n_positions:
-            raise InputError(
-                f"the {name} has {model.config.n_positions} positions and the longest row takes {longest}; take a model with more"
-            )
+            found = f"the {name} has {model.config.n_positions} positions"
+            raise InputError(f"{found} and the longest row needs {longest}; use a model with more")
 
 
-def check_finite(directory, line):
-    """Raise InputError where a step's losses or norms are not finite: before anything of it is saved."""
-    bad = {
-        name: value
-        for name, value in line.items()
-        if isinstance(value, float) and not math.isfinite(value)
-    }
+def check_finite(directory, metrics):
+    """Raise InputError if a loss or norm of a step is not finite, before the step is saved."""
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
+    bad = ", ".join(f"{name} {x}" for name, x in numbers.items() if not math.isfinite(x))
     if bad:
-        phase, rates = (
-            ("prompt", "--prompt-lr or --lr")
-            if any("prompt" in name for name in bad)
-            else ("student", "--lr")
-        )
-        what = ", ".join(f"{name} {value}" for name, value in bad.items())
-        raise InputError(
-            f"{directory}: {what} at step {line['step']}, {phase} phase; the training has diverged: lower {rates}"
-        )
+        phase = "prompt" if "prompt" in bad else "student"
+        options = "--prompt-lr or --lr" if phase == "prompt" else "--lr"
+        found = f"{bad} at step {metrics['step']}, {phase} phase"
+        raise InputError(f"{directory}: {found}; the training has diverged: lower {options}")
 
 
-def check_later_inputs(args, home, teacher, student):
-    """Raise InputError where an input of a later stage is wrong, before the earlier ones take their hours.
+def check_later_inputs(args, data_dir, teacher, student):
+    """Raise InputError if a later stage would fail, before the earlier ones take their hours.
 
-    home: the data's directory. teacher, student: names of models, None where the demo makes its own.
+    teacher, student: names of models; None where an earlier stage trains the model.
     """
-    read_rows(home / "dev.jsonl", args.dev_rows)
+    read_rows(data_dir / "dev.jsonl", args.dev_rows)
     if args.lm_data is not None:
         dist.run_on_rank0(lambda: len(read_texts(args.lm_data)))
     tokenizers = [find_model(name)[1] for name in (teacher, student) if name]
-    if tokenizers and not same_vocabulary(tokenizers[0], tokenizers[-1]):
-        raise InputError(
-            f"teacher {teacher} and student {student} have different tokenizers; a KL over the vocabulary needs one for both"
-        )
+    if len(tokenizers) == 2:
+        check_same_vocabulary(teacher, student, *tokenizers)
+
+
+def plan_responses(args, teacher, dtype):
+    """The directory of SeqKD's data, the teacher's responses, and what they depend on."""
+    limit = DEMO["seqkd"]["max_new_tokens"] if args.data == "demo" else Settings.max_new_tokens
+    s = {"method": "responses", "student": teacher, "data": args.data}
+    s |= {"max_train_rows": args.train_rows, "max_new_tokens": limit, "seed": 10, "dtype": dtype}
+    return Path(args.out) / f"responses-{base_label(teacher)}{data_label(args)}", s
+
+
+def sample_responses(directory, s, device):
+    """Sample a teacher's responses to the training requests, once for all runs of SeqKD.
+
+    The directory becomes a data set like the one that the requests come from. Returns it.
+    """
+    start, source = time.perf_counter(), dist.run_on_rank0(find_data_dir, s["data"])
+    description = {"name": directory.name, "settings": s}
+    record = dist.run_on_rank0(open_run, directory, description, [source / "train.jsonl"])
+    if record.get("complete"):
+        print0(f"{directory}: complete, skipped")
+        return str(directory)
+    model, tokenizer = load_model(s["student"], device)
+    path, rows = directory / "train.jsonl", read_rows(source / "train.jsonl", s["max_train_rows"])
+    dist.run_on_rank0(write_record, directory, record)
+    print0(f"\n{directory}: sampling the responses of {s['student']} to {len(rows):,} requests")
+    if not dist.run_on_rank0(path.is_file):
+        model, key = freeze(model, s["dtype"]), (s["seed"], "responses")
+        sample_to_file(model, tokenizer, rows, key, path, s["max_new_tokens"], s["dtype"])
+
+    def finish():
+        for name in ("dev.jsonl", "test.jsonl"):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, directory / name)
+        finish_run(directory, record | {"hours": (time.perf_counter() - start) / 3600})
+
+    dist.run_on_rank0(finish)
+    return str(directory)

@@ -1,84 +1,73 @@
 """Training states: what resuming needs, saved atomically."""
 
 import os
-import pickle
 import zipfile
 from dataclasses import astuple
+from pickle import PickleError
 
 import torch
 
 from data import dist
-from data.cli import InputError
+from data.cli import InputError, atomic_path
 from data.dist import print0
-from data.rows import RolloutRow
+from data.rows import Example
 
 
-def save_state(run, directory, done):
-    """What going on needs, on disk. done: step, best score and its step, and hours so far."""
+def save_state(run, directory, progress):
+    """Save what resuming needs. progress: step, best score and its step, and hours so far."""
     state = {
-        "done": done,
+        "progress": progress,
         "student": run.student.state_dict(),
         "optimizer": run.optimizer.state_dict(),
     }
     if run.P is not None:
         state |= {"P": run.P.detach(), "prompt_optimizer": run.prompt_optimizer.state_dict()}
-    if run.rollout is not None:
-        state["rollout"] = [astuple(row) for row in run.rollout]
-    dist.run_on_rank0(write_state, directory / "state" / f"step-{done['step']:06d}.pt", state)
+    if run.scored_rollout is not None:
+        state["rollout"] = [astuple(row) for row in run.scored_rollout]
+    path = directory / "state" / f"step-{progress['step']:06d}.pt"
+    dist.run_on_rank0(write_state, path, state)
 
 
 def write_state(path, state):
-    """Write a state, which has its name only when whole. The one before it is kept, older ones go."""
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial")
+    """Write a state atomically. The state before it is kept, in case this one gets damaged; older
+    ones are removed."""
     try:
-        with open(partial, "wb") as file:
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except RuntimeError as error:  # torch.save's word for a full disk
+    except (RuntimeError, OSError) as error:
+        # torch.save raises RuntimeError while it handles the OSError of a full disk.
         raise InputError(
-            f"{path}: can't be written ({error.__context__ or error}); make room, and the same command goes on"
+            f"{path}: can't be written ({error.__context__ or error}); free some disk space and "
+            "run the same command again to resume"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     for old in list_states(path.parent)[2:]:
         old.unlink()
 
 
 def list_states(directory):
-    """The saved states in a directory, the newest first."""
-    return sorted(
-        directory.glob("*.pt"), key=lambda path: (len(path.name), path.name), reverse=True
-    )
+    """The saved states in a directory, newest first."""
+    return sorted(directory.glob("*.pt"), key=lambda p: (len(p.name), p.name), reverse=True)
 
 
 def find_newest_state(directory):
-    """The newest saved state that is whole, None where there is none. Damaged ones are said and put aside."""
-    for path in (found := list_states(directory / "state")):
+    """The newest undamaged state, None if there is none. Damaged ones are reported and renamed."""
+    paths = list_states(directory / "state")
+    for path in paths:
         try:
-            whole = (
-                zipfile.ZipFile(path).testzip() is None
-            )  # torch.load does not look at the checksums
-        except Exception:  # zipfile has many ways to fail
-            whole = False
-        if whole:
+            # torch.load does not check the checksums.
+            damaged = zipfile.ZipFile(path).testzip() is not None
+        except Exception:  # zipfile raises many kinds of errors
+            damaged = True
+        if not damaged:
             return path
         os.replace(path, path.with_suffix(".damaged"))
-        print0(
-            f"{path}: is damaged; "
-            + (
-                "this stage starts anew"
-                if path == found[-1]
-                else "going on from the state before it"
-            )
-        )
+        fallback = "this stage starts from scratch" if path == paths[-1] else "trying an older one"
+        print0(f"{path}: is damaged; {fallback}")
     return None
 
 
 def load_state(run, directory):
-    """Take up the newest state. Returns its step, best score and its step, and hours so far."""
+    """Load the newest state into `run`. Returns its progress, as `save_state` takes it."""
     path = dist.run_on_rank0(find_newest_state, directory)
     if path is None:
         return {"step": 0, "best": None, "best_step": None, "hours": 0.0}
@@ -90,16 +79,9 @@ def load_state(run, directory):
             run.P.data.copy_(state["P"])
             run.prompt_optimizer.load_state_dict(state["prompt_optimizer"])
         if "rollout" in state:
-            run.rollout = [RolloutRow(*row) for row in state["rollout"]]
-        return state["done"]
-    except (
-        RuntimeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        pickle.UnpicklingError,
-    ) as error:
+            run.scored_rollout = [Example(*row) for row in state["rollout"]]
+        return state["progress"]
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, PickleError) as error:
         raise InputError(
-            f"{path}: is no state of this run; remove {path.parent} to start this stage anew"
+            f"{path}: is not a state of this run; remove {path.parent} to start from scratch"
         ) from error

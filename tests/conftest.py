@@ -1,4 +1,5 @@
-"""What all tests share: one thread each, the project on the path, the fixtures `shared` and `server`, and the marker `slow`."""
+"""What all tests share: one thread, the import path, the fixtures `shared` and `server`, and the
+marker `slow`."""
 
 import os
 import sys
@@ -6,8 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start, too
-os.environ["HF_HUB_OFFLINE"] = "1"  # transformers asks the hub about local directories otherwise
+os.environ["OMP_NUM_THREADS"] = "1"  # also for the commands that tests start
+os.environ["HF_HUB_OFFLINE"] = "1"  # or transformers queries the hub about local directories
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -20,10 +21,6 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes long; runs with --slow alone")
-
-
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--slow"):
         for item in items:
@@ -33,16 +30,16 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def shared():
-    """The folder beside the project that holds the real data and GPT-2's vocabulary."""
+    """The directory next to the project that has the real data and GPT-2's vocabulary."""
     path = ROOT.parent / "shared"
     if not path.is_dir():
-        pytest.skip("../shared is not here")
+        pytest.skip("there is no ../shared")
     return path
 
 
 @pytest.fixture(autouse=True, scope="module")
 def only_the_gpu_tests_use_a_gpu(request):
-    """All others are about the CPU, and mean the same on a machine with a GPU."""
+    """All others run on the CPU, so that their results are the same on a machine with a GPU."""
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ != "test_gpu":
             patch.setattr(torch.cuda, "is_available", lambda: False)
@@ -51,7 +48,7 @@ def only_the_gpu_tests_use_a_gpu(request):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server that stands for the hub, while nobody waits between two attempts."""
+    """A server in place of the hub. There is no delay between two attempts of a download."""
     server = Server()
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("no_proxy", "127.0.0.1")

@@ -1,16 +1,22 @@
-"""Small makers that several test files share. Nothing here uses the code's own ways of writing a checkpoint."""
+"""What several test files share: tiny models and data, processes, a web server.
+
+Checkpoints are written here without the project's own code."""
 
 import functools
 import json
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import threading
+import traceback
 import zlib
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from time import sleep
 
 import numpy as np
 import pytest
@@ -19,8 +25,8 @@ import torch
 from safetensors.torch import save_file
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from data.cli import InputError
-from data.tokenizer import BYTE_OF_LETTER, END, tokenizer_files
+from data.cli import InputError, run_command_line
+from data.tokenizer import BYTE_DECODER, END_OF_TEXT, tokenizer_files
 from model import GPT, TRANSPOSED, Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,8 +36,9 @@ TINY = Config(n_layer=2, n_embd=32, n_head=4, vocab_size=61, n_positions=48, dro
 
 
 def stored_weights(config):
-    """The tensors of a GPT-2 under the official names and in the stored form, (in, out): numbers from NumPy that hang on the
-    tensor's name alone, large enough that attention, biases and every LayerNorm matter."""
+    """The tensors of a GPT-2 under the official names and in the stored form, (in, out). The values
+    depend only on the tensor's name and are large enough that attention, biases and every LayerNorm
+    matter."""
     C, V = config.n_embd, config.vocab_size
     shapes = {
         "wte.weight": (V, C),
@@ -52,39 +59,34 @@ def stored_weights(config):
     weights = {}
     for name, shape in shapes.items():
         numbers = 2 * np.random.default_rng(zlib.crc32(name.encode())).random(shape) - 1
-        scale = (
-            0.5
-            if "wte" in name
-            else 0.3
-            if len(shape) == 1 or "wpe" in name
-            else 2.5 / shape[0] ** 0.5
-        )
+        if "wte" in name:
+            scale = 0.5
+        elif len(shape) == 1 or "wpe" in name:
+            scale = 0.3
+        else:
+            scale = 2.5 / shape[0] ** 0.5
         offset = 1 if "ln_" in name and name.endswith("weight") else 0
         weights[name] = torch.from_numpy((offset + scale * numbers).astype(np.float32))
     return weights
 
 
 def tiny_model(config=TINY):
-    """A GPT with these weights, for evaluation."""
-    model = GPT(config).eval()
+    """A GPT with these weights, in eval mode."""
+    model, weights = GPT(config).eval(), stored_weights(config)
     model.load_state_dict(
-        {
-            name: w.T if name.endswith(TRANSPOSED) else w
-            for name, w in stored_weights(config).items()
-        }
+        {name: w.T if name.endswith(TRANSPOSED) else w for name, w in weights.items()}
     )
     return model
 
 
 def soft_prompt(length, width=TINY.n_embd):
-    """A soft prompt (P, C) of NumPy's numbers, as large as the embeddings."""
-    return torch.from_numpy(
-        (np.random.default_rng(length).random((length, width)) - 0.5).astype(np.float32)
-    )
+    """A soft prompt (prompt_length, C) whose values are as large as the embeddings'."""
+    values = np.random.default_rng(length).random((length, width)) - 0.5
+    return torch.from_numpy(values.astype(np.float32))
 
 
 def hf_config(config):
-    """The values of a Hugging Face config.json."""
+    """The content of a Hugging Face config.json."""
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
@@ -105,7 +107,7 @@ def hf_config(config):
 
 
 def write_checkpoint(directory, config=TINY, tokenizer=None):
-    """A Hugging Face GPT-2 directory with these weights, and the tokenizer's files if one is given."""
+    """A Hugging Face GPT-2 directory with these weights and, if given, the tokenizer's files."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(hf_config(config)))
     save_file(stored_weights(config), directory / "model.safetensors")
@@ -117,24 +119,31 @@ def write_checkpoint(directory, config=TINY, tokenizer=None):
 
 @functools.cache
 def tiny_tokenizer():
-    """A byte-level BPE that knows the words of the template, one merge a letter, so that a request is 50 to 100 tokens."""
-    words = "Below is an instruction that describes a task, paired with an input provides further context. Write response appropriately completes the request."
-    tokens = [bytes([byte]) for byte in BYTE_OF_LETTER.values()]
-    for word in words.replace(".", "").replace(",", "").split():
+    """A byte-level BPE of the template's words, one merge per letter: a request has 50 to 100
+    tokens."""
+    words = (
+        "Below is an instruction that describes a task paired with an input provides further "
+        "context Write response appropriately completes the request"
+    )
+    tokens = [bytes([byte]) for byte in BYTE_DECODER.values()]
+    for word in words.split():
         tokens += [f" {word}"[:n].encode() for n in range(2, len(word) + 2)]
     ranks = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
     return tiktoken.Encoding(
-        "tiny", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END: len(ranks)}
+        "tiny",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={END_OF_TEXT: len(ranks)},
     )
 
 
 def talker_config():
-    """The sizes of a tiny model that tiny_tokenizer fits, with room for a request of the template's."""
+    """The sizes of a tiny model for tiny_tokenizer, with enough positions for a request."""
     return replace(TINY, vocab_size=tiny_tokenizer().n_vocab, n_positions=288)
 
 
 def transformers_model(config=TINY):
-    """transformers' GPT-2 with these weights; the test skips where transformers is not installed."""
+    """transformers' GPT-2 with these weights. Skips the test if transformers is not installed."""
     transformers = pytest.importorskip("transformers")
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**hf_config(config)))
     missing, unexpected = model.transformer.load_state_dict(stored_weights(config))
@@ -144,32 +153,33 @@ def transformers_model(config=TINY):
 
 @torch.no_grad()
 def transformers_logits(hf, row, prompt=None):
-    """The logits (T, V) of one row, behind a soft prompt if there is one."""
+    """The logits (T, V) of one row, with a soft prompt prepended if given."""
     x = hf.transformer.wte(torch.tensor(row))
     x = x if prompt is None else torch.cat([prompt, x])
     return hf(inputs_embeds=x[None]).logits[0, -len(row) :]
 
 
-def greedy_by_transformers(hf, row, n_new, end):
+def greedy_by_transformers(hf, row, n_new, eos_token_id):
     out = hf.generate(
         torch.tensor([row]),
         attention_mask=torch.ones(1, len(row)),
         max_new_tokens=n_new,
         do_sample=False,
-        eos_token_id=end,
-        pad_token_id=end,
+        eos_token_id=eos_token_id,
+        pad_token_id=eos_token_id,
     )
     return out[0, len(row) :].tolist()
 
 
 def write_rows(path, rows):
+    """A file of JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def run_command(*arguments, timeout=120, **environment):
-    """`python arguments...` in the project's folder, on the CPU. Returns the finished process, with its output as text."""
+    """`python arguments...` in the project's directory on the CPU. Returns the finished process."""
     environment = {
         **os.environ,
         "CUDA_VISIBLE_DEVICES": "",
@@ -186,21 +196,87 @@ def run_command(*arguments, timeout=120, **environment):
     )
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def torchrun(n_ranks, *options):
+    """The arguments of `python` that start a script on some ranks of this machine."""
+    address = ("--master_addr=127.0.0.1", f"--master_port={free_port()}")
+    return "-m", "torch.distributed.run", f"--nproc_per_node={n_ranks}", *address, *options
+
+
+def fork_ranks(command, n_ranks, log):
+    """Fork the ranks of a command, in the environment that torchrun gives them: that saves the
+    seconds of starting Python. Each rank's output is appended to `log` plus its number. Returns the
+    process ids."""
+    sys.stdout.flush()
+    port, processes = free_port(), []
+    for rank in range(n_ranks):
+        process = os.fork()
+        if process == 0:
+            try:
+                sys.stdout = sys.stderr = open(f"{log}{rank}", "a")  # noqa: SIM115
+                if n_ranks > 1:
+                    os.environ |= {
+                        "RANK": str(rank),
+                        "LOCAL_RANK": str(rank),
+                        "WORLD_SIZE": str(n_ranks),
+                        "LOCAL_WORLD_SIZE": str(n_ranks),
+                        "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": str(port),
+                        "TORCHELASTIC_RUN_ID": "forked",
+                    }
+                run_command_line(command)
+                status = 0
+            except SystemExit as exit:
+                status = exit.code
+            except BaseException:
+                traceback.print_exc()
+                status = 1
+            sys.stdout.flush()
+            os._exit(status)
+        processes.append(process)
+    return processes
+
+
+def wait_for(processes, timeout):
+    """The exit statuses of processes, negative for a signal. Kills them and raises TimeoutError if
+    they take longer than `timeout` seconds of waiting (not of the clock: a machine may sleep)."""
+    statuses = {}
+    for _ in range(timeout * 200):
+        for process in processes:
+            if process not in statuses:
+                ended, status = os.waitpid(process, os.WNOHANG)
+                if ended:
+                    statuses[process] = os.waitstatus_to_exitcode(status)
+        if len(statuses) == len(processes):
+            return [statuses[process] for process in processes]
+        sleep(0.005)
+    for process in processes:
+        if process not in statuses:
+            os.kill(process, signal.SIGKILL)
+    raise TimeoutError(f"still running after {timeout} seconds")
+
+
 def after_device(stderr):
-    """What a command printed on standard error after the first line, which names the device where the command came that far."""
+    """Standard error without the lines that init_process prints: the device and a warning."""
     first, _, rest = stderr.partition("\n")
-    named = r"device: CPU, \d+ threads; ranks: \d+; precision: (float32|bfloat16)"
-    if not re.fullmatch(named, first):
+    device = r"device: CPU, \d+ threads; ranks: \d+; precision: (float32|bfloat16)"
+    if not re.fullmatch(device, first):
         return stderr
     return re.sub(r"\Awarning: this PyTorch is built for GPUs .*\n", "", rest)
 
 
-def files_below(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+def files_below(directory):
+    paths = [path.relative_to(directory) for path in directory.rglob("*") if path.is_file()]
+    return sorted(map(str, paths))
 
 
 def error_of(function, *arguments):
-    """The message of the InputError that a call must raise; it must be one line."""
+    """The message of the InputError that a call raises, which must be one line."""
     with pytest.raises(InputError) as caught:
         function(*arguments)
     message = str(caught.value)
@@ -209,7 +285,7 @@ def error_of(function, *arguments):
 
 
 class Cut(bytes):
-    """An answer that promises all of these bytes and breaks off half way."""
+    """An answer that announces all of these bytes and breaks off half way."""
 
 
 class CutChunks(bytes):
@@ -217,12 +293,15 @@ class CutChunks(bytes):
 
 
 class Short(bytes):
-    """An answer that promises half of these bytes and sends them all."""
+    """An answer that announces half of these bytes and sends them all."""
 
 
 class Server:
-    """A web server on loopback. `answers` maps a path to what is sent: bytes, Cut, CutChunks, Short, the number of an error, or
-    a list of these, one a request (the last one stays). Any other path is a 404. `asked` lists the paths that were asked for."""
+    """A web server on loopback.
+
+    answers: {path: bytes, Cut, CutChunks, Short, an error's status, or a list of these, one per
+    request (the last one is repeated)}. Any other path is a 404. asked: the paths requested so far.
+    """
 
     def __init__(self):
         self.answers, self.asked = {}, []
@@ -246,10 +325,8 @@ class Server:
                     self.send_header("Transfer-Encoding", "chunked")
                     body = b"%x\r\n%s\r\n" % (len(body), body)
                 else:
-                    self.send_header(
-                        "Content-Length",
-                        str(len(answer) // 2 if isinstance(answer, Short) else len(answer)),
-                    )
+                    length = len(answer) // 2 if isinstance(answer, Short) else len(answer)
+                    self.send_header("Content-Length", str(length))
                 self.end_headers()
                 self.wfile.write(body)
                 self.close_connection = broken or isinstance(answer, Short)
@@ -259,15 +336,14 @@ class Server:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(
-            target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
-        ).start()
+        kwargs = {"poll_interval": 0.02}
+        threading.Thread(target=self.http.serve_forever, kwargs=kwargs, daemon=True).start()
 
     def serve(self, repository, **contents):
         """Serve a repository's files: `model_safetensors=...` for model.safetensors, and so on."""
         for name, answer in contents.items():
-            stem, _, ending = name.rpartition("_")
-            self.answers[f"/{repository}/resolve/main/{stem}.{ending}"] = answer
+            stem, _, suffix = name.rpartition("_")
+            self.answers[f"/{repository}/resolve/main/{stem}.{suffix}"] = answer
 
     def close(self):
         self.http.shutdown()

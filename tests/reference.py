@@ -1,16 +1,17 @@
-"""An independent computation of all that the trainer computes: GPT-2 (Radford et al. 2019), the losses, equations 1 to 4 of
-PromptKD, MiniLLM (Gu et al. 2024) and AdamW, in NumPy and float64, from the papers' formulas.
+"""An independent computation of all that the trainer computes, in NumPy and float64: GPT-2 (Radford
+et al. 2019), the losses, equations 1 to 4 of PromptKD, MiniLLM (Gu et al. 2024) and AdamW.
 
-One row at a time, without batches, padding or masks, and every loss is a loop over tokens: slow, but plain. Gradients are central
-finite differences. A row is a pair (request, response) of token lists. Weights are a dictionary of arrays under GPT-2's official
-names, matrices stored as in x out.
+It follows the formulas of the papers, one row at a time, without batches, padding or masks. Every
+loss is a loop over tokens. Gradients are central finite differences. A row is a pair (request,
+response) of token lists. Weights are a dictionary of arrays under GPT-2's official names, with
+matrices stored as (in, out).
 """
 
 import math
 
 import numpy as np
 
-# ---- GPT-2 --------------------------------------------------------------------------------------------------------------------
+# --- GPT-2 ---
 
 
 def as_arrays(weights):
@@ -38,14 +39,14 @@ def attention(x, w, name, n_head):
     for head in range(n_head):
         part = slice(head * D, (head + 1) * D)
         for t in range(T):
-            scores = k[: t + 1, part] @ q[t, part] / math.sqrt(D)  # what stands before t, and t
+            scores = k[: t + 1, part] @ q[t, part] / math.sqrt(D)  # positions up to t
             weights = np.exp(scores - scores.max())
             y[t, part] = (weights / weights.sum()) @ v[: t + 1, part]
     return linear(y, w, f"{name}.c_proj")
 
 
 def gpt2_logits(w, n_head, ids, prompt=None):
-    """Logits (T, V) at the T tokens `ids` of one row, behind a soft prompt (P, C) if there is one."""
+    """Logits (T, V) of the T tokens `ids` of one row, after a soft prompt (prompt_length, C)."""
     x = w["wte.weight"][list(ids)]
     n_prompt = 0 if prompt is None else len(prompt)
     if n_prompt:
@@ -60,7 +61,7 @@ def gpt2_logits(w, n_head, ids, prompt=None):
     return layer_norm(x, w, "ln_f")[n_prompt:] @ w["wte.weight"].T
 
 
-# ---- losses at one token ------------------------------------------------------------------------------------------------------
+# --- Losses at one token ---
 
 
 def log_softmax(logits):
@@ -74,77 +75,72 @@ def token_cross_entropy(logits, target):
 
 
 def token_kl(first, second):
-    """KL(first || second) = sum over v of first(v) log (first(v) / second(v)), from two rows of logits."""
+    """KL(first || second) = Σ_v first(v) log(first(v) / second(v)), from two rows of logits."""
     log_first, log_second = log_softmax(first), log_softmax(second)
     return float(sum(math.exp(a) * (a - b) for a, b in zip(log_first, log_second)))
 
 
-# ---- losses over a window of rows: each the mean over all response tokens of all its rows ------------------------------------------
+# --- Losses over rows: the mean over all response tokens of all rows ---
 
 
 def response_logits(model, row, prompt=None):
-    """The logits that predict each token of a row's response, (tokens, V). model: (weights, n_head)."""
+    """The logits (V,) that predict each token of a row's response. model: (weights, n_head)."""
     request, response = row
     logits = gpt2_logits(*model, [*request, *response], prompt)
     return [logits[len(request) + i - 1] for i in range(len(response))]
 
 
+def mean(values):
+    return sum(values) / len(values)
+
+
 def sft_loss(student, rows):
-    losses = [
-        token_cross_entropy(z, token)
-        for row in rows
-        for z, token in zip(response_logits(student, row), row[1])
-    ]
-    return sum(losses) / len(losses)
+    losses = []
+    for row in rows:
+        for q, token in zip(response_logits(student, row), row[1]):
+            losses.append(token_cross_entropy(q, token))
+    return mean(losses)
+
+
+def directed_kl(trained, target, direction):
+    return token_kl(trained, target) if direction == "reverse" else token_kl(target, trained)
 
 
 def promptkd_losses(
     teacher, student, prompt, rows, lam, reg_weight=1.0, prompt_kl="reverse", reg_kl="reverse"
 ):
-    """Equations 1 to 4: {"L_kd", "L_reg", "L_P", "L_theta"}. "forward" swaps the two sides of a KL, as in Table 5."""
+    """Equations 1 to 4, by name. "forward" swaps the two sides of a KL, as in Table 5."""
     L_kd, L_reg, L_theta = [], [], []
     for row in rows:
-        both = zip(
+        logits = zip(
             response_logits(teacher, row, prompt),
             response_logits(student, row),
             response_logits(teacher, row),
         )
-        for p_prompted, q, p in both:
-            L_kd.append(
-                token_kl(p_prompted, q) if prompt_kl == "reverse" else token_kl(q, p_prompted)
-            )
-            L_reg.append(
-                token_kl(p_prompted, p) if reg_kl == "reverse" else token_kl(p, p_prompted)
-            )
+        for p_prompted, q, p in logits:
+            L_kd.append(directed_kl(p_prompted, q, prompt_kl))
+            L_reg.append(directed_kl(p_prompted, p, reg_kl))
             L_theta.append(token_kl(q, p_prompted))
-    n = len(L_kd)
-    L_kd, L_reg, L_theta = sum(L_kd) / n, sum(L_reg) / n, sum(L_theta) / n
-    return {
-        "L_kd": L_kd,
-        "L_reg": L_reg,
-        "L_P": L_kd + reg_weight * lam * L_reg,
-        "L_theta": L_theta,
-    }
+    L_P = mean(L_kd) + reg_weight * lam * mean(L_reg)
+    return {"L_kd": mean(L_kd), "L_reg": mean(L_reg), "L_P": L_P, "L_theta": mean(L_theta)}
 
 
 def gkd_loss(teacher, student, rows):
-    losses = [
-        token_kl(q, p)
-        for row in rows
-        for q, p in zip(response_logits(student, row), response_logits(teacher, row))
-    ]
-    return sum(losses) / len(losses)
+    losses = []
+    for row in rows:
+        for q, p in zip(response_logits(student, row), response_logits(teacher, row)):
+            losses.append(token_kl(q, p))
+    return mean(losses)
 
 
 def kd_loss(teacher, student, rows):
-    """Half the cross-entropy, half KL(p || q)."""
+    """Half the cross-entropy plus half of KL(p || q)."""
     losses = []
     for row in rows:
-        for q, p, token in zip(
-            response_logits(student, row), response_logits(teacher, row), row[1]
-        ):
+        logits = zip(response_logits(student, row), response_logits(teacher, row))
+        for (q, p), token in zip(logits, row[1]):
             losses.append(0.5 * token_cross_entropy(q, token) + 0.5 * token_kl(p, q))
-    return sum(losses) / len(losses)
+    return mean(losses)
 
 
 def token_log_probs(model, row):
@@ -152,7 +148,7 @@ def token_log_probs(model, row):
 
 
 def minillm_returns(log_p, log_q, gamma=0.95, scale=0.5, limit=100.0):
-    """The discounted return of each token of one response, divided by how many tokens are left."""
+    """The discounted return of each token of one response, divided by the number of tokens left."""
     rewards = [min(limit, max(-limit, (a - b) / scale)) for a, b in zip(log_p, log_q)]
     returns = []
     for t in range(len(rewards)):
@@ -164,44 +160,42 @@ def minillm_returns(log_p, log_q, gamma=0.95, scale=0.5, limit=100.0):
 
 
 def minillm_loss(teacher, sampler, student, rows, alpha=0.2, epsilon=0.2):
-    """The policy gradient's surrogate and the single-step KL(q_θ || p), a mean over all tokens of the rows; sampler: the student that sampled them."""
-    log_p, log_q = (
-        [token_log_probs(teacher, row) for row in rows],
-        [token_log_probs(sampler, row) for row in rows],
-    )
-    returns = [minillm_returns(a, b) for a, b in zip(log_p, log_q)]
-    every = [R for of_row in returns for R in of_row]
-    mean = sum(every) / len(every)
-    deviation = math.sqrt(sum((R - mean) ** 2 for R in every) / len(every) + 1e-8)
+    """The policy gradient's surrogate plus the single-step KL(q_θ || p). sampler: the student that
+    sampled the rows."""
+    log_p = [token_log_probs(teacher, row) for row in rows]
+    log_q = [token_log_probs(sampler, row) for row in rows]
+    returns = [minillm_returns(*pair) for pair in zip(log_p, log_q)]
+    all_returns = [R for of_row in returns for R in of_row]
+    center = mean(all_returns)
+    std = math.sqrt(mean([(R - center) ** 2 for R in all_returns]) + 1e-8)
     losses = []
-    for row, a, b, of_row in zip(rows, log_p, log_q, returns):
-        for z, z_p, token, lp, lq, R in zip(
-            response_logits(student, row), response_logits(teacher, row), row[1], a, b, of_row
-        ):
-            q, p, A = math.exp(lq), math.exp(lp), (R - mean) / deviation
-            rho = q / ((1 - alpha) * q + alpha * p) * math.exp(log_softmax(z)[token]) / q
-            losses.append(
-                -min(rho * A, min(1 + epsilon, max(1 - epsilon, rho)) * A) + token_kl(z, z_p)
-            )
-    return sum(losses) / len(losses)
+    for row, *of_row in zip(rows, log_p, log_q, returns):
+        logits = response_logits(student, row), response_logits(teacher, row)
+        for z, z_p, token, lp, lq, R in zip(*logits, row[1], *of_row):
+            q_theta, q, p = math.exp(log_softmax(z)[token]), math.exp(lq), math.exp(lp)
+            w = q / ((1 - alpha) * q + alpha * p)
+            rho, A = w * q_theta / q, (R - center) / std
+            clipped = min(1 + epsilon, max(1 - epsilon, rho))
+            losses.append(-min(rho * A, clipped * A) + token_kl(z, z_p))
+    return mean(losses)
 
 
-# ---- gradients and updates ----------------------------------------------------------------------------------------------------
+# --- Gradients and updates ---
 
 
 def central_difference(function, array, index, h=1e-5):
-    """The derivative of function() with respect to array[index], which is put back afterwards."""
-    kept = array[index]
-    array[index] = kept + h
+    """The derivative of function() with respect to array[index], which is restored."""
+    value = array[index]
+    array[index] = value + h
     above = function()
-    array[index] = kept - h
+    array[index] = value - h
     below = function()
-    array[index] = kept
+    array[index] = value
     return (above - below) / (2 * h)
 
 
 def clipped(gradients, norm=1.0):
-    """Gradients, scaled together so that their common norm is at most `norm`."""
+    """Gradients, scaled so that their joint norm is at most `norm`."""
     total = math.sqrt(sum((g**2).sum() for g in gradients))
     return [g * min(1.0, norm / total) for g in gradients]
 
@@ -212,9 +206,6 @@ def adamw(w, gradients, lr, decay, beta_1=0.9, beta_2=0.999, epsilon=1e-8):
     for t, g in enumerate(gradients, start=1):
         m = beta_1 * m + (1 - beta_1) * g
         v = beta_2 * v + (1 - beta_2) * g**2
-        w = (
-            w
-            - lr * decay * w
-            - lr * (m / (1 - beta_1**t)) / (np.sqrt(v / (1 - beta_2**t)) + epsilon)
-        )
+        update = (m / (1 - beta_1**t)) / (np.sqrt(v / (1 - beta_2**t)) + epsilon)
+        w = w - lr * decay * w - lr * update
     return w

@@ -1,57 +1,57 @@
-"""Algorithm 1 and the step functions around it, against the NumPy computation in reference.py: gradients, who gets them and when,
-what a window is averaged over, one and two ranks, dropout, and the student's own samples.
+"""Algorithm 1 and the other methods' steps against the NumPy computation in reference.py.
 
-Models are tiny and in float64, and so are the losses here (they round to float32 otherwise), so that a wrong formula can't hide
-behind rounding. Responses are given, but where sampling itself is tested.
+Covered are gradients, what gets them and when, the average over the global batch, one and two
+ranks, dropout, and the student's own samples. Models are tiny. Models and losses are in float64, so
+that rounding can't hide a wrong formula. Responses are given, except where sampling is tested.
 """
 
 import functools
 import math
-import os
-import socket
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import reference
 import torch
-from helpers import ROOT, run_command, stored_weights, tiny_model
+from helpers import fork_ranks, stored_weights, tiny_model, wait_for
 from torch.nn.parallel import DistributedDataParallel
 
 import train
 from data import dist
+from data.optim import adamw, clip_and_step, set_learning_rate
+from data.paper import PROMPT
 from data.rows import Example
+from data.validation import validation_loss
 from model import TRANSPOSED, Config
 from prompt import freeze
 
-V, END, T = 29, 28, 10  # vocabulary, end-of-text, optimizer steps
+V, EOS, T = 29, 28, 10  # vocabulary, end-of-text, optimizer steps
 STUDENT = Config(n_layer=1, n_embd=16, n_head=2, vocab_size=V, n_positions=64, dropout=0.0)
 TEACHER = Config(n_layer=2, n_embd=24, n_head=3, vocab_size=V, n_positions=64, dropout=0.0)
-PROMPT = 0.4 * np.random.default_rng(1).standard_normal((3, TEACHER.n_embd))
+P = 0.4 * np.random.default_rng(1).standard_normal((3, TEACHER.n_embd))
 RESPONSE_LENGTHS = (1, 3, 0, 12, 2, 7, 1, 5)
 
 
 def make_examples(response_lengths, seed=2):
-    """Rows of which the lengths differ, with 0 (what batches are padded with) and end-of-text among their tokens."""
+    """Examples with requests of different lengths. Every second response ends with end-of-text, the
+    others with 0, which batches are padded with."""
     rng = np.random.default_rng(seed)
     examples = []
     for index, length in enumerate(response_lengths):
-        request, response = (
-            rng.integers(0, V, rng.integers(2, 7)).tolist(),
-            rng.integers(0, V, length).tolist(),
-        )
-        if length and index % 2 == 0:
-            response[-1] = END
-        elif length:
-            response[-1] = 0
+        request = rng.integers(0, V, rng.integers(2, 7)).tolist()
+        response = rng.integers(0, V, length).tolist()
+        if length:
+            response[-1] = EOS if index % 2 == 0 else 0
         examples.append(Example(100 + index, request, response))
     return examples
 
 
 EXAMPLES = make_examples(RESPONSE_LENGTHS)
+SAMPLED = make_examples((4, 3, 1, 12, 2, 7, 1, 5), seed=8)  # MiniLLM samples at least one token
+LM_BLOCKS = make_examples((6,) * 5, seed=6)  # MiniLLM's plain text
+REQUESTS = [Example(e.index, e.request, []) for e in make_examples([0] * 32, seed=5)]
+STEPS = {name: train.METHODS[name].step for name in ("sft", "kd", "minillm", "gkd", "promptkd")}
 
 
 def rows_of(examples):
@@ -61,48 +61,41 @@ def rows_of(examples):
 def make_run(
     dtype=torch.float64, dropout=0.0, teacher_dropout=0.0, micro_batch_size=3, lr=1e-2, **settings
 ):
-    """A Run of tiny models. The prompt's learning rate is ten times the student's, so that a stale prompt shows."""
+    """A Run of tiny models. The prompt's learning rate is ten times the student's, so that a stale
+    prompt is noticed."""
+    values = {"student": "tiny", "data": "none", "global_batch_size": 8, "lr": lr, "epochs": 1}
+    values |= {"schedule": "constant", "max_new_tokens": 16, **PROMPT, **settings}
+    s = train.Settings("promptkd", **values)
     student = tiny_model(replace(STUDENT, dropout=dropout)).to(dtype)
     teacher = freeze(tiny_model(replace(TEACHER, dropout=teacher_dropout)).train().to(dtype))
-    P = torch.tensor(PROMPT, dtype=dtype, requires_grad=True)
-    values = {
-        "method": "promptkd",
-        "student": "tiny",
-        "data": "none",
-        "global_batch_size": 8,
-        "lr": lr,
-        "epochs": 1,
-        "schedule": "constant",
-        "max_new_tokens": 16,
-    }
-    s = train.Settings(**{**values, **train.PROMPT, **settings})
+    prompt = torch.tensor(P, dtype=dtype, requires_grad=True)
     run = train.Run(
         settings=s,
         total_steps=T,
         global_batch_size=s.global_batch_size,
         micro_batch_size=micro_batch_size,
         device=torch.device("cpu"),
-        tokenizer=SimpleNamespace(eot_token=END),
+        tokenizer=SimpleNamespace(eot_token=EOS),
         student=student,
         ddp_student=student,
-        optimizer=train.adamw(student.parameters(), s),
+        optimizer=adamw(student.parameters(), s),
         teacher=teacher,
-        P=P,
-        prompt_optimizer=train.adamw([P], s),
-        clock={"since": 0.0},
-        text=TEXT,
+        P=prompt,
+        prompt_optimizer=adamw([prompt], s),
+        lm_blocks=LM_BLOCKS,
     )
     if torch.distributed.is_initialized():
         run.ddp_student = DistributedDataParallel(student)
-    train.set_learning_rate(run.optimizer, lr)
-    train.set_learning_rate(run.prompt_optimizer, 10 * lr)
+    set_learning_rate(run.optimizer, lr)
+    set_learning_rate(run.prompt_optimizer, 10 * lr)
     return run
 
 
 def keep_float64(patch):
-    patch.setattr(
-        torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else x.to(torch.float32)
-    )
+    def to_float(x):
+        return x if x.dtype == torch.float64 else x.to(torch.float32)
+
+    patch.setattr(torch.Tensor, "float", to_float)
 
 
 @pytest.fixture
@@ -111,55 +104,54 @@ def in_float64(monkeypatch):
 
 
 def state_of(run):
-    """Copies of all that a step could change: {"student": {name: tensor}, "teacher": {...}, "P": tensor}."""
-    copies = {
-        who: {name: w.detach().clone() for name, w in model.named_parameters()}
-        for who, model in (("student", run.student), ("teacher", run.teacher))
+    """Copies of all that a step could change: {"student": {name: tensor}, "teacher": ..., "P"}."""
+    models = {"student": run.student, "teacher": run.teacher}
+    state = {
+        name: {n: w.detach().clone() for n, w in model.named_parameters()}
+        for name, model in models.items()
     }
-    return copies | {"P": run.P.detach().clone()}
+    return state | {"P": run.P.detach().clone()}
 
 
 def same_bits(a, b):
-    return (
-        torch.equal(a, b)
-        if isinstance(a, torch.Tensor)
-        else all(torch.equal(a[name], b[name]) for name in a)
-    )
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def do_step(patch, run, examples=EXAMPLES, t=0, step=None, rollout=True):
-    """One step on examples whose responses are given. Returns its values, and for each update, in order, whose it was, the
-    gradients that it was given, and the state before and after."""
-    updates, update = [], train.clip_and_step
+def take_step(patch, run, examples=EXAMPLES, t=0, step=train.promptkd_step, sample=False):
+    """One step, on the examples' own responses unless `sample`.
 
-    def recording_update(optimizer):
-        record = SimpleNamespace(
-            of="prompt" if optimizer is run.prompt_optimizer else "student",
+    Returns its metrics, and for each update in order which one it was, the gradients that it was
+    given, and the state before and after.
+    """
+    updates = []
+
+    def recording_step(optimizer):
+        gradients = {n: w.grad for n, w in run.student.named_parameters() if w.grad is not None}
+        update = SimpleNamespace(
+            name="prompt" if optimizer is run.prompt_optimizer else "student",
             P_grad=None if run.P.grad is None else run.P.grad.clone(),
-            grads={
-                name: w.grad.clone()
-                for name, w in run.student.named_parameters()
-                if w.grad is not None
-            },
-            teacher_grads=[
-                name for name, w in run.teacher.named_parameters() if w.grad is not None
-            ],
+            grads={name: gradient.clone() for name, gradient in gradients.items()},
+            teacher_grads=[n for n, w in run.teacher.named_parameters() if w.grad is not None],
             before=state_of(run),
         )
-        record.norm = update(optimizer)
-        record.after = state_of(run)
-        updates.append(record)
-        return record.norm
+        norm = clip_and_step(optimizer)
+        update.after = state_of(run)
+        updates.append(update)
+        return norm
 
-    patch.setattr(train, "clip_and_step", recording_update)
-    if rollout:
-        patch.setattr(train, "rollout", lambda run, examples, t, teacher_mix=None: examples)
-    values = (step or train.promptkd_step)(run, examples, t)
-    patch.setattr(train, "clip_and_step", update)
-    return {name: float(value) for name, value in values.items()}, updates
+    def given_responses(run, examples, t, teacher_mix=None):
+        return examples
+
+    patch.setattr(train, "clip_and_step", recording_step)
+    if not sample:
+        patch.setattr(train, "rollout", given_responses)
+    metrics = step(run, examples, t)
+    return {name: float(value) for name, value in metrics.items()}, updates
 
 
-# ---- the reference's side ---------------------------------------------------------------------------------------------------------
+# ---- the reference -------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -167,386 +159,355 @@ def arrays(config):
     return reference.as_arrays(stored_weights(config))
 
 
-def numpy_losses(run, examples, t, student=None, P=PROMPT):
-    s = run.settings
-    teacher, student = (
-        (arrays(TEACHER), TEACHER.n_head),
-        (student or arrays(STUDENT), STUDENT.n_head),
-    )
+TEACHER_ARRAYS = (arrays(TEACHER), TEACHER.n_head)
+
+
+def student_arrays(weights=None):
+    return (weights or arrays(STUDENT), STUDENT.n_head)
+
+
+def equation_losses(run, t, weights=None, prompt=P):
+    """Equations 1 to 4 on EXAMPLES."""
+    s, lam = run.settings, 1 - t / T
+    variant = (lam, s.reg_weight, s.prompt_kl, s.reg_kl)
+    rows = rows_of(EXAMPLES)
     return reference.promptkd_losses(
-        teacher, student, P, rows_of(examples), 1 - t / T, s.reg_weight, s.prompt_kl, s.reg_kl
+        TEACHER_ARRAYS, student_arrays(weights), prompt, rows, *variant
     )
 
 
-def some_entries(weights):
-    """Two entries of each weight tensor, and two of the embeddings of padding and end-of-text."""
+def central_difference(loss_fn, arrays, directions, h=1e-5):
+    """The derivative of loss_fn() when every array moves along its direction."""
+    values = []
+    for step in (h, -2 * h, h):
+        for name, direction in directions.items():
+            arrays[name] += step * direction
+        values.append(loss_fn())
+    return (values[0] - values[1]) / (2 * h)
+
+
+def check_student_gradients(grads, loss_fn, weights=None, rel=1e-6):
+    """Compare gradients with finite differences: along a random direction in all the weights, in
+    each kind of weight, and in the embeddings of padding, end-of-text and two positions.
+
+    loss_fn: student weights, as arrays -> the loss in NumPy.
+    """
+    weights = {name: w.copy() for name, w in (weights or arrays(STUDENT)).items()}
+    stored = {n: (g.T if n.endswith(TRANSPOSED) else g).numpy() for n, g in grads.items()}
+    assert set(stored) == set(weights)
     rng = np.random.default_rng(3)
-    entries = [
-        (name, tuple(int(rng.integers(n)) for n in w.shape))
-        for name, w in weights.items()
-        if name != "wpe.weight"
-        for _ in range(2)
-    ]
-    return entries + [
-        ("wte.weight", (0, 3)),
-        ("wte.weight", (END, 5)),
-        ("wpe.weight", (0, 2)),
-        ("wpe.weight", (5, 7)),
-    ]
+    kinds = {"all": "", "attention": ".attn.", "MLP": ".mlp.", "LayerNorm": "ln_", "wte": "wte"}
+    for kind, part in kinds.items():
+        names = [name for name in weights if part in name]
+        directions = {name: rng.standard_normal(weights[name].shape) for name in names}
+        expected = central_difference(lambda: loss_fn(weights), weights, directions)
+        got = sum((stored[name] * direction).sum() for name, direction in directions.items())
+        assert got == pytest.approx(expected, abs=1e-7, rel=rel), kind
+    special = [("wte.weight", (0, 3)), ("wte.weight", (EOS, 5))]
+    for name, index in [*special, ("wpe.weight", (0, 2)), ("wpe.weight", (5, 7))]:
+        expected = reference.central_difference(lambda: loss_fn(weights), weights[name], index)
+        assert stored[name][index] == pytest.approx(expected, abs=1e-8, rel=rel), (name, index)
 
 
-def check_student_gradients(grads, loss_fn):
-    """grads: of torch, by name. loss_of: student weights as arrays -> the loss in NumPy."""
-    weights = arrays(STUDENT)
-    assert set(grads) == set(weights)
-    for name, index in some_entries(weights):
-        wanted = reference.central_difference(lambda: loss_fn(weights), weights[name], index)
-        grad = (
-            grads[name].T if name.endswith("weight") and ".c_" in name else grads[name]
-        )  # stored as in x out
-        assert grad[index].item() == pytest.approx(wanted, abs=1e-8, rel=1e-6), (name, index)
-
-
-# ---- the model that everything here stands on ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("config, prompt", [(STUDENT, None), (TEACHER, None), (TEACHER, PROMPT)])
+@pytest.mark.parametrize("config, prompt", [(STUDENT, None), (TEACHER, None), (TEACHER, P)])
 def test_reference_and_model_give_the_same_logits(config, prompt):
-    model, ids = tiny_model(config).double(), [3, 0, END, 7, 7, 12, 1]
-    hidden = model(torch.tensor([ids]), prefix=None if prompt is None else torch.tensor(prompt))
-    logits = model.logits(hidden)[0, 0 if prompt is None else len(prompt) :]
-    wanted = reference.gpt2_logits(arrays(config), config.n_head, ids, prompt)
-    np.testing.assert_allclose(logits.detach().numpy(), wanted, atol=1e-10)
-    assert wanted.std() > 0.3  # the test's weights are no flat model
+    model, ids = tiny_model(config).double(), [3, 0, EOS, 7, 7, 12, 1]
+    prefix = None if prompt is None else torch.tensor(prompt)
+    n_prompt = 0 if prompt is None else len(prompt)
+    logits = model.logits(model(torch.tensor([ids]), prefix=prefix))[0, n_prompt:]
+    expected = reference.gpt2_logits(arrays(config), config.n_head, ids, prompt)
+    np.testing.assert_allclose(logits.detach().numpy(), expected, atol=1e-10)
+    assert expected.std() > 0.3  # a flat distribution would hide errors
 
 
-# ---- losses and gradients of Algorithm 1 ------------------------------------------------------------------------------------------
+# ---- losses and gradients of Algorithm 1 ---------------------------------------------------------
 
-VARIANTS = [
-    {},
-    {"prompt_kl": "reverse", "reg_kl": "forward"},
-    {"prompt_kl": "forward", "reg_kl": "reverse"},
-    {"prompt_kl": "forward", "reg_kl": "forward"},
-    {"reg_weight": 0.0},
-    {"reg_weight": 2.5},
-]
+VARIANTS = {
+    "paper": {},
+    "forward L_reg": {"prompt_kl": "reverse", "reg_kl": "forward"},
+    "forward L_kd": {"prompt_kl": "forward", "reg_kl": "reverse"},
+    "both forward": {"prompt_kl": "forward", "reg_kl": "forward"},
+    "reg 0": {"reg_weight": 0.0},
+    "reg 2.5": {"reg_weight": 2.5},
+}
 
 
 @pytest.mark.parametrize("t", [0, 4, T - 1])
-@pytest.mark.parametrize(
-    "variant",
-    VARIANTS,
-    ids=lambda v: " ".join(f"{name}={value}" for name, value in v.items()) or "paper",
-)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_prompt_gradient_is_that_of_equation_3(monkeypatch, in_float64, variant, t):
-    run = make_run(**variant)
-    _, (prompt, _) = do_step(monkeypatch, run, t=t)
-    P = PROMPT.copy()
-    for index in [(0, 0), (1, 13), (2, 23)]:
-        wanted = reference.central_difference(
-            lambda: numpy_losses(run, EXAMPLES, t, P=P)["L_P"], P, index
-        )
-        assert prompt.P_grad[index].item() == pytest.approx(wanted, abs=1e-8, rel=1e-6)
-    assert prompt.P_grad.abs().max() > 0.01
+    run = make_run(**VARIANTS[variant])
+    _, (update, _) = take_step(monkeypatch, run, t=t)
+    prompt = {"P": P.copy()}
+
+    def loss_fn():
+        return equation_losses(run, t, prompt=prompt["P"])["L_P"]
+
+    direction = np.random.default_rng(4).standard_normal(P.shape)
+    expected = central_difference(loss_fn, prompt, {"P": direction})
+    got = (update.P_grad.numpy() * direction).sum()
+    assert got == pytest.approx(expected, abs=1e-8, rel=1e-6)
+    expected = reference.central_difference(loss_fn, prompt["P"], (1, 13))
+    assert update.P_grad[1, 13].item() == pytest.approx(expected, abs=1e-8, rel=1e-6)
+    assert update.P_grad.abs().max() > 0.01
 
 
-@pytest.mark.parametrize(
-    "variant", [{}, {"prompt_kl": "forward", "reg_kl": "forward"}, {"reg_weight": 0.0}]
-)
-def test_student_gradient_is_that_of_equation_4_behind_the_prompt_just_updated(
+@pytest.mark.parametrize("variant", ["paper", "both forward", "reg 0"])
+def test_student_gradient_is_that_of_equation_4_with_the_updated_prompt(
     monkeypatch, in_float64, variant
 ):
-    """Table 5's directions are the prompt's alone: the student's loss is the same reverse KL in all of them."""
-    run = make_run(**variant)
-    _, (prompt, student) = do_step(monkeypatch, run, t=3)
-    updated = prompt.after["P"].numpy()
-    check_student_gradients(
-        student.grads, lambda weights: numpy_losses(run, EXAMPLES, 3, weights, updated)["L_theta"]
-    )
+    """Table 5 changes the directions of the prompt's losses. The student's is always reverse KL."""
+    run = make_run(**VARIANTS[variant])
+    _, (prompt, student) = take_step(monkeypatch, run, t=3)
 
-    # A stale prompt would have shown: its gradient is another one.
-    weights = arrays(STUDENT)
-    stale = reference.central_difference(
-        lambda: numpy_losses(run, EXAMPLES, 3, weights, PROMPT)["L_theta"], weights["ln_f.bias"], 0
-    )
+    def loss_fn(weights, prompt):
+        return equation_losses(run, 3, weights, prompt)["L_theta"]
+
+    updated = prompt.after["P"].numpy()
+    check_student_gradients(student.grads, lambda weights: loss_fn(weights, updated))
+
+    # The check would have noticed a stale prompt.
+    weights = {name: w.copy() for name, w in arrays(STUDENT).items()}
+    bias = weights["ln_f.bias"]
+    stale = reference.central_difference(lambda: loss_fn(weights, P), bias, 0)
     assert abs(stale - student.grads["ln_f.bias"][0].item()) > 1e-4
 
 
 @pytest.mark.parametrize(
-    "t, variant", [(0, {}), (7, {}), (2, {"reg_kl": "forward"}), (2, {"reg_weight": 0.0})]
+    "t, variant", [(0, "paper"), (7, "paper"), (2, "forward L_reg"), (2, "reg 0")]
 )
 def test_step_reports_the_losses_of_the_four_equations(monkeypatch, in_float64, t, variant):
-    run = make_run(**variant)
-    values, (prompt, _) = do_step(monkeypatch, run, t=t)
-    wanted = numpy_losses(run, EXAMPLES, t)
-    behind_updated = numpy_losses(run, EXAMPLES, t, P=prompt.after["P"].numpy())
-    drift = numpy_losses(make_run(), EXAMPLES, t)[
-        "L_reg"
-    ]  # KL(prompted || bare) whatever the direction trained on
-    got = {
-        name: values[name]
-        for name in ("prompt_kd", "prompt_reg", "prompt_loss", "loss", "kl_prompted_bare")
+    run = make_run(**VARIANTS[variant])
+    metrics, (prompt, _) = take_step(monkeypatch, run, t=t)
+    before = equation_losses(run, t)
+    expected = {
+        "prompt_kd": before["L_kd"],
+        "prompt_reg": before["L_reg"],
+        "prompt_loss": before["L_P"],
+        "loss": equation_losses(run, t, prompt=prompt.after["P"].numpy())["L_theta"],
+        # KL(prompted || bare), whichever direction is trained on
+        "kl_prompted_bare": equation_losses(make_run(), t)["L_reg"],
+        "response_tokens": sum(RESPONSE_LENGTHS),
     }
-    assert got == pytest.approx(
-        dict(
-            zip(
-                got,
-                (wanted["L_kd"], wanted["L_reg"], wanted["L_P"], behind_updated["L_theta"], drift),
-            )
-        ),
-        rel=1e-5,
-    )
-    assert values["response_tokens"] == sum(RESPONSE_LENGTHS)
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5)
 
 
-def test_lambda_starts_at_exactly_1_and_falls_evenly_to_one_step_above_0(monkeypatch):
-    lambdas = [do_step(monkeypatch, make_run(), t=t)[0]["lambda"] for t in range(T)]
+def test_lambda_starts_at_exactly_1_and_falls_linearly_to_one_step_above_0(monkeypatch):
+    lambdas = [take_step(monkeypatch, make_run(), t=t)[0]["lambda"] for t in range(T)]
     assert lambdas[0] == 1.0
     assert lambdas == pytest.approx([1 - t / T for t in range(T)])
     assert lambdas[-1] == pytest.approx(1 / T)
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 3])
-def test_sft_loss_and_gradient_are_the_mean_cross_entropy_over_all_response_tokens(
-    monkeypatch, in_float64, micro_batch_size
+# ---- the other methods ---------------------------------------------------------------------------
+
+
+def sft_loss(weights, rows):
+    return reference.sft_loss(student_arrays(weights), rows)
+
+
+def kd_loss(weights, rows):
+    """Half the cross-entropy, half the forward KL."""
+    return reference.kd_loss(TEACHER_ARRAYS, student_arrays(weights), rows)
+
+
+def gkd_loss(weights, rows):
+    """The reverse KL to the teacher without a prompt."""
+    return reference.gkd_loss(TEACHER_ARRAYS, student_arrays(weights), rows)
+
+
+@pytest.mark.parametrize(
+    "method, loss_fn, micro_batch_size",
+    [("sft", sft_loss, 1), ("sft", sft_loss, 3), ("kd", kd_loss, 3), ("gkd", gkd_loss, 3)],
+)
+def test_loss_and_gradient_are_the_mean_over_all_response_tokens(
+    monkeypatch, in_float64, method, loss_fn, micro_batch_size
 ):
-    run = make_run(micro_batch_size=micro_batch_size)
-    values, (student,) = do_step(monkeypatch, run, step=train.sft_step)
-    n_head, rows = STUDENT.n_head, rows_of(EXAMPLES)
-    assert values["loss"] == pytest.approx(
-        reference.sft_loss((arrays(STUDENT), n_head), rows), rel=1e-6
-    )
-    check_student_gradients(
-        student.grads, lambda weights: reference.sft_loss((weights, n_head), rows)
-    )
+    run, rows = make_run(micro_batch_size=micro_batch_size), rows_of(EXAMPLES)
+    metrics, (student,) = take_step(monkeypatch, run, step=STEPS[method])
+    assert metrics["loss"] == pytest.approx(loss_fn(arrays(STUDENT), rows), rel=1e-6)
+    check_student_gradients(student.grads, lambda weights: loss_fn(weights, rows))
+    assert student.P_grad is None
 
 
-def test_kd_is_half_cross_entropy_and_half_forward_kl(monkeypatch, in_float64):
-    values, (student,) = do_step(monkeypatch, make_run(), step=train.kd_step)
-    teacher, rows = (arrays(TEACHER), TEACHER.n_head), rows_of(EXAMPLES)
-    loss_fn = lambda weights: reference.kd_loss(teacher, (weights, STUDENT.n_head), rows)  # noqa: E731
-    assert values["loss"] == pytest.approx(loss_fn(arrays(STUDENT)), rel=1e-6)
-    check_student_gradients(student.grads, loss_fn)
-    assert student.P_grad is None and train.STEPS["seqkd"] is train.STEPS["kd"]
-
-
-def test_gkd_is_reverse_kl_to_the_bare_teacher(monkeypatch, in_float64):
-    values, (student,) = do_step(monkeypatch, make_run(), step=train.gkd_step)
-    teacher, rows = (arrays(TEACHER), TEACHER.n_head), rows_of(EXAMPLES)
-    loss_fn = lambda weights: reference.gkd_loss(teacher, (weights, STUDENT.n_head), rows)  # noqa: E731
-    assert values["loss"] == pytest.approx(loss_fn(arrays(STUDENT)), rel=1e-6)
-    check_student_gradients(student.grads, loss_fn)
-
-
-# ---- MiniLLM ------------------------------------------------------------------------------------------------------------------------
+def test_seqkd_and_pretrain_share_the_steps_of_kd_and_sft():
+    methods = train.METHODS
+    assert methods["seqkd"].step is methods["kd"].step
+    assert methods["pretrain"].step is methods["sft"].step
 
 
 def minillm_run(**settings):
-    """A run of four rows an optimizer step, two inner epochs over rollouts of eight rows."""
+    """A run of four rows per optimizer step, and two inner epochs over rollouts of eight rows."""
     run = make_run(global_batch_size=4, **settings)
-    run.rollout_steps, run.text = 4, None
+    run.rollout_steps, run.lm_blocks = 4, None
     return run
-
-
-SAMPLED = make_examples((4, 3, 1, 12, 2, 7, 1, 5), seed=8)
 
 
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_minillm_gradient_is_that_of_the_reference_with_the_q_that_sampled(
     monkeypatch, in_float64, steps_before
 ):
-    """steps_before: optimizer steps since the rollout, after which q_θ is another one than the q that sampled it."""
-    run = minillm_run()
+    """steps_before: optimizer steps since the rollout, so that q_θ is not the q that sampled it."""
+    run, rows = minillm_run(), rows_of(SAMPLED)
     for t in range(steps_before):
-        do_step(monkeypatch, run, SAMPLED, t, train.minillm_step)
-    run.global_batch_size = 8  # all rows, whose order no longer matters
-    weights = reference.as_arrays(
-        {
-            name: w.T if name.endswith(TRANSPOSED) else w
-            for name, w in run.student.state_dict().items()
-        }
-    )
+        take_step(monkeypatch, run, SAMPLED, t, train.minillm_step)
+    run.global_batch_size = 8  # all rows, so that their order does not matter
+    weights = {
+        name: w.T if name.endswith(TRANSPOSED) else w
+        for name, w in run.student.state_dict().items()
+    }
+    weights = reference.as_arrays(weights)
     if steps_before:
-        run.rollout_steps = 8  # still the same rollout
-    values, (student,) = do_step(monkeypatch, run, SAMPLED, steps_before, train.minillm_step)
-    teacher, sampler, rows = (
-        (arrays(TEACHER), TEACHER.n_head),
-        (arrays(STUDENT), STUDENT.n_head),
-        rows_of(SAMPLED),
-    )
+        run.rollout_steps = 8  # the same rollout still
+    metrics, (student,) = take_step(monkeypatch, run, SAMPLED, steps_before, train.minillm_step)
 
-    def loss_fn(weights):
-        return reference.minillm_loss(teacher, sampler, (weights, STUDENT.n_head), rows)
+    def loss_fn(weights, sampler=None):
+        models = (TEACHER_ARRAYS, student_arrays(sampler), student_arrays(weights))
+        return reference.minillm_loss(*models, rows)
 
-    assert values["loss"] == pytest.approx(loss_fn(weights), rel=1e-6)
-    for name, index in some_entries(weights):
-        wanted = reference.central_difference(lambda: loss_fn(weights), weights[name], index)
-        grad = student.grads[name].T if name.endswith(TRANSPOSED) else student.grads[name]
-        assert grad[index].item() == pytest.approx(wanted, abs=1e-8, rel=1e-5), (name, index)
+    assert metrics["loss"] == pytest.approx(loss_fn(weights), rel=1e-6)
+    check_student_gradients(student.grads, loss_fn, weights, rel=1e-5)
     if steps_before:
-        assert (
-            abs(
-                values["loss"]
-                - reference.minillm_loss(
-                    teacher, (weights, STUDENT.n_head), (weights, STUDENT.n_head), rows
-                )
-            )
-            > 1e-3
-        )
+        assert abs(metrics["loss"] - loss_fn(weights, sampler=weights)) > 1e-3
 
 
-def test_minillm_samples_once_a_rollout_and_each_inner_epoch_takes_every_row_once_in_its_own_order(
+def test_minillm_samples_once_per_rollout_and_each_inner_epoch_has_every_row_in_an_order_of_its_own(
     monkeypatch,
 ):
     run, sampled, seen = minillm_run(dtype=torch.float32), [], []
-    monkeypatch.setattr(
-        train,
-        "rollout",
-        lambda run, examples, t, teacher_mix: sampled.append((t, teacher_mix)) or examples,
-    )
-    window = train.split_global_batch
-    monkeypatch.setattr(
-        train,
-        "split_global_batch",
-        lambda run, rows: seen.append([e.index for e in rows]) or window(run, rows),
-    )
+    split_global_batch = train.split_global_batch
+
+    def recording_rollout(run, examples, t, teacher_mix):
+        sampled.append((t, teacher_mix))
+        return examples
+
+    def recording_split(run, rows):
+        seen.append([e.index for e in rows])
+        return split_global_batch(run, rows)
+
+    monkeypatch.setattr(train, "rollout", recording_rollout)
+    monkeypatch.setattr(train, "split_global_batch", recording_split)
     for t in range(8):
-        do_step(monkeypatch, run, SAMPLED, t, train.minillm_step, rollout=False)
+        take_step(monkeypatch, run, SAMPLED, t, train.minillm_step, sample=True)
     assert sampled == [(0, (run.teacher, 0.2)), (4, (run.teacher, 0.2))]
     epochs = [seen[i] + seen[i + 1] for i in range(0, 8, 2)]
     assert all(sorted(epoch) == sorted(e.index for e in SAMPLED) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-def test_minillms_plain_text_adds_kds_loss_on_it(monkeypatch, in_float64):
-    run, plain = minillm_run(), minillm_run()
-    run.text = TEXT
-    for r in (run, plain):
-        r.global_batch_size, r.rollout_steps = 8, 1
-    values, (with_text,) = do_step(monkeypatch, run, SAMPLED, 0, train.minillm_step)
-    alone, (without,) = do_step(monkeypatch, plain, SAMPLED, 0, train.minillm_step)
-    teacher, rows = (arrays(TEACHER), TEACHER.n_head), rows_of([TEXT[i % 5] for i in range(8)])
-
-    def loss_fn(weights):
-        return reference.kd_loss(teacher, (weights, STUDENT.n_head), rows)
-
-    assert values["loss"] == pytest.approx(alone["loss"], rel=1e-9) and "lm_loss" not in alone
-    assert values["lm_loss"] == pytest.approx(loss_fn(arrays(STUDENT)), rel=1e-6)
-    check_student_gradients(
-        {name: g - without.grads[name] for name, g in with_text.grads.items()}, loss_fn
-    )
+def test_minillms_plain_text_adds_the_loss_of_kd_on_it(monkeypatch, in_float64):
+    results = []
+    for blocks in (LM_BLOCKS, None):
+        run = minillm_run()
+        run.global_batch_size, run.rollout_steps, run.lm_blocks = 8, 1, blocks
+        results.append(take_step(monkeypatch, run, SAMPLED, 0, train.minillm_step))
+    (with_text, (update,)), (without_text, (update_without,)) = results
+    rows = rows_of([LM_BLOCKS[i % 5] for i in range(8)])
+    assert with_text["loss"] == pytest.approx(without_text["loss"], rel=1e-9)
+    assert with_text["lm_loss"] == pytest.approx(kd_loss(arrays(STUDENT), rows), rel=1e-6)
+    assert "lm_loss" not in without_text
+    added = {name: g - update_without.grads[name] for name, g in update.grads.items()}
+    check_student_gradients(added, lambda weights: kd_loss(weights, rows))
 
 
-# ---- who is changed, and when -------------------------------------------------------------------------------------------------------
+# ---- what is changed, and when -------------------------------------------------------------------
 
 
-def test_prompt_step_changes_the_prompt_alone_and_student_step_the_student_alone(monkeypatch):
+def test_prompt_update_changes_the_prompt_only_and_student_update_the_student_only(monkeypatch):
     run = make_run()
     start = state_of(run)
-    _, (prompt, student) = do_step(monkeypatch, run)
-    assert (prompt.of, student.of) == ("prompt", "student")
-    assert same_bits(prompt.before["P"], start["P"]) and not same_bits(
-        prompt.after["P"], start["P"]
-    )
+    _, (prompt, student) = take_step(monkeypatch, run)
+    assert (prompt.name, student.name) == ("prompt", "student")
+    assert same_bits(prompt.before["P"], start["P"])
+    assert not same_bits(prompt.after["P"], start["P"])
     assert same_bits(prompt.after["student"], start["student"])
     assert same_bits(student.before["student"], start["student"])
     for name, w in student.after["student"].items():
         assert not torch.equal(w, start["student"][name]), name
-    assert same_bits(student.after["P"], prompt.after["P"]) and same_bits(
-        state_of(run)["P"], prompt.after["P"]
-    )
+    assert same_bits(student.after["P"], prompt.after["P"])
+    assert same_bits(state_of(run)["P"], prompt.after["P"])
     assert same_bits(state_of(run)["teacher"], start["teacher"])
 
 
 def test_prompt_phase_leaves_no_gradient_in_the_models_and_student_phase_none_in_the_prompt(
     monkeypatch,
 ):
-    _, (prompt, student) = do_step(monkeypatch, make_run())
-    assert prompt.grads == {} and prompt.teacher_grads == []
+    _, (prompt, student) = take_step(monkeypatch, make_run())
+    assert prompt.grads == {}
+    assert prompt.teacher_grads == []
     assert prompt.P_grad is not None
-    assert student.P_grad is None and student.teacher_grads == []
+    assert student.P_grad is None
+    assert student.teacher_grads == []
 
 
-def test_a_second_step_starts_from_clean_gradients(monkeypatch):
-    """What a run does next equals what a new one does that starts from its weights. Plain SGD, for it has no memory of its own."""
+def test_a_second_step_starts_without_gradients(monkeypatch):
+    """The second step of a run equals the first of a new run with its weights. Both use plain SGD,
+    which has no state of its own."""
 
-    def plain(run):
-        run.optimizer, run.prompt_optimizer = (
-            torch.optim.SGD(run.student.parameters(), lr=0.1),
-            torch.optim.SGD([run.P], lr=0.1),
-        )
+    def make_sgd_run():
+        run = make_run()
+        run.optimizer = torch.optim.SGD(run.student.parameters(), lr=0.1)
+        run.prompt_optimizer = torch.optim.SGD([run.P], lr=0.1)
         return run
 
-    went_on, begun = plain(make_run()), plain(make_run())
-    do_step(monkeypatch, went_on, t=0)
-    state = state_of(went_on)
-    begun.student.load_state_dict(state["student"])
-    begun.P.data.copy_(state["P"])
-    for run in (went_on, begun):
-        do_step(monkeypatch, run, t=1)
-    assert same_bits(state_of(went_on)["P"], state_of(begun)["P"])
-    assert same_bits(state_of(went_on)["student"], state_of(begun)["student"])
-    assert not same_bits(state_of(went_on)["student"], state["student"])
+    old, new = make_sgd_run(), make_sgd_run()
+    take_step(monkeypatch, old, t=0)
+    state = state_of(old)
+    new.student.load_state_dict(state["student"])
+    new.P.data.copy_(state["P"])
+    for run in (old, new):
+        take_step(monkeypatch, run, t=1)
+    assert same_bits(state_of(old)["P"], state_of(new)["P"])
+    assert same_bits(state_of(old)["student"], state_of(new)["student"])
+    assert not same_bits(state_of(old)["student"], state["student"])
 
 
-def test_many_steps_bring_the_student_to_the_teacher_and_never_move_the_teacher(monkeypatch):
+def test_several_steps_bring_the_student_to_the_teacher_and_never_change_the_teacher(monkeypatch):
     run = make_run(dtype=torch.float32)
     start = state_of(run)
-    losses = [do_step(monkeypatch, run, t=t)[0]["loss"] for t in range(T)]
+    losses = [take_step(monkeypatch, run, t=t)[0]["loss"] for t in range(T)]
     assert losses[-1] < 0.6 * losses[0]
     assert same_bits(state_of(run)["teacher"], start["teacher"])
 
 
-# ---- the window, not the micro-batch, is the batch ----------------------------------------------------------------------------------
+# ---- the global batch, not the micro-batch, is the batch -----------------------------------------
 
 
-def gradients_and_result(patch, run, examples, step):
-    """The gradients of every update and the weights after the last, by name."""
+def gradients_and_result(patch, run, examples, method):
+    """The metrics of a step; the gradients of its updates and the weights after it, by name."""
     run.global_batch_size = len(examples) if dist.world_size() == 1 else len(UNEVEN)
-    values, updates = do_step(patch, run, examples, t=3, step=step)
-    tensors = {
-        f"{u.of} d {name}": g
-        for u in updates
-        for name, g in (u.grads if u.of == "student" else {"P": u.P_grad}).items()
-    }
-    tensors |= {f"new {name}": w for name, w in updates[-1].after["student"].items()} | {
-        "new P": updates[-1].after["P"]
-    }
-    return values, tensors
+    metrics, updates = take_step(patch, run, examples, t=3, step=STEPS[method])
+    tensors = {f"new {name}": w for name, w in updates[-1].after["student"].items()}
+    tensors["new P"] = updates[-1].after["P"]
+    for update in updates:
+        grads = update.grads if update.name == "student" else {"P": update.P_grad}
+        tensors |= {f"{update.name} d {name}": g for name, g in grads.items()}
+    return metrics, tensors
 
 
-def check_close(tensors, wanted, tolerance=1e-10):
-    assert set(tensors) == set(wanted)
-    for name in wanted:
-        assert (tensors[name] - wanted[name]).abs().max() < tolerance, name
-
-
-STEPS = {
-    method: step for method, step in train.STEPS.items() if method not in ("pretrain", "seqkd")
-}  # those two are sft's and kd's
-TEXT = make_examples((6,) * 5, seed=6)  # MiniLLM's plain text
+def check_close(tensors, expected, tolerance=1e-10):
+    assert set(tensors) == set(expected)
+    for name in expected:
+        assert (tensors[name] - expected[name]).abs().max() < tolerance, name
 
 
 @pytest.mark.parametrize("method", STEPS)
-@pytest.mark.parametrize("size", [2, 3, 4, 8])
-def test_micro_batches_of_any_size_give_the_gradients_and_the_update_of_one_row_at_a_time(
-    monkeypatch, in_float64, method, size
+def test_micro_batches_of_any_size_give_the_update_of_one_row_at_a_time(
+    monkeypatch, in_float64, method
 ):
-    values, tensors = gradients_and_result(
-        monkeypatch, make_run(micro_batch_size=size), EXAMPLES, STEPS[method]
-    )
-    wanted_values, wanted = gradients_and_result(
-        monkeypatch, make_run(micro_batch_size=1), EXAMPLES, STEPS[method]
-    )
-    check_close(tensors, wanted)
-    assert values == pytest.approx(wanted_values, rel=1e-6)
+    run = make_run(micro_batch_size=1)
+    expected_metrics, expected = gradients_and_result(monkeypatch, run, EXAMPLES, method)
+    for size in (2, 3, 4, 8):
+        run = make_run(micro_batch_size=size)
+        metrics, tensors = gradients_and_result(monkeypatch, run, EXAMPLES, method)
+        check_close(tensors, expected)
+        assert metrics == pytest.approx(expected_metrics, rel=1e-6)
 
 
 @pytest.mark.parametrize("method", STEPS)
-def test_rows_of_another_order_give_the_same_update(monkeypatch, in_float64, method):
-    _, tensors = gradients_and_result(monkeypatch, make_run(), EXAMPLES[::-1], STEPS[method])
-    _, wanted = gradients_and_result(monkeypatch, make_run(), EXAMPLES, STEPS[method])
-    check_close(tensors, wanted)
+def test_the_order_of_rows_does_not_matter(monkeypatch, in_float64, method):
+    _, tensors = gradients_and_result(monkeypatch, make_run(), EXAMPLES[::-1], method)
+    _, expected = gradients_and_result(monkeypatch, make_run(), EXAMPLES, method)
+    check_close(tensors, expected)
 
 
 @pytest.mark.parametrize("method", STEPS)
@@ -556,47 +517,44 @@ def test_a_row_without_a_response_changes_nothing(monkeypatch, in_float64, metho
     results = []
     for examples in (with_responses, EXAMPLES):
         run = make_run()
-        run.text = None  # of which a step takes as many blocks as rows
-        results.append(gradients_and_result(monkeypatch, run, examples, STEPS[method])[1])
+        run.lm_blocks = None  # a step takes as many of them as it has rows
+        results.append(gradients_and_result(monkeypatch, run, examples, method)[1])
     check_close(*results)
 
 
-@pytest.mark.parametrize(
-    "method", [method for method in STEPS if method != "minillm"]
-)  # whose rows are sampled, a token at least
-def test_a_window_without_any_response_token_has_loss_and_gradients_of_zero(monkeypatch, method):
-    values, updates = do_step(
-        monkeypatch, make_run(), [replace(e, response=[]) for e in EXAMPLES], step=STEPS[method]
-    )
-    assert values["loss"] == 0 and all(math.isfinite(value) for value in values.values())
-    for u in updates:
-        grads = [u.P_grad] if u.of == "prompt" else u.grads.values()
+# Not of MiniLLM, which samples at least one token per row
+@pytest.mark.parametrize("method", [method for method in STEPS if method != "minillm"])
+def test_a_global_batch_without_response_tokens_has_loss_and_gradients_of_zero(monkeypatch, method):
+    examples = [replace(e, response=[]) for e in EXAMPLES]
+    metrics, updates = take_step(monkeypatch, make_run(), examples, step=STEPS[method])
+    assert metrics["loss"] == 0
+    assert all(math.isfinite(value) for value in metrics.values())
+    for update in updates:
+        grads = [update.P_grad] if update.name == "prompt" else update.grads.values()
         assert all(grad.abs().max() == 0 for grad in grads)
 
 
-# ---- one and two ranks --------------------------------------------------------------------------------------------------------------
+# ---- one and two ranks ---------------------------------------------------------------------------
 
-# Nine rows over two ranks in micro-batches of four: one rank has two micro-batches, the other one, and far fewer tokens.
+# Nine rows in micro-batches of four. Of two ranks one has two micro-batches, the other has one, and
+# far fewer tokens.
 UNEVEN = make_examples((12, 1, 9, 0, 14, 2, 11, 1, 8), seed=4)
-PLAIN = [Example(e.index, e.request, []) for e in make_examples([0] * 32, seed=5)]
 
 
-def work_of_a_rank(directory):
-    """All that the two-rank test compares, on this rank's share of the rows. Without torchrun, the whole."""
-    mine = slice(dist.rank(), None, dist.world_size())
+def train_on_this_rank(directory):
+    """Everything that the two-rank tests compare, on this rank's rows. One rank has them all."""
     result = {}
     with pytest.MonkeyPatch.context() as patch:
         keep_float64(patch)
-        for method, step in STEPS.items():
-            result[method] = gradients_and_result(
-                patch, make_run(micro_batch_size=4), UNEVEN[mine], step
-            )
+        for method in STEPS:
+            run = make_run(micro_batch_size=4)
+            result[method] = gradients_and_result(patch, run, dist.shard(UNEVEN), method)
         run = make_run(micro_batch_size=4)
         result["validation"] = [
-            train.validation_loss(run, model, UNEVEN, P)
-            for model, P in ((run.student, None), (run.teacher, run.P))
+            validation_loss(run, model, UNEVEN, prompt)
+            for model, prompt in ((run.student, None), (run.teacher, run.P))
         ]
-    responses = train.rollout(make_run(dtype=torch.float32), PLAIN[mine], 5)
+    responses = train.rollout(make_run(dtype=torch.float32), dist.shard(REQUESTS), 5)
     result["rollout"] = sorted((e.index, e.response) for e in dist.all_gather_list(responses))
     torch.save(result, directory / f"{dist.rank()}-of-{dist.world_size()}.pt")
 
@@ -604,48 +562,41 @@ def work_of_a_rank(directory):
 @pytest.fixture(scope="module")
 def two_ranks_and_one(tmp_path_factory):
     directory = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    done = run_command(
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--master_addr=127.0.0.1",
-        f"--master_port={port}",
-        __file__,
-        directory,
-        PYTHONPATH=str(ROOT),
-    )
-    assert done.returncode == 0, done.stderr
-    work_of_a_rank(directory)
-    return [
-        torch.load(directory / file, weights_only=True)
-        for file in ("0-of-2.pt", "1-of-2.pt", "0-of-1.pt")
-    ]
+
+    def on_each_rank():
+        dist.init_process()
+        train_on_this_rank(directory)
+        dist.shutdown()
+
+    ranks = fork_ranks(on_each_rank, 2, directory / "log")
+    train_on_this_rank(directory)
+    assert wait_for(ranks, 120) == [0, 0], (directory / "log0").read_text()
+    names = ("0-of-2.pt", "1-of-2.pt", "0-of-1.pt")
+    return [torch.load(directory / name, weights_only=True) for name in names]
 
 
 @pytest.mark.parametrize("method", STEPS)
 def test_two_ranks_give_the_gradients_losses_and_update_of_one(two_ranks_and_one, method):
     first, second, alone = (result[method] for result in two_ranks_and_one)
-    for values, tensors in (first, second):
+    for metrics, tensors in (first, second):
         check_close(tensors, alone[1])
-        assert values == pytest.approx(alone[0], rel=1e-6)
+        assert metrics == pytest.approx(alone[0], rel=1e-6)
     assert alone[0]["response_tokens"] == 58
 
 
 @pytest.mark.parametrize("method", STEPS)
-def test_both_ranks_hold_the_same_bits_after_a_step(two_ranks_and_one, method):
+def test_both_ranks_have_the_same_weights_bit_for_bit(two_ranks_and_one, method):
     first, second, _ = (result[method][1] for result in two_ranks_and_one)
     for name in first:
         if name.startswith("new"):
             assert torch.equal(first[name], second[name]), name
 
 
-def test_two_ranks_draw_the_responses_of_one(two_ranks_and_one):
+def test_two_ranks_sample_the_responses_of_one(two_ranks_and_one):
     first, second, alone = (result["rollout"] for result in two_ranks_and_one)
     assert first == second == alone
-    assert len(alone) == 32 and len({tuple(response) for _, response in alone}) > 25
+    assert len(alone) == 32
+    assert len({tuple(response) for _, response in alone}) > 25
 
 
 def test_two_ranks_give_the_validation_losses_of_one(two_ranks_and_one):
@@ -653,41 +604,43 @@ def test_two_ranks_give_the_validation_losses_of_one(two_ranks_and_one):
         assert result["validation"] == pytest.approx(two_ranks_and_one[-1]["validation"], rel=1e-12)
 
 
-# ---- dropout ------------------------------------------------------------------------------------------------------------------------
+# ---- dropout -------------------------------------------------------------------------------------
 
 
-def seeded_step(patch, seed, **how):
+def seeded_updates(patch, seed, step=train.promptkd_step, **dropout):
     torch.manual_seed(seed)
-    return do_step(patch, make_run(**how))[1]
+    return take_step(patch, make_run(**dropout), step=step)[1]
 
 
 def test_prompt_phase_has_no_dropout_in_student_or_teacher(monkeypatch):
-    plain = seeded_step(monkeypatch, 0)[0]
+    expected = seeded_updates(monkeypatch, 0)[0]
     for seed in (0, 1):
-        dropped = seeded_step(monkeypatch, seed, dropout=0.5, teacher_dropout=0.5)[0]
-        assert same_bits(dropped.P_grad, plain.P_grad)
+        update = seeded_updates(monkeypatch, seed, dropout=0.5, teacher_dropout=0.5)[0]
+        assert same_bits(update.P_grad, expected.P_grad)
 
 
-def test_student_phase_has_dropout_in_the_student_that_hangs_on_the_seed(monkeypatch):
-    plain, first, again, other = (
-        seeded_step(monkeypatch, seed, dropout=dropout)[1].grads
-        for seed, dropout in ((0, 0.0), (0, 0.5), (0, 0.5), (1, 0.5))
+def test_student_phase_has_dropout_in_the_student_from_the_seed(monkeypatch):
+    without = seeded_updates(monkeypatch, 0)[1].grads
+    first, again, other = (
+        seeded_updates(monkeypatch, seed, dropout=0.5)[1].grads for seed in (0, 0, 1)
     )
     assert same_bits(first, again)
-    for grads in (plain, other):
+    for grads in (without, other):
         assert not first["wpe.weight"].allclose(grads["wpe.weight"], atol=1e-3)
 
 
 def test_student_phase_has_no_dropout_in_the_teacher(monkeypatch):
-    plain = seeded_step(monkeypatch, 0)[1]
-    dropped = seeded_step(monkeypatch, 0, teacher_dropout=0.5)[1]
-    assert same_bits(dropped.grads, plain.grads)
+    expected = seeded_updates(monkeypatch, 0)[1]
+    update = seeded_updates(monkeypatch, 0, teacher_dropout=0.5)[1]
+    assert same_bits(update.grads, expected.grads)
 
 
 def test_sft_has_dropout(monkeypatch):
-    runs = [make_run(dropout=dropout) for dropout in (0.0, 0.5)]
-    plain, dropped = (do_step(monkeypatch, run, step=train.sft_step)[1][0].grads for run in runs)
-    assert not plain["wpe.weight"].allclose(dropped["wpe.weight"], atol=1e-3)
+    without, with_dropout = (
+        seeded_updates(monkeypatch, 0, train.sft_step, dropout=dropout)[0].grads["wpe.weight"]
+        for dropout in (0.0, 0.5)
+    )
+    assert not without.allclose(with_dropout, atol=1e-3)
 
 
 def test_sampling_and_validation_have_no_dropout_even_right_after_a_training_forward():
@@ -695,136 +648,128 @@ def test_sampling_and_validation_have_no_dropout_even_right_after_a_training_for
     for dropout in (0.0, 0.5):
         run = make_run(dtype=torch.float32, dropout=dropout)
         run.student.train()
-        responses = [e.response for e in train.rollout(run, PLAIN, 0)]
+        responses = [e.response for e in train.rollout(run, REQUESTS, 0)]
         run.student.train()
-        results.append((responses, train.validation_loss(run, run.student, EXAMPLES)))
+        results.append((responses, validation_loss(run, run.student, EXAMPLES)))
     assert results[0] == results[1]
 
 
-# ---- the student's own samples ------------------------------------------------------------------------------------------------------
+# ---- the student's own samples -------------------------------------------------------------------
 
 
-def responses(examples, t=0, **how):
-    return {
-        e.index: e.response
-        for e in train.rollout(make_run(dtype=torch.float32, **how), examples, t)
-    }
+def responses(examples, t=0, **settings):
+    sampled = train.rollout(make_run(dtype=torch.float32, **settings), examples, t)
+    return {e.index: e.response for e in sampled}
 
 
-def test_rollout_samples_the_whole_window_in_one_call_and_keeps_requests_and_order(monkeypatch):
+def test_rollout_samples_the_whole_batch_in_one_call_and_keeps_requests_and_order(monkeypatch):
     calls = []
 
-    def sample_all(model, requests, keys, *rest, **how):
+    def sample_all(model, requests, *arguments, **kwargs):
         calls.append(requests)
-        return [[index, END] for index in range(len(requests))], None
+        return [[index, EOS] for index in range(len(requests))], None
 
     monkeypatch.setattr(train, "sample_all", sample_all)
-    sampled = train.rollout(make_run(), PLAIN, 0)
-    assert calls == [[e.request for e in PLAIN]]
-    assert [(e.index, e.request) for e in sampled] == [(e.index, e.request) for e in PLAIN]
-    assert [e.response for e in sampled] == [[index, END] for index in range(len(PLAIN))]
+    sampled = train.rollout(make_run(), REQUESTS, 0)
+    assert calls == [[e.request for e in REQUESTS]]
+    assert [(e.index, e.request) for e in sampled] == [(e.index, e.request) for e in REQUESTS]
+    assert [e.response for e in sampled] == [[index, EOS] for index in range(len(REQUESTS))]
 
 
-def test_batches_of_8_and_of_32_draw_the_same_responses():
-    whole = responses(PLAIN)
+def test_batches_of_8_and_of_32_give_the_same_responses():
+    expected = responses(REQUESTS)
     parts = {}
     for i in range(0, 32, 8):
-        parts |= responses(PLAIN[i : i + 8])
-    assert parts == whole
-    assert responses(PLAIN[::-1]) == whole
+        parts |= responses(REQUESTS[i : i + 8])
+    assert parts == expected
+    assert responses(REQUESTS[::-1]) == expected
 
 
-def test_responses_hang_on_seed_step_and_row():
-    same = [replace(PLAIN[0], index=index) for index in range(8)]  # one request under eight numbers
-    assert len({tuple(response) for response in responses(same).values()}) > 4
-    assert responses(PLAIN, t=0) != responses(PLAIN, t=1) and responses(
-        PLAIN, seed=10
-    ) != responses(PLAIN, seed=11)
-    assert responses(PLAIN, t=1) == responses(PLAIN, t=1)
+def test_responses_depend_on_seed_step_and_row():
+    same_request = [replace(REQUESTS[0], index=index) for index in range(8)]
+    assert len({tuple(response) for response in responses(same_request).values()}) > 4
+    assert responses(REQUESTS, t=0) != responses(REQUESTS, t=1)
+    assert responses(REQUESTS, seed=10) != responses(REQUESTS, seed=11)
+    assert responses(REQUESTS, t=1) == responses(REQUESTS, t=1)
 
 
 def test_responses_follow_the_students_distribution():
-    """First tokens drawn for one request under many numbers, against the reference's probabilities."""
+    """First tokens sampled for one request under many indices, against the reference."""
     n = 4000
-    same = [Example(index, [3, 9, 4], []) for index in range(n)]
-    first = [response[0] for response in responses(same, max_new_tokens=1).values()]
+    same_request = [Example(index, [3, 9, 4], []) for index in range(n)]
+    first = [response[0] for response in responses(same_request, max_new_tokens=1).values()]
     logits = reference.gpt2_logits(arrays(STUDENT), STUDENT.n_head, [3, 9, 4])[-1]
     probs = np.exp(reference.log_softmax(logits))
     counts = np.bincount(first, minlength=V)
     chi_squared = ((counts - n * probs) ** 2 / (n * probs)).sum()
-    assert (
-        chi_squared < 60
-    )  # 28 degrees of freedom: above in 0.04 % of draws; these are always the same
+    # 28 degrees of freedom: 0.04 % of samples are above. These are always the same.
+    assert chi_squared < 60
 
 
 def test_responses_end_with_the_first_end_of_text_or_at_the_limit():
     lengths = set()
-    for response in responses(PLAIN, max_new_tokens=12).values():
-        assert END not in response[:-1]
-        assert response[-1] == END or len(response) == 12
+    for response in responses(REQUESTS, max_new_tokens=12).values():
+        assert EOS not in response[:-1]
+        assert response[-1] == EOS or len(response) == 12
         lengths.add(len(response))
     assert len(lengths) > 2
 
 
-def test_rollout_gives_no_gradient_and_step_trains_on_what_it_sampled(monkeypatch):
+def test_a_step_trains_on_what_it_sampled(monkeypatch):
+    seen, micro_batches = [], train.micro_batches
+
+    def recording_micro_batches(examples, *arguments):
+        seen.append(examples)
+        return micro_batches(examples, *arguments)
+
+    monkeypatch.setattr(train, "micro_batches", recording_micro_batches)
     run = make_run(dtype=torch.float32)
-    seen = []
-    monkeypatch.setattr(
-        train,
-        "micro_batches",
-        lambda examples, *rest, original=train.micro_batches: (
-            seen.append(examples) or original(examples, *rest)
-        ),
-    )
-    values, _ = do_step(monkeypatch, run, PLAIN[:8], rollout=False)
-    wanted = responses(PLAIN[:8])
-    assert [(e.index, e.response) for e in seen[0]] == list(wanted.items())
-    assert values["response_tokens"] == sum(len(response) for response in wanted.values())
+    metrics, _ = take_step(monkeypatch, run, REQUESTS[:8], sample=True)
+    expected = responses(REQUESTS[:8])
+    assert [(e.index, e.response) for e in seen[0]] == list(expected.items())
+    assert metrics["response_tokens"] == sum(len(response) for response in expected.values())
 
 
-# ---- updates ------------------------------------------------------------------------------------------------------------------------
+# ---- optimizers ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size, wanted", [(10.0, 1.0), (0.5, 0.5)])
-def test_gradients_are_clipped_together_at_norm_1_and_the_norm_before_is_returned(size, wanted):
+@pytest.mark.parametrize("norm, clipped_norm", [(10.0, 1.0), (0.5, 0.5)])
+def test_gradients_are_clipped_together_at_norm_1_and_the_norm_before_is_returned(
+    norm, clipped_norm
+):
     weights = [torch.zeros(3, 2, requires_grad=True), torch.zeros(4, requires_grad=True)]
     rng = np.random.default_rng(6)
     grads = [rng.standard_normal(w.shape) for w in weights]
-    norm = math.sqrt(sum((g**2).sum() for g in grads))
-    grads = [size * g / norm for g in grads]
-    for w, g in zip(weights, grads):
+    scale = norm / math.sqrt(sum((g**2).sum() for g in grads))
+    grads = [scale * g for g in grads]
+    for w, g in zip(weights, grads, strict=True):
         w.grad = torch.tensor(g, dtype=torch.float32)
     optimizer = torch.optim.SGD([{"params": weights[:1]}, {"params": weights[1:]}], lr=1.0)
-    assert float(train.clip_and_step(optimizer)) == pytest.approx(size, rel=1e-5)
-    for w, g in zip(weights, reference.clipped(grads)):
+    assert float(clip_and_step(optimizer)) == pytest.approx(norm, rel=1e-5)
+    for w, g in zip(weights, reference.clipped(grads), strict=True):
         np.testing.assert_allclose(w.detach().numpy(), -g, atol=1e-5)
-    assert math.sqrt(sum(float((w.detach() ** 2).sum()) for w in weights)) == pytest.approx(
-        wanted, abs=1e-4
-    )
-    assert all(w.grad is None or w.grad.abs().max() == 0 for w in weights)
+    moved = math.sqrt(sum(float((w.detach() ** 2).sum()) for w in weights))
+    assert moved == pytest.approx(clipped_norm, abs=1e-4)
+    assert all(w.grad is None for w in weights)
 
 
 def test_prompt_and_student_are_clipped_each_by_its_own_norm(monkeypatch, in_float64):
     run = make_run(reg_weight=1000.0)
-    values, (prompt, student) = do_step(monkeypatch, run)
-    assert (
-        values["prompt_grad_norm"] == pytest.approx(prompt.P_grad.norm().item(), rel=1e-6)
-        and values["prompt_grad_norm"] > 1
-    )
-    assert values["grad_norm"] == pytest.approx(
-        math.sqrt(sum(float((g**2).sum()) for g in student.grads.values())), rel=1e-6
-    )
-    lr = 1e-1
-    wanted = reference.adamw(PROMPT, reference.clipped([prompt.P_grad.numpy()]), lr, 0.01)
-    np.testing.assert_allclose(prompt.after["P"].numpy(), wanted, atol=1e-7)
+    metrics, (prompt, student) = take_step(monkeypatch, run)
+    norm = math.sqrt(sum(float((g**2).sum()) for g in student.grads.values()))
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-6)
+    assert metrics["prompt_grad_norm"] == pytest.approx(prompt.P_grad.norm().item(), rel=1e-6)
+    assert metrics["prompt_grad_norm"] > 1
+    expected = reference.adamw(P, reference.clipped([prompt.P_grad.numpy()]), lr=1e-1, decay=0.01)
+    np.testing.assert_allclose(prompt.after["P"].numpy(), expected, atol=1e-7)
 
 
 @pytest.mark.parametrize("beta_2", [0.999, 0.95])
-def test_optimizer_is_adamw_with_decay_on_matrices_and_none_on_biases_and_layer_norm(beta_2):
+def test_adamw_decays_matrices_but_not_biases_and_layer_norm(beta_2):
     """Two steps with given gradients, against the formulas; decay 0.01, first beta 0.9."""
     model, lr = tiny_model(STUDENT).double(), 0.05
-    optimizer = train.adamw(model.parameters(), SimpleNamespace(beta2=beta_2, weight_decay=0.01))
-    train.set_learning_rate(optimizer, lr)
+    optimizer = adamw(model.parameters(), SimpleNamespace(beta2=beta_2, weight_decay=0.01))
+    set_learning_rate(optimizer, lr)
     start = {name: w.detach().numpy().copy() for name, w in model.named_parameters()}
     rng = np.random.default_rng(7)
     grads = {
@@ -836,56 +781,43 @@ def test_optimizer_is_adamw_with_decay_on_matrices_and_none_on_biases_and_layer_
         optimizer.step()
     for name, w in model.named_parameters():
         decay = 0.0 if name.endswith("bias") or "ln_" in name else 0.01
-        np.testing.assert_allclose(
-            w.detach().numpy(),
-            reference.adamw(start[name], grads[name], lr, decay, 0.9, beta_2),
-            atol=1e-6,
-            err_msg=name,
-        )
+        expected = reference.adamw(start[name], grads[name], lr, decay, 0.9, beta_2)
+        np.testing.assert_allclose(w.detach().numpy(), expected, atol=1e-6, err_msg=name)
 
 
 def test_the_prompt_is_decayed_too():
-    P = torch.full((3, 4), 2.0, requires_grad=True)
-    optimizer = train.adamw([P], SimpleNamespace(beta2=0.999, weight_decay=0.01))
-    train.set_learning_rate(optimizer, 0.1)
-    P.grad = torch.zeros_like(P)
+    prompt = torch.full((3, 4), 2.0, requires_grad=True)
+    optimizer = adamw([prompt], SimpleNamespace(beta2=0.999, weight_decay=0.01))
+    set_learning_rate(optimizer, 0.1)
+    prompt.grad = torch.zeros_like(prompt)
     optimizer.step()
-    assert P.detach().numpy() == pytest.approx(np.full((3, 4), 2.0 * (1 - 0.1 * 0.01)))
+    assert prompt.detach().numpy() == pytest.approx(np.full((3, 4), 2.0 * (1 - 0.1 * 0.01)))
 
 
-# ---- validation ---------------------------------------------------------------------------------------------------------------------
+# ---- validation ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
-def test_validation_loss_is_the_mean_over_tokens_bare_and_behind_the_prompt(
+def test_validation_loss_is_the_mean_over_tokens_without_and_with_the_prompt(
     in_float64, micro_batch_size
 ):
-    run = make_run(micro_batch_size=micro_batch_size)
+    run, rows = make_run(micro_batch_size=micro_batch_size), rows_of(EXAMPLES)
     losses = [
-        train.validation_loss(run, run.student, EXAMPLES),
-        train.validation_loss(run, run.teacher, EXAMPLES),
+        validation_loss(run, run.student, EXAMPLES),
+        validation_loss(run, run.teacher, EXAMPLES),
+        validation_loss(run, run.teacher, EXAMPLES, run.P),
     ]
-    losses.append(train.validation_loss(run, run.teacher, EXAMPLES, run.P))
-    rows = rows_of(EXAMPLES)
-    wanted = [
-        reference.sft_loss((arrays(config), config.n_head), rows) for config in (STUDENT, TEACHER)
-    ]
-    teacher = (arrays(TEACHER), TEACHER.n_head)
     prompted = [
         reference.token_cross_entropy(z, token)
         for row in rows
-        for z, token in zip(reference.response_logits(teacher, row, PROMPT), row[1])
+        for z, token in zip(reference.response_logits(TEACHER_ARRAYS, row, P), row[1], strict=True)
     ]
-    assert losses == pytest.approx([*wanted, sum(prompted) / len(prompted)], rel=1e-9)
+    expected = [
+        reference.sft_loss(student_arrays(), rows),
+        reference.sft_loss(TEACHER_ARRAYS, rows),
+        sum(prompted) / len(prompted),
+    ]
+    assert losses == pytest.approx(expected, rel=1e-9)
     assert abs(losses[2] - losses[1]) > 0.01
-    assert all(
-        w.grad is None for w in [run.P, *run.student.parameters(), *run.teacher.parameters()]
-    )
-
-
-if __name__ == "__main__":  # one of the two ranks of two_ranks_and_one
-    torch.set_num_threads(1)
-    dist.init_process()
-    work_of_a_rank(Path(sys.argv[1]))
-    dist.shutdown()
-    os._exit(0)  # gloo's threads abort the interpreter's own way out once in a while
+    weights = [run.P, *run.student.parameters(), *run.teacher.parameters()]
+    assert all(w.grad is None for w in weights)

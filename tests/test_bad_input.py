@@ -1,5 +1,5 @@
-"""Everything that a person can get wrong. Each case ends with one line that names the thing and the mend, and exit status 2; no traceback, no
-training, and every file that was there is still there as it was, and no other."""
+"""Everything that a user can get wrong. Each case ends with one line that names the problem and the
+fix, and exit status 2: no traceback, no training, and every file is still there unchanged."""
 
 import errno
 import gzip
@@ -8,13 +8,16 @@ import os
 import pickle
 import re
 import resource
+import runpy
+import shlex
 import shutil
-import socket
+import signal
 import struct
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiktoken
@@ -23,11 +26,13 @@ from helpers import (
     ROOT,
     Short,
     after_device,
+    fork_ranks,
     soft_prompt,
     stored_weights,
     talker_config,
     tiny_model,
     tiny_tokenizer,
+    wait_for,
     write_checkpoint,
     write_rows,
 )
@@ -38,11 +43,12 @@ import evaluate
 import exposure_bias
 import sample
 import train
-from data import prepare
+from data import cli, prepare
 from data.cli import InputError, run_command_line, write_atomic
 from data.hub import download
 from data.rows import read_rows
-from data.tokenizer import END
+from data.runs import RUN_FORMAT, base_label
+from data.tokenizer import END_OF_TEXT
 from model import save
 
 PROGRAMS = {
@@ -54,142 +60,175 @@ PROGRAMS = {
 }
 CONFIG = replace(talker_config(), n_positions=400)
 ROW = {"instruction": "Write a word.", "input": "", "output": "task"}
+NAN, INF = float("nan"), float("inf")
+# Commands that are right except that there is no such data
+NOWHERE = {
+    "train.py": "train.py --teacher teacher --student student --data nowhere",
+    "evaluate.py": "evaluate.py student --data nowhere",
+    "sample.py": "sample.py student --file nowhere.jsonl",
+    "exposure_bias.py": "exposure_bias.py --teacher teacher --students student --data nowhere",
+}
+SFT = "train.py --method sft --student student --data data"
 
 
-# ---- what there is: two models, data, a finished run -------------------------------------------------------------------------------
+# ---- the world: models, data, a finished run ---------------------------------------------------
+
+
+def make_tokenizer(name, tokens):
+    ranks = {token: number for number, token in enumerate(tokens)}
+    special_tokens = {END_OF_TEXT: len(tokens)}
+    return tiktoken.Encoding(
+        name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special_tokens
+    )
 
 
 def another_tokenizer():
-    """As many tokens as tiny_tokenizer has, with other numbers."""
-    tokens = [
-        tiny_tokenizer().decode_single_token_bytes(n) for n in range(tiny_tokenizer().n_vocab - 1)
-    ]
+    """As many tokens as tiny_tokenizer has, in another order."""
+    n_tokens = tiny_tokenizer().n_vocab - 1
+    tokens = [tiny_tokenizer().decode_single_token_bytes(n) for n in range(n_tokens)]
     tokens.insert(256, tokens.pop(tokens.index(b" i")))
-    return tiktoken.Encoding(
-        "other",
-        pat_str=r50k_pat_str,
-        mergeable_ranks={t: n for n, t in enumerate(tokens)},
-        special_tokens={END: len(tokens)},
-    )
+    return make_tokenizer("other", tokens)
 
 
 def small_tokenizer():
     """The 256 bytes and end-of-text alone."""
     tokens = [tiny_tokenizer().decode_single_token_bytes(n) for n in range(256)]
-    return tiktoken.Encoding(
-        "small",
-        pat_str=r50k_pat_str,
-        mergeable_ranks={t: n for n, t in enumerate(tokens)},
-        special_tokens={END: 256},
-    )
+    return make_tokenizer("small", tokens)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    write_checkpoint(folder / "student", CONFIG, tiny_tokenizer())
-    write_checkpoint(folder / "teacher", replace(CONFIG, n_embd=16), tiny_tokenizer())
-    write_checkpoint(folder / "other", CONFIG, another_tokenizer())
-    write_checkpoint(folder / "small", replace(CONFIG, vocab_size=257), small_tokenizer())
+    directory = tmp_path_factory.mktemp("world")
+    write_checkpoint(directory / "student", CONFIG, tiny_tokenizer())
+    write_checkpoint(directory / "teacher", replace(CONFIG, n_embd=16), tiny_tokenizer())
+    write_checkpoint(directory / "other", CONFIG, another_tokenizer())
+    write_checkpoint(directory / "small", replace(CONFIG, vocab_size=257), small_tokenizer())
+    rows = [ROW | {"instruction": f"Write word {n}."} for n in range(4)]
     for name in ("train", "dev", "test"):
-        write_rows(
-            folder / "data" / f"{name}.jsonl",
-            [ROW | {"instruction": f"Write word {n}."} for n in range(4)],
-        )
-    write_rows(folder / "corpus.jsonl", [{"text": "a task that describes a task " * 300}])
-    run = folder / "sft-student-s10"
-    shutil.copytree(folder / "student", run / "best")
-    shutil.copytree(folder / "student", run / "kept" / "step-000002")
+        write_rows(directory / "data" / f"{name}.jsonl", rows)
+    write_rows(directory / "corpus.jsonl", [{"text": "a task that describes a task " * 300}])
+    run = directory / "sft-student-s10"
+    shutil.copytree(directory / "student", run / "best")
+    shutil.copytree(directory / "student", run / "kept" / "step-000002")
     write_rows(run / "metrics.jsonl", [{"step": 1, "memory_resident_gb": 1.5}])
     record = {
+        "format": RUN_FORMAT,
         "name": run.name,
         "paper": None,
         "settings": {"student": "student", "data": "data", "reg_weight": None},
         "parameters": 1000,
+        "best_step": 4,
+        "hours": 0.5,
+        "complete": True,
     }
-    (run / "run.json").write_text(json.dumps(record | {"best_step": 4, "hours": 0.5}))
-    return folder
+    (run / "run.json").write_text(json.dumps(record))
+    return directory
 
 
 @pytest.fixture(autouse=True)
-def alone(world, tmp_path, monkeypatch):
-    """The world as the current folder, no network, no models or data at hand but its own, no training, and no pictures, which take long."""
+def isolated(world, tmp_path, monkeypatch):
+    """The world as the current directory, no network, no other models or data, no training, and no
+    plots, which take long."""
     monkeypatch.chdir(world)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     monkeypatch.setattr("data.hub.time.sleep", lambda seconds: None)
-    monkeypatch.setattr(prepare, "HOME", tmp_path / "home")
+    monkeypatch.setattr(prepare, "DATA_DIR", tmp_path / "home")
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    monkeypatch.setattr("data.report.pyplot", lambda: None)
-    monkeypatch.setattr(train, "step", lambda *_: pytest.fail("training has begun"))
+    monkeypatch.setattr("data.report.save_plot", lambda path, draw: "no plot")
+    monkeypatch.setattr(train, "train_step", lambda *_: pytest.fail("training has started"))
 
 
 def offline(name):
     raise ConnectionError("no network")
 
 
-def snapshot(*folders):
-    """What lies below folders: of each file its content and the time of its last change. Folders without a file in them don't count."""
-    found = {}
-    for parent, below, files in (entry for folder in folders for entry in os.walk(folder)):
-        for path in (os.path.join(parent, name) for name in [*below, *files]):
-            if os.path.islink(path):
-                found[path] = os.readlink(path)
-            elif os.path.isfile(path):
-                found[path] = Path(path).read_bytes(), os.stat(path).st_mtime_ns
-            elif not os.path.isdir(path):
-                found[path] = "no plain file"
-    return found
+@pytest.fixture
+def bad(world, tmp_path, monkeypatch):
+    """A copy of the data for a test to break, as `bad/` in the current directory."""
+    home = tmp_path / "here"
+    shutil.copytree(world / "data", home / "bad")
+    for name in ("student", "teacher", "other", "small", "data", "corpus.jsonl", "sft-student-s10"):
+        (home / name).symlink_to(world / name)
+    write_rows(home / "bad" / "score.jsonl", [{"text": "a task"}] * 4)
+    shutil.copy(world / "sft-student-s10" / "run.json", home / "bad")
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: tiny_tokenizer())
+    return home / "bad"
+
+
+@pytest.fixture
+def broken(world, bad):
+    """A copy of the student for a test to break, as `broken/`."""
+    return Path(shutil.copytree(world / "student", bad.parent / "broken")).relative_to(bad.parent)
+
+
+@pytest.fixture
+def run(world, bad):
+    """A copy of the finished run for a test to break, as `run/`."""
+    source = world / "sft-student-s10"
+    return Path(shutil.copytree(source, bad.parent / "run")).relative_to(bad.parent)
+
+
+def run_program(command, *options, **placeholders):
+    """Run a command line in this process, with more options and with placeholders filled in."""
+    arguments = [placeholders.get(word, word) for word in shlex.split(command)]
+    program, *arguments = [str(argument) for argument in [*arguments, *options]]
+    run_command_line(lambda: PROGRAMS[program].main(arguments))
 
 
 @pytest.fixture
 def refused(world, tmp_path, capsys):
-    """A function that runs a command, as `refused("train.py", options...)`, and returns its error line, after all checks that every case shares."""
+    """A function that runs a command which must fail. It returns the error line, after the checks
+    that all cases share."""
 
-    def run(program, *arguments):
+    def run(command, *options, **placeholders):
         before = snapshot(world, tmp_path)
         capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            run_command_line(
-                lambda: PROGRAMS[program].main([str(a) for a in arguments]), InputError
-            )
-        line = the_line(left.value.code, capsys.readouterr().err)
+        with pytest.raises(SystemExit) as exit:
+            run_program(command, *options, **placeholders)
+        line = error_line(exit.value.code, capsys.readouterr().err)
         assert snapshot(world, tmp_path) == before
         return line
 
     return run
 
 
-def the_line(status, said):
-    """The one line of error on a screen, which argparse puts its usage before."""
+def snapshot(*directories):
+    """The files below directories, {path: (content, time of the last change)}."""
+    found = {}
+    for parent, below, files in (entry for top in directories for entry in os.walk(top)):
+        for path in (os.path.join(parent, name) for name in [*below, *files]):
+            if os.path.islink(path):
+                found[path] = os.readlink(path)
+            elif os.path.isfile(path):
+                found[path] = Path(path).read_bytes(), os.stat(path).st_mtime_ns
+            elif not os.path.isdir(path):
+                found[path] = "not a regular file"
+    return found
+
+
+def error_line(status, stderr):
+    """The only error line on standard error; argparse prints its usage before."""
     assert status == 2
-    *usage, line = after_device(said).splitlines()
-    assert re.match(r"error: \S|[\w. -]+: error: \S", line) and "Traceback" not in said
-    assert not usage or (
-        usage[0].startswith("usage: ") and all(other.startswith(" ") for other in usage[1:])
-    )
+    *usage, line = after_device(stderr).splitlines()
+    assert re.match(r"error: \S|[\w. -]+: error: \S", line) and "Traceback" not in stderr
+    if usage:
+        assert usage[0].startswith("usage: ")
+        assert all(other.startswith(" ") for other in usage[1:])
     return line
 
 
-def has(line, *words):
-    for word in words:
-        assert str(word) in line, f"{word!r} is not in {line!r}"
+def has(line, *parts):
+    for part in parts:
+        assert str(part) in line, f"{part!r} is not in {line!r}"
 
 
-SFT = ("--method", "sft", "--student", "student")
-# Commands that are right but for their data, of which there is none
-NOWHERE = {
-    "train.py": ("--teacher", "teacher", "--student", "student", "--data", "nowhere"),
-    "evaluate.py": ("student", "--data", "nowhere"),
-    "sample.py": ("student", "--file", "nowhere.jsonl"),
-    "exposure_bias.py": ("--teacher", "teacher", "--students", "student", "--data", "nowhere"),
-}
+# ---- numbers -----------------------------------------------------------------------------------
 
-# ---- numbers -----------------------------------------------------------------------------------------------------------------------
-
-# command, option, kind, least, most; ">" where the least is just not allowed
+# program, option, type, lowest, highest; ">" for a float that must be above the lowest
 NUMBERS = [
     ("train.py", "--seed", int, 0, 2**32),
     ("train.py", "--prompt-length", int, 1, 512),
@@ -228,484 +267,250 @@ NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize("program, option, kind, least, most", NUMBERS)
-def test_a_number_that_is_none_or_out_of_range(refused, program, option, kind, least, most):
+@pytest.mark.parametrize("program, option, kind, low, high", NUMBERS)
+def test_a_number_that_is_malformed_or_out_of_range(refused, program, option, kind, low, high):
     step = 1 if kind is int else 1e-3
-    beyond = [least if kind == ">" else least - step, most + step]
-    for text in [
-        *map(str, beyond),
-        "x",
-        "",
-        "nan",
-        "inf",
-        "-inf",
-        *(["1.5", "1e3"] if kind is int else ["0,5"]),
-    ]:
-        has(refused(program, *NOWHERE[program], option, text), option)
+    texts = [str(low if kind == ">" else low - step), str(high + step)]
+    texts += ["x", "", "nan", "inf", "-inf", *(["1.5", "1e3"] if kind is int else ["0,5"])]
+    for text in texts:
+        has(refused(NOWHERE[program], option, text), option)
 
 
-@pytest.mark.parametrize("program, option, kind, least, most", NUMBERS)
-def test_a_number_at_its_limit_is_taken(refused, program, option, kind, least, most):
-    idle = {"--prompt-lr", "--prompt-length", "--reg"}
-    for number in (1e-30 if kind == ">" else least, most):
-        assert option in idle or "nowhere" in refused(
-            program, *NOWHERE[program], option, str(number)
-        )
+@pytest.mark.parametrize("program, option, kind, low, high", NUMBERS)
+def test_a_number_at_the_limits_is_accepted(refused, program, option, kind, low, high):
+    if option not in ("--prompt-lr", "--prompt-length", "--reg"):
+        for number in (1e-30 if kind == ">" else low, high):
+            has(refused(NOWHERE[program], option, number), "nowhere")
 
 
-def test_a_number_that_is_out_of_range_is_said_with_its_range(refused):
-    has(refused("train.py", "--lr", "11\n"), "--lr", "must be above 0 and at most 10, not '11\\n'")
-    has(refused("sample.py", "x", "--top-k", "many"), "--top-k", "whole number", "many")
+def test_a_number_that_is_out_of_range_is_reported_with_its_range(refused):
+    line = refused("train.py", "--lr", "11\n")
+    has(line, "--lr", "must be above 0 and at most 10, not '11\\n'")
+    has(refused("sample.py x --top-k many"), "--top-k", "whole number", "many")
 
 
-def test_under_torchrun_the_first_rank_alone_says_what_is_wrong_with_the_options(
-    monkeypatch, capsys
-):
-    """The others wait until it has left; one that is still there speaks too, in one line."""
-    waited = []
-    monkeypatch.setattr("data.hub.time.sleep", waited.append)
-    for rank, lines in ((0, "usage: "), (1, "error: argument --lr: must be above 0")):
+def test_under_torchrun_rank_0_reports_wrong_options_first(monkeypatch, capsys):
+    """The others wait until it has exited; a rank that is still there reports one line too."""
+    delays = []
+    monkeypatch.setattr(cli.time, "sleep", delays.append)
+    for rank, start in ((0, "usage: "), (1, "error: argument --lr: must be above 0")):
         monkeypatch.setenv("RANK", str(rank))
-        with pytest.raises(SystemExit) as left:
-            run_command_line(lambda: train.main(["--lr", "0"]))
-        assert (
-            left.value.code == 2
-            and capsys.readouterr().err.startswith(lines)
-            and len(waited) == rank
-        )
+        with pytest.raises(SystemExit) as exit:
+            run_program("train.py --lr 0")
+        assert exit.value.code == 2 and len(delays) == rank
+        assert capsys.readouterr().err.startswith(start)
 
 
-# ---- options -----------------------------------------------------------------------------------------------------------------------
+# ---- options -----------------------------------------------------------------------------------
 
-OPTIONS = [
-    ("train.py", ["--method", "sgd"], ["--method", "invalid choice: 'sgd'", "promptkd"]),
-    ("train.py", ["--method", ""], ["--method", "choose from"]),
-    ("train.py", ["--method"], ["--method", "expected one argument"]),
-    ("train.py", ["--prompt-init", "words"], ["--prompt-init", "'words'", "random"]),
-    ("train.py", ["--prompt-kl", "both"], ["--prompt-kl", "'both'", "forward"]),
-    ("train.py", ["--reg-kl", "KL"], ["--reg-kl", "'KL'", "forward"]),
-    ("train.py", ["--learning-rate", "1"], ["unrecognized arguments: --learning-rate"]),
-    ("train.py", ["gpt2"], ["unrecognized arguments: gpt2"]),
-    ("train.py", ["--prompt", "x"], ["ambiguous option: --prompt"]),
-    ("train.py", ["--lr", "--epochs", "1"], ["--lr", "expected one argument"]),
-    ("train.py", ["--shape", "6x256x8"], ["--shape has no effect", "leave it out"]),
-    ("train.py", ["--method", "pretrain"], ["needs --shape", "6x256x8"]),
-    (
-        "train.py",
-        ["--method", "pretrain", "--shape", "2x64x4", "--student", "student"],
-        ["--student has no effect", "leave it out"],
+PRETRAIN = "train.py --method pretrain --shape 2x64x4"
+# command: parts of the error line, separated by "|"
+OPTIONS = {
+    "train.py --method sgd": "--method|invalid choice: 'sgd'|promptkd",
+    "train.py --method ''": "--method|choose from",
+    "train.py --method": "--method|expected one argument",
+    "train.py --prompt-init words": "--prompt-init|'words'|random",
+    "train.py --prompt-kl both": "--prompt-kl|'both'|forward",
+    "train.py --reg-kl KL": "--reg-kl|'KL'|forward",
+    "train.py --learning-rate 1": "unrecognized arguments: --learning-rate",
+    "train.py gpt2": "unrecognized arguments: gpt2",
+    "train.py --prompt x": "ambiguous option: --prompt",
+    "train.py --lr --epochs 1": "--lr|expected one argument",
+    "train.py --shape 6x256x8": "--shape has no effect|leave it out",
+    "train.py --method pretrain": "needs --shape|6x256x8",
+    f"{PRETRAIN} --student student": "--student has no effect|leave it out",
+    f"{PRETRAIN} --teacher teacher": "--teacher has no effect|leave it out",
+    "train.py --method sft --teacher teacher": "--teacher has no effect|leave it out",
+    "train.py --method sft --sft-teacher teacher": "--sft-teacher has no effect|leave it out",
+    "train.py --teacher teacher --sft-teacher teacher": "--teacher has no effect|leave it out",
+    "train.py --init student --student student": "--student has no effect|leave it out",
+    "train.py --method kd --init student": "--init has no effect|leave it out",
+    "train.py --lm-data corpus.jsonl": "--lm-data has no effect|leave it out",
+    "train.py --method gkd --prompt-text Hello": "--prompt-text has no effect|leave it out",
+    "train.py --method gkd --prompt-length 3": "--prompt-length has no effect|leave it out",
+    "train.py --method minillm --prompt-init random": "--prompt-init has no effect|leave it out",
+    "train.py --method kd --prompt-lr 1": "--prompt-lr has no effect|leave it out",
+    "train.py --method sft --reg 0": "--reg has no effect|leave it out",
+    "train.py --method seqkd --reg-kl forward": "--reg-kl has no effect|leave it out",
+    "train.py --method seqkd --prompt-kl forward": "--prompt-kl has no effect|leave it out",
+    "train.py --prompt-text ''": "--prompt-text is empty|leave it out",
+    "train.py --student ''": "--student is empty|leave it out",
+    "train.py --data ''": "--data is empty|leave it out",
+    "train.py --out ''": "--out is empty|leave it out",
+    "train.py --shape ''": "--shape is empty|leave it out",
+    "train.py --lm-data ''": "--lm-data is empty|leave it out",
+    "evaluate.py": "name at least one run or model|evaluate.py gpt2",
+    "evaluate.py student --json x.json": "--json goes with --score|--out DIR",
+    "evaluate.py --score a.jsonl": "--score RESPONSES.jsonl goes with --references TEST.jsonl",
+    "evaluate.py --references a.jsonl": "--score RESPONSES.jsonl goes with --references TEST.jsonl",
+    "evaluate.py --score '' --references a.jsonl": "--score RESPONSES.jsonl goes with",
+    "evaluate.py student --score a.jsonl --references b.jsonl": "without models",
+    "evaluate.py student --by a b c": "--by takes one or two fields, not 3",
+    "evaluate.py student --data data --by reg_weight": "--by reg_weight|there are no runs",
+    "evaluate.py sft-student-s10 --data data --by size": "--by size|best_step|reg_weight",
+    "evaluate.py student --seeds": "--seeds|expected at least one argument",
+    "evaluate.py student --data": "--data|expected at least one argument",
+    "evaluate.py student --seeds 10 ten": "--seeds|'ten'",
+    "evaluate.py --cost data": "none of the directories has a run.json|name runs",
+    "evaluate.py --cost nowhere": "none of the directories has a run.json|name runs",
+    "evaluate.py data --data data": "none of the directories has a model|name a run",
+    "evaluate.py ''": "model ''|no such directory|hub id owner/name",
+    "evaluate.py student --data data --max-new 390": "exceed the model's 400 positions|shorten",
+    "evaluate.py student --speed": "unrecognized arguments: --speed",
+    "sample.py": "required: model",
+    "sample.py student": "give either --instruction TEXT or --file FILE",
+    "sample.py student --instruction a --file data/test.jsonl": "give either --instruction TEXT or",
+    "sample.py student --file data/test.jsonl --input a": "--input goes with --instruction|--file",
+    "sample.py student --file ''": "is a directory|not a file",
+    "sample.py student --instruction a --max-new 100000": "exceed the model's 400 positions",
+    "sample.py student --instruction a --prompt nowhere": "nowhere: no such file|best/prompt.",
+    "sample.py student more --instruction a": "unrecognized arguments: more",
+    "exposure_bias.py": "required: --teacher",
+    "exposure_bias.py --teacher teacher": "name --students RUN|MODEL|--along RUN",
+    "exposure_bias.py --teacher teacher --students": "--students|expected at least one argument",
+    "exposure_bias.py --teacher teacher --along student --data data": (
+        "student/run.json|train.py --keep 20"
     ),
-    (
-        "train.py",
-        ["--method", "pretrain", "--shape", "2x64x4", "--teacher", "teacher"],
-        ["--teacher has no effect", "leave it out"],
+    "exposure_bias.py --teacher teacher --along nowhere --data data": (
+        "nowhere/run.json|train.py --keep 20"
     ),
-    (
-        "train.py",
-        ["--method", "sft", "--teacher", "teacher"],
-        ["--teacher has no effect", "leave it out"],
+    "exposure_bias.py --teacher student --students student --data data --steps 2": (
+        "the teacher's own|leave it out"
     ),
-    (
-        "train.py",
-        ["--method", "sft", "--sft-teacher", "teacher"],
-        ["--sft-teacher has no effect", "leave it out"],
-    ),
-    (
-        "train.py",
-        ["--teacher", "teacher", "--sft-teacher", "teacher"],
-        ["--teacher has no effect", "leave it out"],
-    ),
-    (
-        "train.py",
-        ["--init", "student", "--student", "student"],
-        ["--student has no effect", "leave it out"],
-    ),
-    ("train.py", ["--method", "kd", "--init", "student"], ["--init has no effect", "leave it out"]),
-    ("train.py", ["--lm-data", "corpus.jsonl"], ["--lm-data has no effect", "leave it out"]),
-    (
-        "train.py",
-        ["--method", "gkd", "--prompt-text", "Hello"],
-        ["--prompt-text has no effect", "leave it out"],
-    ),
-    (
-        "train.py",
-        ["--method", "gkd", "--prompt-length", "3"],
-        ["--prompt-length has no effect", "leave it out"],
-    ),
-    (
-        "train.py",
-        ["--method", "minillm", "--prompt-init", "random"],
-        ["--prompt-init has no effect", "leave it out"],
-    ),
-    (
-        "train.py",
-        ["--method", "kd", "--prompt-lr", "1"],
-        ["--prompt-lr has no effect", "leave it out"],
-    ),
-    ("train.py", ["--method", "sft", "--reg", "0"], ["--reg has no effect", "leave it out"]),
-    (
-        "train.py",
-        ["--method", "seqkd", "--reg-kl", "forward"],
-        ["--reg-kl has no effect", "leave it out"],
-    ),
-    (
-        "train.py",
-        ["--method", "seqkd", "--prompt-kl", "forward"],
-        ["--prompt-kl has no effect", "leave it out"],
-    ),
-    *(
-        ("train.py", [option, ""], [f"{option} is empty", "leave it out"])
-        for option in ("--prompt-text", "--student", "--data", "--out", "--shape", "--lm-data")
-    ),
-    ("evaluate.py", [], ["name at least one run or model", "evaluate.py gpt2"]),
-    ("evaluate.py", ["student", "--json", "x.json"], ["--json goes with --score", "--out DIR"]),
-    (
-        "evaluate.py",
-        ["--score", "a.jsonl"],
-        ["--score RESPONSES.jsonl goes with --references TEST.jsonl"],
-    ),
-    (
-        "evaluate.py",
-        ["--references", "a.jsonl"],
-        ["--score RESPONSES.jsonl goes with --references TEST.jsonl"],
-    ),
-    (
-        "evaluate.py",
-        ["--score", "", "--references", "a.jsonl"],
-        ["--score RESPONSES.jsonl goes with"],
-    ),
-    (
-        "evaluate.py",
-        ["student", "--score", "a.jsonl", "--references", "b.jsonl"],
-        ["without models"],
-    ),
-    ("evaluate.py", ["student", "--by", "a", "b", "c"], ["--by takes one or two fields, not 3"]),
-    (
-        "evaluate.py",
-        ["student", "--data", "data", "--by", "reg_weight"],
-        ["--by reg_weight", "there are no runs"],
-    ),
-    (
-        "evaluate.py",
-        ["sft-student-s10", "--data", "data", "--by", "size"],
-        ["--by size", "there are", "best_step", "reg_weight"],
-    ),
-    ("evaluate.py", ["student", "--seeds"], ["--seeds", "expected at least one argument"]),
-    ("evaluate.py", ["student", "--data"], ["--data", "expected at least one argument"]),
-    ("evaluate.py", ["student", "--seeds", "10", "ten"], ["--seeds", "'ten'"]),
-    ("evaluate.py", ["--cost", "data"], ["none of the directories has a run.json", "name runs"]),
-    ("evaluate.py", ["--cost", "nowhere"], ["none of the directories has a run.json", "name runs"]),
-    (
-        "evaluate.py",
-        ["data", "--data", "data"],
-        ["none of the directories has a model", "name a run"],
-    ),
-    ("evaluate.py", [""], ["model ''", "no such directory", "hub id owner/name"]),
-    (
-        "evaluate.py",
-        ["student", "--data", "data", "--max-new", "390"],
-        ["exceed the model's 400 positions", "shorten"],
-    ),
-    ("evaluate.py", ["student", "--speed"], ["unrecognized arguments: --speed"]),
-    ("sample.py", [], ["required: model"]),
-    ("sample.py", ["student"], ["give either --instruction TEXT or --file FILE"]),
-    (
-        "sample.py",
-        ["student", "--instruction", "a", "--file", "data/test.jsonl"],
-        ["give either --instruction TEXT or --file FILE"],
-    ),
-    (
-        "sample.py",
-        ["student", "--file", "data/test.jsonl", "--input", "a"],
-        ["--input goes with --instruction", "--file"],
-    ),
-    ("sample.py", ["student", "--file", ""], ["is a directory", "a file is wanted"]),
-    (
-        "sample.py",
-        ["student", "--instruction", "a", "--max-new", "100000"],
-        ["exceed the model's 400 positions", "shorten"],
-    ),
-    (
-        "sample.py",
-        ["student", "--instruction", "a", "--prompt", "nowhere"],
-        ["nowhere: no such file", "best/prompt.safetensors"],
-    ),
-    ("sample.py", ["student", "more", "--instruction", "a"], ["unrecognized arguments: more"]),
-    ("exposure_bias.py", [], ["required: --teacher"]),
-    ("exposure_bias.py", ["--teacher", "teacher"], ["name --students RUN|MODEL", "--along RUN"]),
-    (
-        "exposure_bias.py",
-        ["--teacher", "teacher", "--students"],
-        ["--students", "expected at least one argument"],
-    ),
-    (
-        "exposure_bias.py",
-        ["--teacher", "teacher", "--along", "student", "--data", "data"],
-        ["student/run.json", "train.py --keep 20"],
-    ),
-    (
-        "exposure_bias.py",
-        ["--teacher", "teacher", "--along", "nowhere", "--data", "data"],
-        ["nowhere/run.json", "train.py --keep 20"],
-    ),
-    (
-        "exposure_bias.py",
-        ["--teacher", "student", "--students", "student", "--data", "data", "--steps", "2"],
-        ["the teacher's own", "leave it out"],
-    ),
-    ("data.prepare", [], ["required: SET"]),
-    ("data.prepare", ["demo"], ["'demo'", "choose from", "dolly"]),
-    ("data.prepare", ["../dolly"], ["'../dolly'", "choose from", "dolly"]),
-    ("data.prepare", ["dolly", ""], ["''", "choose from"]),
-    ("data.prepare", ["dolly", "--source"], ["--source", "expected one argument"]),
-    (
-        "data.prepare",
-        ["dolly", "--source", "nowhere"],
-        ["nowhere", "has neither raw.jsonl", "name their folder"],
-    ),
-    (
-        "data.prepare",
-        ["dolly", "--source", "corpus.jsonl"],
-        ["corpus.jsonl", "has neither raw.jsonl", "name their folder"],
-    ),
-    (
-        "data.prepare",
-        ["vicuna", "--source", "corpus.jsonl"],
-        ["corpus.jsonl", "has no valid.jsonl", "name their folder"],
-    ),
-    ("data.prepare", ["vicuna", "--source", ""], ["has no valid.jsonl", "name their folder"]),
-    (
-        "data.prepare",
-        ["uinst", "--source", "student"],
-        ["student", "has no 11_/valid.jsonl", "name their folder"],
-    ),
-]
+    "data.prepare": "required: SET",
+    "data.prepare demo": "'demo'|choose from|dolly",
+    "data.prepare ../dolly": "'../dolly'|choose from|dolly",
+    "data.prepare dolly ''": "''|choose from",
+    "data.prepare dolly --source": "--source|expected one argument",
+    "data.prepare dolly --source nowhere": "nowhere|has neither raw.jsonl|name their folder",
+    "data.prepare dolly --source corpus.jsonl": "corpus.jsonl|has neither raw.jsonl|name their",
+    "data.prepare vicuna --source corpus.jsonl": "corpus.jsonl|has no valid.jsonl|name their",
+    "data.prepare vicuna --source ''": "has no valid.jsonl|name their folder",
+    "data.prepare uinst --source student": "student|has no 11_/valid.jsonl|name their folder",
+}
 
 
-@pytest.mark.parametrize(
-    "program, options, words",
-    OPTIONS,
-    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else value,
-)
-def test_options_that_are_wrong_or_exclude_each_other(refused, program, options, words):
-    has(refused(program, *options), *words)
+@pytest.mark.parametrize("command", OPTIONS)
+def test_options_that_are_wrong_or_exclude_each_other(refused, command):
+    has(refused(command), *OPTIONS[command].split("|"))
 
 
 SHAPES = [
-    "6",
-    "6x256",
-    "6x256x8x1",
-    "axbxc",
-    "0x256x8",
-    "6x0x8",
-    "6x256x0",
-    "6x-256x8",
-    "6x250x8",
-    "6X256X8",
-    "6,256,8",
-    "1e1x256x8",
-    "6.0x256x8",
-    "999999999x4x1",
-    "1x999999999x1",
-    "1000x100000x1",
+    *("6 6x256 6x256x8x1 axbxc 0x256x8 6x0x8 6x256x0 6x-256x8 6x250x8 6X256X8 6,256,8").split(),
+    *("1e1x256x8 6.0x256x8 999999999x4x1 1x999999999x1 1000x100000x1 ../../x").split(),
     "9" * 5000 + "x4x1",
-    "../../x",
     "6x256x8\n\n7",
     "\x00",
 ]
 
 
-def test_shapes_that_are_none(refused):
+def test_malformed_shapes(refused):
     for shape in SHAPES:
-        has(
-            refused("train.py", "--method", "pretrain", "--data", "data", "--shape", shape),
-            "--shape",
-            "6x256x8",
-        )
+        line = refused("train.py --method pretrain --data data --shape", shape)
+        has(line, "--shape", "6x256x8")
 
 
-def test_a_text_of_bytes_that_are_no_text_is_taken_as_a_prompt_and_as_an_instruction(
-    refused, capsys
-):
+def test_text_that_is_not_utf_8_is_accepted_as_a_prompt_and_as_an_instruction(refused, capsys):
     """An argument that is not UTF-8 reaches Python as lone surrogates."""
     text = os.fsdecode(b"caf\xe9")
-    has(
-        refused("train.py", *NOWHERE["train.py"][:4], "--data", "nowhere", "--prompt-text", text),
-        "nowhere",
-    )
-    with pytest.raises(pytest.fail.Exception, match="training has begun"):
-        train.main(
-            [
-                "--sft-teacher",
-                "teacher",
-                "--init",
-                "student",
-                "--data",
-                "data",
-                "--prompt-text",
-                text,
-                "--out",
-                "out",
-            ]
-        )
+    has(refused(NOWHERE["train.py"], "--prompt-text", text), "nowhere")
+    with pytest.raises(pytest.fail.Exception, match="training has started"):
+        run_program(READERS["init"], "--prompt-text", text, "--out", "out", MODEL="student")
     shutil.rmtree("out")
     capsys.readouterr()
-    run_command_line(lambda: sample.main(["student", "--instruction", text, "--max-new", "2"]))
+    run_program("sample.py student --max-new 2 --instruction", text)
     assert after_device(capsys.readouterr().err) == ""
 
 
-# ---- JSON lines --------------------------------------------------------------------------------------------------------------------
+# ---- JSON lines --------------------------------------------------------------------------------
 
-# where: the command and, of the data files below `bad/`, the one that is wrong
+SCORE = "evaluate.py --score bad/score.jsonl --references bad/test.jsonl --json bad/s.json"
+MINILLM = "train.py --method minillm --sft-teacher teacher --init student --data data --lm-data"
+# The data file that is wrong, and the command that reads it
 PLACES = {
-    "train": ("bad/train.jsonl", ["train.py", *SFT, "--data", "bad"]),
-    "dev": ("bad/dev.jsonl", ["train.py", *SFT, "--data", "bad"]),
-    "evaluate": ("bad/test.jsonl", ["evaluate.py", "student", "--data", "bad"]),
+    "train": ("bad/train.jsonl", "train.py --method sft --student student --data bad"),
+    "dev": ("bad/dev.jsonl", "train.py --method sft --student student --data bad"),
+    "evaluate": ("bad/test.jsonl", "evaluate.py student --data bad"),
     "exposure": (
         "bad/test.jsonl",
-        ["exposure_bias.py", "--teacher", "teacher", "--students", "student", "--data", "bad"],
+        "exposure_bias.py --teacher teacher --students student --data bad",
     ),
-    "sample": ("bad/test.jsonl", ["sample.py", "student", "--file", "bad/test.jsonl"]),
-    "score": (
-        "bad/score.jsonl",
-        [
-            "evaluate.py",
-            "--score",
-            "bad/score.jsonl",
-            "--references",
-            "bad/test.jsonl",
-            "--json",
-            "bad/s.json",
-        ],
-    ),
-    "references": (
-        "bad/test.jsonl",
-        [
-            "evaluate.py",
-            "--score",
-            "bad/score.jsonl",
-            "--references",
-            "bad/test.jsonl",
-            "--json",
-            "bad/s.json",
-        ],
-    ),
-    "corpus": (
-        "bad/corpus.jsonl",
-        [
-            "train.py",
-            "--method",
-            "minillm",
-            "--sft-teacher",
-            "teacher",
-            "--init",
-            "student",
-            "--data",
-            "data",
-            "--lm-data",
-            "bad/corpus.jsonl",
-        ],
-    ),
+    "sample": ("bad/test.jsonl", "sample.py student --file bad/test.jsonl"),
+    "score": ("bad/score.jsonl", SCORE),
+    "references": ("bad/test.jsonl", SCORE),
+    "corpus": ("bad/corpus.jsonl", f"{MINILLM} bad/corpus.jsonl"),
     "corpus, before the stages": (
         "bad/corpus.jsonl",
-        [
-            "train.py",
-            "--method",
-            "minillm",
-            "--teacher",
-            "teacher",
-            "--student",
-            "student",
-            "--data",
-            "data",
-            "--lm-data",
-            "bad/corpus.jsonl",
-        ],
+        "train.py --method minillm --teacher teacher --student student --data data "
+        "--lm-data bad/corpus.jsonl",
     ),
-    "pretrain": (
-        "bad/pretrain.jsonl",
-        ["train.py", "--method", "pretrain", "--shape", "1x8x1", "--data", "bad"],
-    ),
-    "prepare": ("bad/valid.jsonl", ["data.prepare", "vicuna", "--source", "bad"]),
-    "prepare dolly": ("bad/raw.jsonl", ["data.prepare", "dolly", "--source", "bad"]),
-    "prepare raw dolly": (
-        "bad/databricks-dolly-15k.jsonl",
-        ["data.prepare", "dolly", "--source", "bad"],
-    ),
-    "cost": ("bad/metrics.jsonl", ["evaluate.py", "--cost", "bad", "--out", "bad/out"]),
+    "pretrain": ("bad/pretrain.jsonl", "train.py --method pretrain --shape 1x8x1 --data bad"),
+    "prepare": ("bad/valid.jsonl", "data.prepare vicuna --source bad"),
+    "prepare dolly": ("bad/raw.jsonl", "data.prepare dolly --source bad"),
+    "prepare raw dolly": ("bad/databricks-dolly-15k.jsonl", "data.prepare dolly --source bad"),
+    "cost": ("bad/metrics.jsonl", "evaluate.py --cost bad --out bad/out"),
 }
 
 
-@pytest.fixture
-def bad(world, tmp_path, monkeypatch):
-    """A copy of the data, in which a test may put what is wrong, as `bad/` in the current folder."""
-    home = tmp_path / "here"
-    shutil.copytree(world / "data", home / "bad")
-    for name in ("student", "teacher", "other", "small", "data", "corpus.jsonl", "sft-student-s10"):
-        (home / name).symlink_to(world / name)
-    write_rows(home / "bad" / "score.jsonl", [{"text": "a task"}] * 4)
-    shutil.copy(world / "sft-student-s10" / "run.json", home / "bad")
-    monkeypatch.chdir(home)
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: tiny_tokenizer())
-    return home / "bad"
-
-
-def place(where, content):
-    """Put a content in its place: bytes, or a function of the path. Dolly's other files are where its are asked for. Returns path and command."""
-    path, arguments = Path(PLACES[where][0]), PLACES[where][1]
-    if where.startswith("prepare"):
-        Path("bad/train.jsonl").unlink(
-            missing_ok=True
-        )  # its folder would be one of a split made already, or of Dolly alone
-    if where == "prepare dolly":
+def put(place, content):
+    """Write the data file of a place: bytes, or a function of its path. Returns its path and the
+    command that reads it."""
+    path, command = Path(PLACES[place][0]), PLACES[place][1]
+    if place.startswith("prepare"):
+        # With train.jsonl, the directory would be a data set that is prepared already.
+        Path("bad/train.jsonl").unlink(missing_ok=True)
+    if place == "prepare dolly":
         shutil.copy("bad/test.jsonl", "bad/valid.jsonl")
     path.unlink(missing_ok=True)
     path.write_bytes(content) if isinstance(content, bytes) else content(path)
-    return path, arguments
+    return path, command
 
 
-GOOD = json.dumps(ROW | {"text": "a", "context": "", "response": ""}).encode() + b"\n"
-NOT_JSON, NO_OBJECT, NOT_UTF8 = (
-    ("is not JSON", "one object a line is wanted"),
-    ("is no JSON object", "one object a line is wanted"),
-    ("UTF-8", "convert"),
-)
-LINES = {  # the content, the line that is wrong, and what is said
-    "nothing in it": (b"", None, ["has no rows"]),
+def as_line(row):
+    return json.dumps(row).encode() + b"\n"
+
+
+GOOD = as_line(ROW | {"text": "a", "context": "", "response": ""})
+NOT_JSON = ["is not JSON", "expected one object per line"]
+NO_OBJECT = ["is not a JSON object", "expected one object per line"]
+EMPTY_LINE = ["is empty", "expected one object per line"]
+NOT_UTF8 = ["UTF-8", "convert"]
+LINES = {  # the content, the line that is wrong, and parts of the message
+    "empty file": (b"", None, ["has no rows"]),
     "cut off": (GOOD + GOOD[:30], 2, NOT_JSON),
     "an array": (GOOD + b"[1, 2]\n", 2, NO_OBJECT),
-    "a text": (b'"instruction"\n', 1, NO_OBJECT),
+    "a string": (b'"instruction"\n', 1, NO_OBJECT),
     "a number": (GOOD * 2 + b"17\n", 3, NO_OBJECT),
-    "null": (b"null\n", 1, ["is empty", "one object a line is wanted"]),
+    "null": (b"null\n", 1, EMPTY_LINE),
     "NaN alone": (b"NaN\n", 1, NO_OBJECT),
-    "a blank line": (GOOD + b"\n" + GOOD, 2, ["is empty", "one object a line is wanted"]),
+    "a blank line": (GOOD + b"\n" + GOOD, 2, EMPTY_LINE),
     "not UTF-8": (GOOD + GOOD.replace(b"word", b"caf\xe9"), 2, NOT_UTF8),
     "UTF-16": (GOOD.decode().encode("utf-16"), 1, NOT_UTF8),
     "compressed": (gzip.compress(GOOD), 1, NOT_UTF8),
     "zeros": (GOOD + bytes(100) + b"\n", 2, NOT_JSON),
     "single quotes": (GOOD + b"{'instruction': 'a'}\n", 2, NOT_JSON),
-    "a comma too many": (b'{"instruction": "a",}\n', 1, NOT_JSON),
+    "a trailing comma": (b'{"instruction": "a",}\n', 1, NOT_JSON),
     "two objects": (GOOD.strip() + GOOD, 1, NOT_JSON),
     "one object over lines": (b'{\n"instruction": "a"\n}\n', 1, NOT_JSON),
     "a web page": (b"<!DOCTYPE html>\n<html></html>\n", 1, NOT_JSON),
     "nested": (
         GOOD + b'{"a": ' + b"[" * 200_000 + b"\n",
         2,
-        ["nested too deeply", "one flat object a line is wanted"],
+        ["nested too deeply", "expected one object per line"],
     ),
-    "an endless number": (b'{"a": ' + b"9" * 5000 + b"}\n", 1, NOT_JSON),
+    "a number of 5,000 digits": (b'{"a": ' + b"9" * 5000 + b"}\n", 1, NOT_JSON),
     "ten megabytes cut off": (b'{"instruction": "' + b"a" * 10_000_000, 1, NOT_JSON),
 }
 
 
-@pytest.mark.parametrize("where", PLACES)
-def test_json_lines_that_are_none(refused, bad, where):
-    for what, (content, number, words) in LINES.items():
-        if where == "cost" and what == "nothing in it":
+@pytest.mark.parametrize("place", PLACES)
+def test_malformed_json_lines(refused, bad, place):
+    for what, (content, number, parts) in LINES.items():
+        if place == "cost" and what == "empty file":
             continue  # a run that was stopped before its first step has an empty metrics.jsonl
-        path, arguments = place(where, content)
-        line = refused(*arguments)
-        has(line, path if number is None else f"{path}, line {number}: ", *words)
+        path, command = put(place, content)
+        line = refused(command)
+        has(line, path if number is None else f"{path}, line {number}: ", *parts)
         assert len(line) < 300
 
 
@@ -730,30 +535,24 @@ NO_FILES = {
 }
 
 
-@pytest.mark.parametrize(
-    "where", [where for where in PLACES if not where.startswith(("prep", "pretrain", "cost"))]
-)
 @pytest.mark.parametrize("what", NO_FILES)
-def test_a_data_file_that_is_no_file(refused, bad, where, what):
-    path, arguments = place(where, NO_FILES[what])
-    has(
-        refused(*arguments),
-        path,
-        *(["is a directory"] if what == "a directory" else ["no such file"]),
-    )
+@pytest.mark.parametrize("place", [p for p in PLACES if not p.startswith(("pre", "cost"))])
+def test_a_data_file_that_is_not_a_file(refused, bad, place, what):
+    path, command = put(place, NO_FILES[what])
+    has(refused(command), path, "is a directory" if what == "a directory" else "no such file")
 
 
 @pytest.mark.parametrize("what", NO_FILES)
-@pytest.mark.parametrize("where", ["prepare", "prepare dolly", "prepare raw dolly"])
-def test_a_source_file_that_is_no_file(refused, bad, where, what):
-    _, arguments = place(where, NO_FILES[what])
+@pytest.mark.parametrize("place", [p for p in PLACES if p.startswith("prepare")])
+def test_a_source_file_that_is_not_a_file(refused, bad, place, what):
+    _, command = put(place, NO_FILES[what])
     Path("bad/test.jsonl").unlink()
-    has(refused(*arguments), "bad")
+    has(refused(command), "bad")
 
 
-FIELDS = {  # the field, its values (... : absent), and the places that read it
+FIELDS = {  # the field, its values (... if it is absent), and the places that read it
     "instruction": (
-        (..., None, 5, ["a"], {"a": 1}, True, float("nan"), float("inf")),
+        (..., None, 5, ["a"], {"a": 1}, True, NAN, INF),
         ("train", "dev", "evaluate", "exposure", "sample", "prepare"),
     ),
     "input": (
@@ -764,10 +563,7 @@ FIELDS = {  # the field, its values (... : absent), and the places that read it
         (..., None, 5, [], [None], ["a", 5], {"a": 1}),
         ("train", "dev", "evaluate", "prepare", "references"),
     ),
-    "ids": (
-        ("1 2", 5, [1.5], [-1], [None], [True], ["1"], [[1]], {}, float("nan")),
-        ("train", "dev"),
-    ),
+    "ids": (("1 2", 5, [1.5], [-1], [None], [True], ["1"], [[1]], {}, NAN), ("train", "dev")),
     "text": (
         (..., None, 5, ["a"], {"a": 1}),
         ("score", "corpus", "pretrain", "corpus, before the stages"),
@@ -778,203 +574,112 @@ FIELDS = {  # the field, its values (... : absent), and the places that read it
 
 
 @pytest.mark.parametrize(
-    "field, where", [(field, where) for field, (_, places) in FIELDS.items() for where in places]
+    "field, place", [(field, place) for field, (_, places) in FIELDS.items() for place in places]
 )
-def test_a_field_of_a_wrong_kind(refused, bad, field, where):
+def test_a_field_of_the_wrong_type(refused, bad, field, place):
     for value in FIELDS[field][0]:
         row = json.loads(GOOD) | {field: value}
-        path, arguments = place(
-            where,
-            GOOD
-            + (json.dumps({name: v for name, v in row.items() if v is not ...}) + "\n").encode(),
-        )
-        has(refused(*arguments), f"{path}, line 2: ", f"'{field}'", "must be")
+        row = {name: v for name, v in row.items() if v is not ...}
+        path, command = put(place, GOOD + as_line(row))
+        has(refused(command), f"{path}, line 2: ", f"'{field}'", "must be")
 
 
-@pytest.mark.parametrize("where", ["train", "dev"])
+@pytest.mark.parametrize("place", ["train", "dev"])
 @pytest.mark.parametrize("token", [CONFIG.vocab_size, 10**30])
-def test_tokens_beyond_the_vocabulary(refused, bad, where, token):
-    _, arguments = place(where, GOOD + (json.dumps(ROW | {"ids": [1, token]}) + "\n").encode())
+def test_tokens_beyond_the_vocabulary(refused, bad, place, token):
+    _, command = put(place, GOOD + as_line(ROW | {"ids": [1, token]}))
+    line = refused(command)
     has(
-        refused(*arguments),
-        "data, row 2: 'ids'",
-        f"beyond the tokenizer's {CONFIG.vocab_size}",
-        "leave 'ids' out",
+        line, "data, row 2: 'ids'", f"beyond the tokenizer's {CONFIG.vocab_size}", "leave 'ids' out"
     )
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])
-def test_responses_and_references_of_different_number(refused, bad, count):
-    _, arguments = place("score", GOOD * count)
-    has(refused(*arguments), f"{count} responses for 4 rows of references", "row by row")
+def test_different_numbers_of_responses_and_references(refused, bad, count):
+    _, command = put("score", GOOD * count)
+    has(refused(command), f"{count} responses for 4 rows of references", "row by row")
 
 
 @pytest.mark.parametrize(
-    "where, words",
+    "place, parts",
     [
         ("train", ["train.jsonl", "give more or shorter rows"]),
         ("dev", ["dev.jsonl", "give shorter ones"]),
     ],
 )
-def test_rows_of_ten_megabytes_are_over_the_limit(refused, bad, where, words):
+def test_rows_of_ten_megabytes_are_over_the_limit(refused, bad, place, parts):
     row = ROW | {"instruction": "a task that describes " * 450_000}
-    _, arguments = place(where, json.dumps(row).encode())
-    has(refused(*arguments), *words)
+    _, command = put(place, as_line(row))
+    has(refused(command), *parts)
 
 
-def test_a_corpus_that_is_no_text_or_too_little(refused, bad):
-    arguments = [
-        "train.py",
-        "--method",
-        "minillm",
-        "--sft-teacher",
-        "teacher",
-        "--init",
-        "student",
-        "--data",
-        "data",
-        "--lm-data",
-        "bad/corpus.txt",
-    ]
-    for content, words in {
-        b"": "longer",
-        b"\n\n \n": "longer",
-        b"a task": "longer",
-        b"\xff\xfe": "UTF-8",
-    }.items():
-        Path("bad/corpus.txt").write_bytes(content)
-        has(refused(*arguments), "bad/corpus.txt", words)
-    Path("bad/corpus.txt").unlink()
-    has(refused(*arguments), "bad/corpus.txt", "no such file")
+def test_a_corpus_that_is_not_text_or_too_short(refused, bad):
+    path, contents = Path("bad/corpus.txt"), {"longer": [b"", b"\n\n \n", b"a task"]}
+    for part, texts in (contents | {"UTF-8": [b"\xff\xfe"]}).items():
+        for text in texts:
+            path.write_bytes(text)
+            has(refused(MINILLM, path), path, part)
+    path.unlink()
+    has(refused(MINILLM, path), path, "no such file")
 
 
-def test_unusual_lines_that_are_well_formed_are_taken(bad, capsys):
-    """A byte-order mark, CRLF, a field twice (the last one counts), numbers that are none in fields that nobody reads, ten megabytes."""
+def test_unusual_but_well_formed_lines_are_accepted(bad, capsys):
+    """A byte-order mark, CRLF, a field twice (the last one counts), NaN in an unused field, and ten
+    megabytes."""
     lines = [
         b'\xef\xbb\xbf{"instruction": "first", "instruction": "Write."}\r\n',
         b'{"instruction": "Write.", "score": NaN, "other": [Infinity, {"a": null}]}\r\n',
         json.dumps({"instruction": "Write.", "input": "a task that describes " * 450_000}).encode(),
     ]
     assert len(lines[2]) > 9_900_000
-    path, (_, *arguments) = place("sample", b"".join(lines))
+    path, command = put("sample", b"".join(lines))
     assert [row.instruction for row in read_rows(path, needs_output=False)] == ["Write."] * 3
-    run_command_line(lambda: sample.main([*arguments, "--greedy", "--max-new", "2", "--json"]))
-    said = capsys.readouterr()
-    assert len(said.out.splitlines()) == 3 and after_device(said.err).startswith(
-        "1 of 3 requests were shortened to fit"
-    )
+    run_program(command, "--greedy", "--max-new", "2", "--json")
+    output = capsys.readouterr()
+    assert len(output.out.splitlines()) == 3
+    assert after_device(output.err).startswith("1 of 3 requests were shortened to fit")
 
 
-# ---- checkpoints -------------------------------------------------------------------------------------------------------------------
+# ---- checkpoints -------------------------------------------------------------------------------
 
-
-def read_by(program, folder):
-    """The command of a program that reads the model in a folder."""
-    return {
-        "sample.py": ["sample.py", folder, "--instruction", "Write."],
-        "student": ["train.py", "--method", "sft", "--student", folder, "--data", "data"],
-        "teacher": ["train.py", "--teacher", folder, "--student", "student", "--data", "data"],
-        "student, behind a teacher's stage": [
-            "train.py",
-            "--teacher",
-            "teacher",
-            "--student",
-            folder,
-            "--data",
-            "data",
-        ],
-        "sft-teacher": ["train.py", "--sft-teacher", folder, "--init", "student", "--data", "data"],
-        "init": ["train.py", "--sft-teacher", "teacher", "--init", folder, "--data", "data"],
-        "init, behind a teacher's stage": [
-            "train.py",
-            "--teacher",
-            "teacher",
-            "--init",
-            folder,
-            "--data",
-            "data",
-        ],
-        "evaluate.py": ["evaluate.py", folder, "--data", "data", "--out", "out"],
-        "exposure teacher": [
-            "exposure_bias.py",
-            "--teacher",
-            folder,
-            "--students",
-            "student",
-            "--data",
-            "data",
-            "--out",
-            "out",
-        ],
-        "exposure student": [
-            "exposure_bias.py",
-            "--teacher",
-            "teacher",
-            "--students",
-            folder,
-            "--data",
-            "data",
-            "--out",
-            "out",
-        ],
-    }[program]
-
-
-READERS = (
-    "student",
-    "teacher",
-    "sft-teacher",
-    "init",
-    "evaluate.py",
-    "exposure teacher",
-    "exposure student",
-)
-
-
-@pytest.fixture
-def broken(world, bad):
-    """A copy of the student, for a test to break, as `broken/`."""
-    return Path(shutil.copytree(world / "student", bad.parent / "broken")).relative_to(bad.parent)
+SAMPLE = "sample.py MODEL --instruction Write."
+# Commands that read the model in the place of MODEL
+READERS = {
+    "student": "train.py --method sft --student MODEL --data data",
+    "teacher": "train.py --teacher MODEL --student student --data data",
+    "sft-teacher": "train.py --sft-teacher MODEL --init student --data data",
+    "init": "train.py --sft-teacher teacher --init MODEL --data data",
+    "evaluate": "evaluate.py MODEL --data data --out out",
+    "exposure teacher": (
+        "exposure_bias.py --teacher MODEL --students student --data data --out out"
+    ),
+    "exposure student": (
+        "exposure_bias.py --teacher teacher --students MODEL --data data --out out"
+    ),
+}
+# The same for models that are read only after the teacher's stage
+LATER_READERS = {
+    "student, after the teacher": "train.py --teacher teacher --student MODEL --data data",
+    "init, after the teacher": "train.py --teacher teacher --init MODEL --data data",
+}
 
 
 def change_json(path, **values):
-    """Set fields of a JSON file, or take out those given as `...`."""
+    """Set fields of a JSON file, or remove those given as `...`."""
     fields = json.loads(path.read_text()) | values
     path.write_text(json.dumps({name: value for name, value in fields.items() if value is not ...}))
 
 
-SIZES = ("n_layer", "n_embd", "n_head", "vocab_size", "n_positions")
-
-
-@pytest.mark.parametrize("field", SIZES)
-def test_a_size_in_config_json_that_is_none(refused, broken, field):
-    for value in (
-        ...,
-        None,
-        0,
-        -1,
-        1.5,
-        2.0,
-        "2",
-        True,
-        [2],
-        {},
-        10**7,
-        10**30,
-        float("nan"),
-        float("inf"),
-    ):
+@pytest.mark.parametrize("field", ["n_layer", "n_embd", "n_head", "vocab_size", "n_positions"])
+def test_a_wrong_size_in_config_json(refused, broken, field):
+    for value in (..., None, 0, -1, 1.5, 2.0, "2", True, [2], {}, 10**7, 10**30, NAN, INF):
         change_json(broken / "config.json", **{field: value})
-        has(
-            refused(*read_by("sample.py", broken)),
-            "broken/config.json",
-            f"'{field}'",
-            "is missing" if value is ... else "must be a whole number",
-        )
+        problem = "is missing" if value is ... else "must be an integer"
+        has(refused(SAMPLE, MODEL=broken), "broken/config.json", f"'{field}'", problem)
 
 
 @pytest.mark.parametrize(
-    "field, value, words",
+    "field, value, part",
     [
         ("model_type", "llama", "GPT-2 has 'gpt2'"),
         ("model_type", None, "GPT-2 has 'gpt2'"),
@@ -982,7 +687,7 @@ def test_a_size_in_config_json_that_is_none(refused, broken, field):
         ("activation_function", "relu", "GPT-2 has 'gelu_new'"),
         ("layer_norm_epsilon", 1e-6, "GPT-2 has 1e-05"),
         ("layer_norm_epsilon", "1e-5", "GPT-2 has"),
-        ("layer_norm_epsilon", float("nan"), "GPT-2 has"),
+        ("layer_norm_epsilon", NAN, "GPT-2 has"),
         ("tie_word_embeddings", False, "GPT-2 has True"),
         ("scale_attn_weights", False, "GPT-2 has True"),
         ("scale_attn_by_inverse_layer_idx", True, "GPT-2 has False"),
@@ -994,17 +699,17 @@ def test_a_size_in_config_json_that_is_none(refused, broken, field):
         ("resid_pdrop", "0.1", "a rate"),
         ("resid_pdrop", None, "a rate"),
         ("resid_pdrop", [0.1], "a rate"),
-        ("resid_pdrop", float("nan"), "a rate"),
+        ("resid_pdrop", NAN, "a rate"),
         ("n_head", 5, "can't be divided"),
     ],
 )
-def test_a_field_of_config_json_that_is_not_gpt2_s(refused, broken, field, value, words):
+def test_a_field_of_config_json_that_differs_from_gpt2(refused, broken, field, value, part):
     change_json(broken / "config.json", **{field: value})
-    has(refused(*read_by("sample.py", broken)), "broken/config.json", field, words)
+    has(refused(SAMPLE, MODEL=broken), "broken/config.json", field, part)
 
 
 @pytest.mark.parametrize(
-    "field, value, words",
+    "field, value, part",
     [
         ("n_layer", 3, "'h.2.ln_1.weight' is missing"),
         ("n_layer", 1, "config.json belongs to another model"),
@@ -1016,26 +721,23 @@ def test_a_field_of_config_json_that_is_not_gpt2_s(refused, broken, field, value
         ("vocab_size", CONFIG.vocab_size + 1, "put the model's vocab.json and merges.txt there"),
     ],
 )
-def test_sizes_that_are_not_the_weights_own(refused, broken, field, value, words):
+def test_sizes_that_differ_from_the_weights(refused, broken, field, value, part):
     change_json(broken / "config.json", **{field: value})
-    has(
-        refused(*read_by("sample.py", broken)),
-        "broken" if field == "vocab_size" else "broken/model.safetensors",
-        words,
-    )
+    path = broken if field == "vocab_size" else broken / "model.safetensors"
+    has(refused(SAMPLE, MODEL=broken), path, part)
 
 
 CONFIG_FILES = {
     "empty": b"",
     "cut off": b'{"n_layer": 2, "n_em',
     "an array": b"[1]",
-    "a text": b'"gpt2"',
+    "a string": b'"gpt2"',
     "null": b"null",
     "not UTF-8": b'{"a": "\xff"}',
     "zeros": bytes(50),
     "nested": b"[" * 200_000,
     "a web page": b"<!DOCTYPE html>",
-    "an endless number": b'{"n_layer": ' + b"9" * 5000 + b"}",
+    "a number of 5,000 digits": b'{"n_layer": ' + b"9" * 5000 + b"}",
     "a directory": Path.mkdir,
     "missing": missing,
     "a dangling link": dangling,
@@ -1043,92 +745,87 @@ CONFIG_FILES = {
 }
 
 
-def test_a_config_json_that_is_none(refused, broken):
+def test_a_malformed_config_json(refused, broken):
     path = broken / "config.json"
     for what, content in CONFIG_FILES.items():
         path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
         path.write_bytes(content) if isinstance(content, bytes) else content(path)
-        mend = (
-            "a checkpoint directory has config.json"
-            if what in ("missing", "a dangling link")
-            else "fetch it again"
-        )
-        has(refused(*read_by("sample.py", broken)), "broken/config.json", mend)
+        absent = what in ("missing", "a dangling link", "a link to itself")
+        fix = "a checkpoint directory has config.json" if absent else "fetch it again"
+        has(refused(SAMPLE, MODEL=broken), "broken/config.json", fix)
 
 
-def edit(path, function):
+def edit_tensors(path, change):
     """Change the tensors of a safetensors file."""
     tensors = load_file(path)
-    tensors = function(tensors) or tensors
+    tensors = change(tensors) or tensors
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
-def header(entries, data=b"\0" * 8, length=None):
-    """A safetensors file with this header and, if given, a lie about its length."""
-    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
-    return struct.pack("<Q", len(text) if length is None else length) + text + data
+def safetensors(entries, data=b"\0" * 8, length=None):
+    """A safetensors file with this header and, if given, this wrong length of it."""
+    header = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return struct.pack("<Q", len(header) if length is None else length) + header + data
 
 
-def one(shape=(2,), offsets=(0, 8), dtype="F32"):
+def entry(shape=(2,), offsets=(0, 8), dtype="F32"):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
+ONE = {"wte.weight": entry()}
+OVERLAP = ONE | {"wpe.weight": entry(offsets=(4, 12))}
 DAMAGED = {
     "empty": b"",
     "seven bytes": b"\0" * 7,
     "zeros": b"\0" * 100,
     "a web page": b"<!DOCTYPE html><html>not found</html>",
     "an LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
-    "a header beyond the file": header({"wte.weight": one()}, length=10**6),
-    "a header beyond all memory": header({"wte.weight": one()}, length=2**63),
-    "a header that is no JSON": header(b"{]"),
-    "a header that is not UTF-8": header(b'{"\xff": 1}'),
-    "a header of another kind": header({"wte.weight": 5}),
-    "a header that is an array": header([1]),
-    "a nested header": header(b'{"a":' * 100_000),
-    "offsets that overlap": header(
-        {"wte.weight": one(), "wpe.weight": one(offsets=(4, 12))}, b"\0" * 12
-    ),
-    "offsets beyond the file": header({"wte.weight": one(offsets=(0, 800))}),
-    "offsets backwards": header({"wte.weight": one(offsets=(8, 0))}),
-    "negative offsets": header({"wte.weight": one(offsets=(-8, 0))}),
-    "a hole": header({"wte.weight": one(offsets=(4, 12))}, b"\0" * 12),
-    "a shape that is not its bytes": header({"wte.weight": one((3,))}),
-    "a shape beyond all memory": header({"wte.weight": one((2**40, 2**40))}),
-    "a negative shape": header({"wte.weight": one((-2,))}),
-    "an unknown type": header({"wte.weight": one(dtype="F33")}),
-    "bytes behind the last": header({"wte.weight": one()}, b"\0" * 9),
-    "the same name twice": header(b'{"a":%s,"a":%s}' % ((json.dumps(one()).encode(),) * 2)),
+    "a header beyond the file": safetensors(ONE, length=10**6),
+    "a header beyond all memory": safetensors(ONE, length=2**63),
+    "a header that is not JSON": safetensors(b"{]"),
+    "a header that is not UTF-8": safetensors(b'{"\xff": 1}'),
+    "a header of another type": safetensors({"wte.weight": 5}),
+    "a header that is an array": safetensors([1]),
+    "a nested header": safetensors(b'{"a":' * 100_000),
+    "overlapping offsets": safetensors(OVERLAP, b"\0" * 12),
+    "offsets beyond the file": safetensors({"wte.weight": entry(offsets=(0, 800))}),
+    "reversed offsets": safetensors({"wte.weight": entry(offsets=(8, 0))}),
+    "negative offsets": safetensors({"wte.weight": entry(offsets=(-8, 0))}),
+    "a hole": safetensors({"wte.weight": entry(offsets=(4, 12))}, b"\0" * 12),
+    "a shape that differs from its bytes": safetensors({"wte.weight": entry((3,))}),
+    "a shape beyond all memory": safetensors({"wte.weight": entry((2**40, 2**40))}),
+    "a negative shape": safetensors({"wte.weight": entry((-2,))}),
+    "an unknown dtype": safetensors({"wte.weight": entry(dtype="F33")}),
+    "trailing bytes": safetensors(ONE, b"\0" * 9),
+    "a duplicate name": safetensors(b'{"a":%s,"a":%s}' % ((json.dumps(entry()).encode(),) * 2)),
 }
 
 
-def test_a_safetensors_file_that_is_damaged(refused, broken):
+def test_a_damaged_safetensors_file(refused, broken):
     for what, content in DAMAGED.items():
         (broken / "model.safetensors").write_bytes(content)
-        line = refused(*read_by("sample.py", broken))
-        has(
-            line,
-            "broken/model.safetensors",
-            "tensor 'a' is no part" if what == "the same name twice" else "fetch it again",
-        )
+        part = "tensor 'a' is not part" if what == "a duplicate name" else "fetch it again"
+        has(refused(SAMPLE, MODEL=broken), "broken/model.safetensors", part)
 
 
-def test_a_safetensors_file_that_is_cut_short(refused, broken):
+def test_a_truncated_safetensors_file(refused, broken):
     path = broken / "model.safetensors"
-    whole = path.read_bytes()
+    content = path.read_bytes()
     for share in (0.999, 0.5, 0.1, 0.001):
-        path.write_bytes(whole[: int(share * len(whole))])
-        has(refused(*read_by("sample.py", broken)), path, "cut short or damaged", "fetch it again")
+        path.write_bytes(content[: int(share * len(content))])
+        has(refused(SAMPLE, MODEL=broken), path, "truncated", "fetch it again")
 
 
-def with_tensor(name, tensor):
+def with_tensor(name, value):
+    """A change that sets a tensor, or replaces it by a function of it."""
+
     def change(tensors):
-        tensors[name] = tensor if isinstance(tensor, torch.Tensor) else tensor(tensors[name])
+        tensors[name] = value if isinstance(value, torch.Tensor) else value(tensors[name])
 
     return change
 
 
-def of_one(value):
+def with_last_value(value):
     def change(tensor):
         tensor.view(-1)[-1] = value
         return tensor
@@ -1136,82 +833,54 @@ def of_one(value):
     return change
 
 
-ATTENTION, GAIN = "h.1.attn.c_attn.weight", "h.0.ln_1.weight"
-TENSORS = {
-    "one missing": (
-        lambda t: {n: v for n, v in t.items() if n != ATTENTION},
-        [ATTENTION, "is missing", "fetch the file again"],
-    ),
-    "none": (lambda t: {"a": torch.zeros(1)}, ["'a'", "config.json belongs to another model"]),
-    "one more": (
-        with_tensor("h.2.ln_1.weight", torch.zeros(32)),
-        ["h.2.ln_1.weight", "config.json belongs to another model"],
-    ),
-    "a strange one": (
-        with_tensor("score.weight", torch.zeros(2, 32)),
-        ["score.weight", "config.json belongs to another model"],
-    ),
-    "NaN": (
-        with_tensor(ATTENTION, of_one(float("nan"))),
-        [ATTENTION, "not finite", "damaged or its training diverged"],
-    ),
-    "inf": (
-        with_tensor(GAIN, of_one(float("inf"))),
-        [GAIN, "not finite", "damaged or its training diverged"],
-    ),
-    "transposed": (
-        with_tensor(ATTENTION, lambda t: t.T),
-        [ATTENTION, "(96, 32)", "does not fit config.json"],
-    ),
-    "too long": (with_tensor(GAIN, torch.zeros(33)), [GAIN, "(33,)", "does not fit config.json"]),
-    "a dimension more": (
-        with_tensor(GAIN, torch.zeros(1, 32)),
-        [GAIN, "(1, 32)", "does not fit config.json"],
-    ),
-    "a single number": (
-        with_tensor(GAIN, torch.tensor(1.0)),
-        [GAIN, "()", "does not fit config.json"],
-    ),
-    "no number": (
-        with_tensor(ATTENTION, torch.zeros(0)),
-        [ATTENTION, "(0,)", "does not fit config.json"],
-    ),
-    "whole numbers": (
-        with_tensor(GAIN, lambda t: t.long()),
-        [GAIN, "int64", "floating-point weights are wanted"],
-    ),
-    "yes and no": (
-        with_tensor(GAIN, lambda t: t > 0),
-        [GAIN, "bool", "floating-point weights are wanted"],
-    ),
-    "complex numbers": (
-        with_tensor(GAIN, lambda t: t.to(torch.complex64)),
-        [GAIN, "complex64", "floating-point weights are wanted"],
-    ),
-    "another head": (
-        with_tensor("lm_head.weight", torch.zeros(CONFIG.vocab_size, 32)),
-        ["lm_head.weight", "differs from 'wte.weight'"],
-    ),
-    "a head of another size": (
-        with_tensor("lm_head.weight", torch.zeros(3, 32)),
-        ["lm_head.weight", "differs from 'wte.weight'"],
-    ),
+def without_attention(tensors):
+    return {name: tensor for name, tensor in tensors.items() if name != ATTENTION}
+
+
+def only_another_tensor(tensors):
+    return {"a": torch.zeros(1)}
+
+
+ATTENTION, GAIN, HEAD = "h.1.attn.c_attn.weight", "h.0.ln_1.weight", "lm_head.weight"
+VOCAB = CONFIG.vocab_size
+OTHER_MODEL = "config.json belongs to another model"
+NOT_FINITE = "not finite|damaged or its training diverged"
+WRONG_SHAPE = "does not fit config.json"
+WRONG_DTYPE = "weights must be floating-point"
+UNTIED = f"{HEAD}|differs from 'wte.weight'"
+TENSORS = {  # the change, and parts of the message
+    "one missing": (without_attention, f"{ATTENTION}|is missing|fetch the file again"),
+    "none": (only_another_tensor, f"'a'|{OTHER_MODEL}"),
+    "a layer more": (with_tensor("h.2.ln_1.weight", torch.zeros(32)), f"h.2.ln_1|{OTHER_MODEL}"),
+    "an unknown one": (with_tensor("score.weight", torch.zeros(2, 32)), f"score|{OTHER_MODEL}"),
+    "NaN": (with_tensor(ATTENTION, with_last_value(NAN)), f"{ATTENTION}|{NOT_FINITE}"),
+    "inf": (with_tensor(GAIN, with_last_value(INF)), f"{GAIN}|{NOT_FINITE}"),
+    "transposed": (with_tensor(ATTENTION, torch.t), f"{ATTENTION}|(96, 32)|{WRONG_SHAPE}"),
+    "too long": (with_tensor(GAIN, torch.zeros(33)), f"{GAIN}|(33,)|{WRONG_SHAPE}"),
+    "a dimension more": (with_tensor(GAIN, torch.zeros(1, 32)), f"{GAIN}|(1, 32)|{WRONG_SHAPE}"),
+    "a scalar": (with_tensor(GAIN, torch.tensor(1.0)), f"{GAIN}|()|{WRONG_SHAPE}"),
+    "no element": (with_tensor(ATTENTION, torch.zeros(0)), f"{ATTENTION}|(0,)|{WRONG_SHAPE}"),
+    "integers": (with_tensor(GAIN, torch.Tensor.long), f"{GAIN}|int64|{WRONG_DTYPE}"),
+    "booleans": (with_tensor(GAIN, torch.Tensor.bool), f"{GAIN}|bool|{WRONG_DTYPE}"),
+    "complex": (with_tensor(GAIN, torch.Tensor.cfloat), f"{GAIN}|complex64|{WRONG_DTYPE}"),
+    "another head": (with_tensor(HEAD, torch.zeros(VOCAB, 32)), UNTIED),
+    "a head of another size": (with_tensor(HEAD, torch.zeros(3, 32)), UNTIED),
 }
 
 
 @pytest.mark.parametrize("what", TENSORS)
 @pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
-def test_tensors_that_are_wrong(refused, broken, form, what):
-    change, words = TENSORS[what]
-    edit(broken / "model.safetensors", change)
+def test_wrong_tensors(refused, broken, form, what):
+    change, parts = TENSORS[what]
+    edit_tensors(broken / "model.safetensors", change)
     if form == "pytorch_model.bin":
         torch.save(load_file(broken / "model.safetensors"), broken / form)
         (broken / "model.safetensors").unlink()
-    has(refused(*read_by("sample.py", broken)), broken / form, *words)
+    has(refused(SAMPLE, MODEL=broken), broken / form, *parts.split("|"))
 
 
 class Executes:
-    """A pickle that writes a file when it is read."""
+    """A pickle that makes a directory when it is read."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -1220,508 +889,362 @@ class Executes:
         return os.mkdir, (self.path,)
 
 
-def claims_too_much(dtype=torch.float32):
-    """A weight of one number that says it has 10^12."""
+def huge(dtype=torch.float32):
+    """A weight that stores one number and has 10^12."""
     return torch.zeros(1, dtype=dtype).expand(10**6, 10**6)
 
 
+EXECUTED = Executes("executed")  # in the current directory
+WEIGHTS = stored_weights(CONFIG)
+# What pytorch_model.bin holds: bytes, or what torch.save is given
 PICKLES = {
-    "garbage": lambda path, evil: path.write_bytes(b"garbage"),
-    "empty": lambda path, evil: path.write_bytes(b""),
-    "cut short": lambda path, evil: (
-        torch.save(stored_weights(CONFIG), path),
-        path.write_bytes(path.read_bytes()[:-1000]),
-    ),
-    "code": lambda path, evil: torch.save({"wte.weight": Executes(evil)}, path),
-    "code in the old form": lambda path, evil: torch.save(
-        {"wte.weight": Executes(evil)}, path, _use_new_zipfile_serialization=False
-    ),
-    "code in a bare pickle": lambda path, evil: path.write_bytes(pickle.dumps(Executes(evil))),
-    "a whole module": lambda path, evil: torch.save(torch.nn.Linear(2, 2), path),
-    "a list": lambda path, evil: torch.save([torch.zeros(1)], path),
-    "a tensor": lambda path, evil: torch.save(torch.zeros(1), path),
-    "numbers": lambda path, evil: torch.save({"wte.weight": 1.0}, path),
-    "names that are none": lambda path, evil: torch.save({1: torch.zeros(1)}, path),
-    "a training state": lambda path, evil: torch.save(
-        {"model": {"wte.weight": torch.zeros(1)}}, path
-    ),
-    "a sparse tensor": lambda path, evil: torch.save(
-        {"wte.weight": torch.eye(3).to_sparse()}, path
-    ),
-    "a tensor without content": lambda path, evil: torch.save(
-        {"wte.weight": torch.zeros(3, device="meta")}, path
-    ),
-    "a tensor beyond all memory": lambda path, evil: torch.save(
-        stored_weights(CONFIG) | {"wte.weight": claims_too_much()}, path
-    ),
-    "a half tensor beyond all memory": lambda path, evil: torch.save(
-        stored_weights(CONFIG) | {"wte.weight": claims_too_much(torch.half)}, path
-    ),
-    "a head beyond all memory": lambda path, evil: torch.save(
-        stored_weights(CONFIG) | {"lm_head.weight": claims_too_much(torch.half)}, path
-    ),
+    "garbage": b"garbage",
+    "empty": b"",
+    "code in a bare pickle": pickle.dumps(EXECUTED),
+    "code": {"wte.weight": EXECUTED},
+    "code in the old format": {"wte.weight": EXECUTED},
+    "truncated": WEIGHTS,
+    "a whole module": torch.nn.Linear(2, 2),
+    "a list": [torch.zeros(1)],
+    "a tensor": torch.zeros(1),
+    "numbers": {"wte.weight": 1.0},
+    "a name that is not a string": {1: torch.zeros(1)},
+    "a training state": {"model": {"wte.weight": torch.zeros(1)}},
+    "a sparse tensor": {"wte.weight": torch.eye(3).to_sparse()},
+    "a tensor without content": {"wte.weight": torch.zeros(3, device="meta")},
+    "a tensor beyond all memory": WEIGHTS | {"wte.weight": huge()},
+    "a half tensor beyond all memory": WEIGHTS | {"wte.weight": huge(torch.half)},
+    "a head beyond all memory": WEIGHTS | {"lm_head.weight": huge(torch.half)},
 }
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("what", PICKLES)
-def test_a_pickle_that_is_damaged_or_executes_code(refused, broken, tmp_path, what):
+def test_a_pickle_that_is_damaged_or_executes_code(refused, broken, what):
     (broken / "model.safetensors").unlink()
-    PICKLES[what](broken / "pytorch_model.bin", tmp_path / "executed")
-    line = refused(*read_by("sample.py", broken))
+    path, content = broken / "pytorch_model.bin", PICKLES[what]
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=what != "code in the old format")
+    if what == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    line = refused(SAMPLE, MODEL=broken)
     has(line, "broken/pytorch_model.bin")
-    assert any(
-        mend in line
-        for mend in (
-            "fetch it again",
-            "weights by name are wanted",
-            "does not fit config.json",
-            "differs from 'wte.weight'",
-        )
-    ), line
-    assert not (tmp_path / "executed").exists()
+    fixes = "fetch it again|weights by name|does not fit config.json|differs from 'wte.weight'"
+    assert any(fix in line for fix in fixes.split("|")), line
+    assert not Path("executed").exists()
 
 
-def test_the_pickle_that_executes_code_would_do_so(tmp_path):
-    torch.save({"wte.weight": Executes(tmp_path / "executed")}, tmp_path / "x.bin")
-    torch.load(tmp_path / "x.bin", weights_only=False)
-    assert (tmp_path / "executed").is_dir()
+def test_the_pickle_that_executes_code_would_do_so(bad):
+    torch.save({"wte.weight": EXECUTED}, "x.bin")
+    torch.load("x.bin", weights_only=False)
+    assert Path("executed").is_dir()
 
 
 @pytest.mark.parametrize("what", ["missing", "a directory", "a dangling link", "a link to itself"])
-def test_weights_that_are_no_file(refused, broken, what):
+def test_weights_that_are_not_a_file(refused, broken, what):
     path = broken / "model.safetensors"
     path.unlink()
     NO_FILES[what](path)
-    has(
-        refused(*read_by("sample.py", broken)),
-        path,
-        "no such file",
-        "a checkpoint directory has config.json and model.safetensors",
-    )
+    fix = "a checkpoint directory has config.json and model.safetensors"
+    has(refused(SAMPLE, MODEL=broken), path, "no such file", fix)
 
 
-@pytest.mark.parametrize(
-    "program", [*READERS, "student, behind a teacher's stage", "init, behind a teacher's stage"]
-)
+@pytest.mark.parametrize("reader", READERS | LATER_READERS)
 @pytest.mark.parametrize("what", ["config", "tokenizer", "nothing"])
-def test_a_damaged_model_wherever_one_is_named_before_anything_is_trained(
-    refused, broken, program, what
-):
+def test_a_damaged_model_is_found_before_anything_is_trained(refused, broken, reader, what):
     if what == "config":
         change_json(broken / "config.json", n_layer="two")
+        parts = ["broken/config.json"]
     elif what == "tokenizer":
         (broken / "merges.txt").write_text("#version: 0.2\na b c\n")
+        parts = ["broken/vocab.json"]
     else:
         shutil.rmtree(broken)
         broken.mkdir()
-    line = refused(*read_by(program, broken))
-    if program == "evaluate.py" and what == "nothing":
-        has(line, "none of the directories has a model", "name a run")
-    else:
-        has(
-            line,
-            {
-                "config": "broken/config.json",
-                "tokenizer": "broken/vocab.json",
-                "nothing": "broken/config.json: no such file",
-            }[what],
-        )
+        parts = ["broken/config.json: no such file"]
+        if reader == "evaluate":
+            parts = ["none of the directories has a model", "name a run"]
+    has(refused((READERS | LATER_READERS)[reader], MODEL=broken), *parts)
 
 
-@pytest.mark.parametrize("program", READERS)
-def test_damaged_weights_wherever_a_model_is_named(refused, broken, program):
-    edit(broken / "model.safetensors", with_tensor(GAIN, of_one(float("nan"))))
-    if program in ("evaluate.py", "exposure student"):
-        arguments = [*read_by(program, broken), "--rows", "1"] + (
-            ["--steps", "2", "--samples", "1"] if program != "evaluate.py" else []
-        )
-    else:
-        arguments = read_by(program, broken)
-    has(refused(*arguments), "broken/model.safetensors", GAIN, "not finite")
+@pytest.mark.parametrize("reader", READERS)
+def test_damaged_weights_of_any_model(refused, broken, reader):
+    edit_tensors(broken / "model.safetensors", with_tensor(GAIN, with_last_value(NAN)))
+    fewer = {"evaluate": "--rows 1", "exposure student": "--rows 1 --steps 2 --samples 1"}
+    line = refused(f"{READERS[reader]} {fewer.get(reader, '')}", MODEL=broken)
+    has(line, "broken/model.safetensors", GAIN, "not finite")
 
 
-# ---- tokenizers --------------------------------------------------------------------------------------------------------------------
+# ---- tokenizers --------------------------------------------------------------------------------
 
 
 def change_vocab(function):
-    def change(folder):
-        vocab = json.loads((folder / "vocab.json").read_text())
-        (folder / "vocab.json").write_text(json.dumps(function(vocab)))
+    def change(directory):
+        vocab = json.loads((directory / "vocab.json").read_text())
+        (directory / "vocab.json").write_text(json.dumps(function(vocab)))
 
     return change
 
 
 def change_merges(function):
-    def change(folder):
-        lines = (folder / "merges.txt").read_text().splitlines()
-        (folder / "merges.txt").write_text("\n".join(function(lines)) + "\n")
+    def change(directory):
+        lines = (directory / "merges.txt").read_text().splitlines()
+        (directory / "merges.txt").write_text("\n".join(function(lines)) + "\n")
 
     return change
 
 
+def write(name, content):
+    def change(directory):
+        (directory / name).unlink()
+        if isinstance(content, bytes):
+            (directory / name).write_bytes(content)
+        else:
+            content(directory / name)
+
+    return change
+
+
+def end_of_text_first(vocab):
+    return {token: 0 if token == END_OF_TEXT else n + 1 for token, n in vocab.items()}
+
+
 TOKENIZERS = {
-    "vocab.json cut off": lambda f: (f / "vocab.json").write_text('{"!": 0, '),
-    "vocab.json empty": lambda f: (f / "vocab.json").write_text(""),
+    "vocab.json cut off": write("vocab.json", b'{"!": 0, '),
+    "vocab.json empty": write("vocab.json", b""),
     "vocab.json an array": change_vocab(list),
-    "vocab.json null": change_vocab(lambda v: None),
-    "vocab.json not UTF-8": lambda f: (f / "vocab.json").write_bytes(b"\xff"),
-    "vocab.json nested": lambda f: (f / "vocab.json").write_bytes(b"[" * 200_000),
+    "vocab.json null": write("vocab.json", b"null"),
+    "vocab.json not UTF-8": write("vocab.json", b"\xff"),
+    "vocab.json nested": write("vocab.json", b"[" * 200_000),
     "a token missing": change_vocab(lambda v: {t: n for t, n in v.items() if n != 100}),
-    "a token more": change_vocab(lambda v: v | {"more": len(v)}),
-    "end-of-text missing": change_vocab(lambda v: {t: n for t, n in v.items() if t != END}),
-    "end-of-text first": change_vocab(
-        lambda v: {t: 0 if t == END else n + 1 for t, n in v.items()}
-    ),
-    "two tokens of one number": change_vocab(lambda v: v | {"!": 1}),
-    "numbers as texts": change_vocab(lambda v: {t: str(n) for t, n in v.items()}),
+    "an extra token": change_vocab(lambda v: v | {"more": len(v)}),
+    "end-of-text missing": change_vocab(lambda v: {t: v[t] for t in v if t != END_OF_TEXT}),
+    "end-of-text first": change_vocab(end_of_text_first),
+    "two tokens with one number": change_vocab(lambda v: v | {"!": 1}),
+    "numbers as strings": change_vocab(lambda v: {t: str(n) for t, n in v.items()}),
     "numbers as lists": change_vocab(lambda v: {t: [n] for t, n in v.items()}),
-    "a number below 0": change_vocab(lambda v: v | {"!": -1}),
-    "merges.txt missing": lambda f: (f / "merges.txt").unlink(),
-    "merges.txt a directory": lambda f: ((f / "merges.txt").unlink(), (f / "merges.txt").mkdir()),
-    "merges.txt a dangling link": lambda f: (
-        (f / "merges.txt").unlink(),
-        dangling(f / "merges.txt"),
-    ),
+    "a negative number": change_vocab(lambda v: v | {"!": -1}),
+    "merges.txt missing": write("merges.txt", missing),
+    "merges.txt a directory": write("merges.txt", Path.mkdir),
+    "merges.txt a dangling link": write("merges.txt", dangling),
     "merges.txt empty": change_merges(lambda lines: []),
-    "merges.txt not UTF-8": lambda f: (f / "merges.txt").write_bytes(b"\xff\xfe"),
+    "merges.txt not UTF-8": write("merges.txt", b"\xff\xfe"),
     "a merge missing": change_merges(lambda lines: lines[:-1]),
     "a merge twice": change_merges(lambda lines: [*lines, lines[-1]]),
     "merges in another order": change_merges(lambda lines: [lines[0], *reversed(lines[1:])]),
     "a merge of one part": change_merges(lambda lines: [*lines[:-1], "a"]),
-    "a merge of what is no token": change_merges(lambda lines: [*lines[:-1], "Zq xx"]),
-    "a web page": lambda f: (f / "merges.txt").write_text("<!DOCTYPE html>\n<html></html>\n"),
+    "a merge of unknown tokens": change_merges(lambda lines: [*lines[:-1], "Zq xx"]),
+    "a web page": write("merges.txt", b"<!DOCTYPE html>\n<html></html>\n"),
 }
 
 
 @pytest.mark.parametrize("what", TOKENIZERS)
-def test_a_tokenizer_whose_files_are_damaged_or_contradict_each_other(refused, broken, what):
+def test_a_tokenizer_whose_files_are_damaged_or_inconsistent(refused, broken, what):
     TOKENIZERS[what](broken)
-    line = refused(*read_by("sample.py", broken))
-    has(line, "broken", "vocab.json", "merges.txt", "again")
+    has(refused(SAMPLE, MODEL=broken), "broken", "vocab.json", "merges.txt", "again")
 
 
 @pytest.mark.parametrize("what", ["missing", "a directory", "a dangling link"])
-def test_without_a_vocab_json_a_tokenizer_that_cannot_be_downloaded(
-    refused, broken, monkeypatch, what
-):
+def test_a_model_without_a_tokenizer_and_without_a_network(refused, broken, monkeypatch, what):
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
     (broken / "vocab.json").unlink()
     NO_FILES[what](broken / "vocab.json")
-    has(
-        refused(*read_by("sample.py", broken)),
-        "tokenizer 'gpt2': can't be downloaded",
-        "TIKTOKEN_CACHE_DIR",
-    )
+    line = refused(SAMPLE, MODEL=broken)
+    has(line, "tokenizer 'gpt2': can't be downloaded", "TIKTOKEN_CACHE_DIR")
 
 
-@pytest.mark.parametrize("program", ["sample.py", *READERS])
-def test_a_model_and_a_tokenizer_of_different_size(refused, broken, world, program):
+@pytest.mark.parametrize("reader", ["sample", *READERS])
+def test_a_model_and_a_tokenizer_of_different_sizes(refused, broken, world, reader):
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(world / "small" / name, broken / name)
-    line = refused(*read_by(program, broken))
-    if "has 364 tokens and its tokenizer 257".replace(
-        "364", str(CONFIG.vocab_size)
-    ) not in line.replace("the model has", "has"):
-        has(line, "different tokenizers")  # it was held against the other model first
+    line = refused(READERS.get(reader, SAMPLE), MODEL=broken)
+    sizes = f"has {CONFIG.vocab_size} tokens and its tokenizer 257"
+    assert sizes in line or "different tokenizers" in line  # than the other model
 
 
+# Commands that compare the tokenizers of TEACHER and the student
 TWO_MODELS = {
-    "kd": [
-        "train.py",
-        "--method",
-        "kd",
-        "--sft-teacher",
-        "TEACHER",
-        "--student",
-        "student",
-        "--data",
-        "data",
-    ],
-    "kd, before the stages": [
-        "train.py",
-        "--method",
-        "kd",
-        "--teacher",
-        "TEACHER",
-        "--student",
-        "student",
-        "--data",
-        "data",
-    ],
-    "gkd": [
-        "train.py",
-        "--method",
-        "gkd",
-        "--sft-teacher",
-        "TEACHER",
-        "--init",
-        "student",
-        "--data",
-        "data",
-    ],
-    "minillm": [
-        "train.py",
-        "--method",
-        "minillm",
-        "--sft-teacher",
-        "TEACHER",
-        "--init",
-        "student",
-        "--data",
-        "data",
-    ],
-    "seqkd": [
-        "train.py",
-        "--method",
-        "seqkd",
-        "--sft-teacher",
-        "TEACHER",
-        "--student",
-        "student",
-        "--data",
-        "data",
-    ],
-    "promptkd": ["train.py", "--sft-teacher", "TEACHER", "--init", "student", "--data", "data"],
-    "promptkd, before the stages": [
-        "train.py",
-        "--teacher",
-        "TEACHER",
-        "--student",
-        "student",
-        "--data",
-        "data",
-    ],
-    "exposure bias": [
-        "exposure_bias.py",
-        "--teacher",
-        "TEACHER",
-        "--students",
-        "student",
-        "--data",
-        "data",
-    ],
-    "exposure bias, the second": [
-        "exposure_bias.py",
-        "--teacher",
-        "student",
-        "--students",
-        "teacher",
-        "TEACHER",
-        "--data",
-        "data",
-    ],
+    "kd": "train.py --method kd --sft-teacher TEACHER --student student --data data",
+    "kd, before the stages": (
+        "train.py --method kd --teacher TEACHER --student student --data data"
+    ),
+    "gkd": "train.py --method gkd --sft-teacher TEACHER --init student --data data",
+    "minillm": "train.py --method minillm --sft-teacher TEACHER --init student --data data",
+    "seqkd": "train.py --method seqkd --sft-teacher TEACHER --student student --data data",
+    "promptkd": "train.py --sft-teacher TEACHER --init student --data data",
+    "promptkd, before the stages": "train.py --teacher TEACHER --student student --data data",
+    "exposure": "exposure_bias.py --teacher TEACHER --students student --data data",
+    "exposure, the second": (
+        "exposure_bias.py --teacher student --students teacher TEACHER --data data"
+    ),
 }
 
 
-@pytest.mark.parametrize("what", TWO_MODELS)
+@pytest.mark.parametrize("command", TWO_MODELS.values(), ids=TWO_MODELS)
 @pytest.mark.parametrize("teacher", ["other", "small"])
-def test_teacher_and_student_of_different_tokenizers(refused, bad, what, teacher):
-    arguments = [teacher if argument == "TEACHER" else argument for argument in TWO_MODELS[what]]
-    has(refused(*arguments), teacher, "student", "have different tokenizers", "needs one for both")
+def test_teacher_and_student_with_different_tokenizers(refused, bad, command, teacher):
+    line = refused(command, TEACHER=teacher)
+    has(line, teacher, "student", "have different tokenizers", "needs one for both")
 
 
-@pytest.mark.parametrize("who", ["teacher", "student"])
-def test_a_model_with_too_few_positions(refused, world, tmp_path, who):
+@pytest.mark.parametrize("model", ["teacher", "student"])
+def test_a_model_with_too_few_positions(refused, world, tmp_path, model):
     short = write_checkpoint(tmp_path / "short", replace(CONFIG, n_positions=40), tiny_tokenizer())
-    teacher, student = (short, "student") if who == "teacher" else ("teacher", short)
-    line = refused("train.py", "--sft-teacher", teacher, "--init", student, "--data", "data")
-    has(line, f"the {who} has 40 positions", "take a model with more")
+    models = {"T": "teacher", "S": "student"} | {model[0].upper(): short}
+    line = refused("train.py --sft-teacher T --init S --data data", **models)
+    has(line, f"the {model} has 40 positions", "use a model with more")
 
 
-# ---- soft prompts ------------------------------------------------------------------------------------------------------------------
+# ---- soft prompts ------------------------------------------------------------------------------
 
-FINITE = ["no finite floating-point tensor 'prompt'", "PromptKD run"]
-PROMPTS = {
-    "another width": (
-        lambda path: save_file({"prompt": soft_prompt(3, 48)}, path),
-        ["48 wide and the model 32", "take the teacher"],
-    ),
-    "another name": (lambda path: save_file({"P": soft_prompt(3)}, path), FINITE),
-    "no tensor": (lambda path: save_file({}, path), FINITE),
-    "whole numbers": (
-        lambda path: save_file({"prompt": torch.ones(3, 32, dtype=torch.long)}, path),
-        FINITE,
-    ),
-    "complex numbers": (
-        lambda path: save_file({"prompt": torch.ones(3, 32, dtype=torch.complex64)}, path),
-        FINITE,
-    ),
-    "one dimension": (lambda path: save_file({"prompt": torch.ones(32)}, path), FINITE),
-    "three dimensions": (lambda path: save_file({"prompt": torch.ones(1, 3, 32)}, path), FINITE),
-    "no row": (lambda path: save_file({"prompt": torch.ones(0, 32)}, path), FINITE),
-    "NaN": (lambda path: save_file({"prompt": torch.full((3, 32), float("nan"))}, path), FINITE),
-    "too long": (
-        lambda path: save_file({"prompt": torch.ones(500, 32)}, path),
-        ["exceed the model's 400 positions", "shorten"],
-    ),
-    "cut short": (
-        lambda path: (
-            save_file({"prompt": soft_prompt(3)}, path),
-            path.write_bytes(path.read_bytes()[:-1]),
-        ),
-        ["cut short or damaged", "PromptKD run"],
-    ),
-    "empty": (lambda path: path.write_bytes(b""), ["cut short or damaged", "PromptKD run"]),
-    "a pickle": (
-        lambda path: torch.save({"prompt": soft_prompt(3)}, path),
-        ["cut short or damaged", "PromptKD run"],
-    ),
-    "missing": (missing, ["no such file", "PromptKD run"]),
-    "a dangling link": (dangling, ["no such file", "PromptKD run"]),
-    "a directory": (
-        Path.mkdir,
-        ["prompt.safetensors/prompt.safetensors: no such file", "PromptKD run"],
-    ),
+NO_PROMPT = "no finite floating-point tensor 'prompt'|PromptKD run"
+DAMAGED_PROMPT = "truncated|PromptKD run"
+NO_FILE = "no such file|PromptKD run"
+TOO_LONG = "exceed the model's 400 positions|shorten"
+PROMPTS = {  # the tensors of the file, its bytes, or a function of its path; parts of the message
+    "another width": ({"prompt": soft_prompt(3, 48)}, "48 wide and the model 32|use the teacher"),
+    "another name": ({"P": soft_prompt(3)}, NO_PROMPT),
+    "no tensor": ({}, NO_PROMPT),
+    "integers": ({"prompt": torch.ones(3, 32, dtype=torch.long)}, NO_PROMPT),
+    "complex": ({"prompt": torch.ones(3, 32, dtype=torch.complex64)}, NO_PROMPT),
+    "one dimension": ({"prompt": torch.ones(32)}, NO_PROMPT),
+    "three dimensions": ({"prompt": torch.ones(1, 3, 32)}, NO_PROMPT),
+    "no row": ({"prompt": torch.ones(0, 32)}, NO_PROMPT),
+    "NaN": ({"prompt": torch.full((3, 32), NAN)}, NO_PROMPT),
+    "too long": ({"prompt": torch.ones(500, 32)}, TOO_LONG),
+    "truncated": ({"prompt": soft_prompt(3)}, DAMAGED_PROMPT),
+    "empty": (b"", DAMAGED_PROMPT),
+    "a pickle": (lambda path: torch.save({"prompt": soft_prompt(3)}, path), DAMAGED_PROMPT),
+    "missing": (missing, NO_FILE),
+    "a dangling link": (dangling, NO_FILE),
+    "a directory": (Path.mkdir, f"prompt.safetensors/prompt.safetensors: {NO_FILE}"),
 }
 
 
 @pytest.mark.parametrize("what", PROMPTS)
 def test_a_soft_prompt_that_does_not_fit(refused, bad, what):
-    make, words = PROMPTS[what]
-    make(bad / "prompt.safetensors")
-    line = refused(
-        "sample.py", "student", "--instruction", "Write.", "--prompt", bad / "prompt.safetensors"
-    )
-    has(line, "" if what == "too long" else bad / "prompt.safetensors", *words)
+    (content, parts), path = PROMPTS[what], bad / "prompt.safetensors"
+    if isinstance(content, dict):
+        save_file(content, path)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        content(path)
+    if what == "truncated":
+        path.write_bytes(path.read_bytes()[:-1])
+    line = refused("sample.py student --instruction Write. --prompt", path)
+    has(line, *parts.split("|"), *([] if what == "too long" else [path]))
 
 
-# ---- runs --------------------------------------------------------------------------------------------------------------------------
+# ---- runs --------------------------------------------------------------------------------------
 
-
-@pytest.fixture
-def run(world, bad):
-    """A copy of the finished run, for a test to damage, as `run/`."""
-    return Path(shutil.copytree(world / "sft-student-s10", bad.parent / "run")).relative_to(
-        bad.parent
-    )
-
-
-RECORD_FILES = {
-    "empty": b"",
-    "cut off": b'{"name": "sf',
-    "an array": b"[]",
-    "null": b"null",
-    "not UTF-8": b'{"a": "\xff"}',
-    "nested": b"[" * 200_000,
+RUN_READERS = {
+    "evaluate": "evaluate.py run --data data",
+    "cost": "evaluate.py --cost run",
+    "init": "train.py --sft-teacher teacher --init run --data data",
+    "init best": "train.py --sft-teacher teacher --init run/best --data data",
+    "sft-teacher": "train.py --sft-teacher run --init student --data data",
+    "along": "exposure_bias.py --teacher teacher --along run --data data",
 }
-OF_RUN = {
-    "evaluate.py": ["evaluate.py", "run", "--data", "data"],
-    "cost": ["evaluate.py", "--cost", "run"],
-    "init": ["train.py", "--sft-teacher", "teacher", "--init", "run", "--data", "data"],
-    "init best": ["train.py", "--sft-teacher", "teacher", "--init", "run/best", "--data", "data"],
-    "sft-teacher": ["train.py", "--sft-teacher", "run", "--init", "student", "--data", "data"],
-    "along": ["exposure_bias.py", "--teacher", "teacher", "--along", "run", "--data", "data"],
+UNREADABLE = "run.json: can't be read as JSON|train it again"
+OTHER_VERSION = "run.json: was made by another version of this project; choose another --out"
+NOT_A_RECORD = {
+    "empty": (b"", UNREADABLE),
+    "cut off": (b'{"settings"', UNREADABLE),
+    "not UTF-8": (b'{"a": "\xff"}', UNREADABLE),
+    "nested": (b"[" * 200_000, UNREADABLE),
+    "an array": (b"[]", OTHER_VERSION),
+    "null": (b"null", OTHER_VERSION),
+    "no field": (b"{}", OTHER_VERSION),
+    "settings null": (b'{"settings": null}', OTHER_VERSION),
+    "settings an array": (b'{"settings": []}', OTHER_VERSION),
+    "another format": (b'{"format": 1, "name": "sft-a-s10", "settings": {}}', OTHER_VERSION),
 }
 
 
-@pytest.mark.parametrize("program", OF_RUN)
-def test_a_run_json_that_is_damaged(refused, run, program):
-    for content in RECORD_FILES.values():
+@pytest.mark.parametrize("command", RUN_READERS.values(), ids=RUN_READERS)
+def test_a_damaged_run_json(refused, run, command):
+    for content, parts in NOT_A_RECORD.values():
         (run / "run.json").write_bytes(content)
-        has(
-            refused(*OF_RUN[program]),
-            "run/run.json",
-            "complete run" if program == "along" else "train it again",
-        )
+        has(refused(command), "run/run.json", *parts.split("|"))
 
 
-WRONG_RECORDS = [
-    ("name", ...),
-    ("name", None),
-    ("name", 5),
-    ("settings", ...),
-    ("settings", []),
-    ("settings", "x"),
-    ("settings", None),
-    ("paper", 5),
-    ("paper", ["sft"]),
-    ("parameters", "many"),
-    ("parameters", 1.5),
-    ("hours", "long"),
-    ("hours", [1]),
+WRONG_FIELDS = [
+    *[("name", value) for value in (..., None, 5)],
+    *[("settings", value) for value in (..., [], "x", None)],
+    *[("paper", value) for value in (5, ["sft"])],
+    *[("parameters", value) for value in ("many", 1.5)],
+    *[("hours", value) for value in ("long", [1])],
+    *[("complete", value) for value in ("yes", 1)],
+    *[("files", value) for value in ("train.jsonl", [])],
 ]
 
 
-@pytest.mark.parametrize("program", ["evaluate.py", "cost", "init"])
-def test_a_field_of_run_json_of_a_wrong_kind(refused, run, program):
-    sound = (run / "run.json").read_text()
-    for field, value in WRONG_RECORDS:
-        (run / "run.json").write_text(sound)
+@pytest.mark.parametrize("reader", ["evaluate", "cost", "init", "along"])
+def test_a_field_of_run_json_of_the_wrong_type(refused, run, reader):
+    original = (run / "run.json").read_text()
+    for field, value in WRONG_FIELDS:
+        (run / "run.json").write_text(original)
         change_json(run / "run.json", **{field: value})
-        has(refused(*OF_RUN[program]), "run/run.json", f"'{field}' is wrong", "train it again")
+        line = refused(RUN_READERS[reader])
+        has(line, "run/run.json", f"'{field}' is wrong", "train it again")
 
 
 @pytest.mark.parametrize("kind", ["init", "pretrain", "teacher"])
-def test_a_run_json_that_does_not_say_what_it_started_from(refused, run, kind):
+def test_a_run_json_without_the_model_that_the_run_started_from(refused, run, kind):
     for settings in ({}, {"student": None}, {"student": 5}, {"student": ["a"]}):
         change_json(run / "run.json", name=f"{kind}-student", settings=settings)
-        has(refused(*OF_RUN["init"]), "run/run.json", "('student')", "train it again")
+        has(refused(RUN_READERS["init"]), "run/run.json", "('student')", "train it again")
 
 
-def test_a_run_that_is_said_to_start_from_itself(bad, run):
-    """As where out/init-gpt2 was copied to a folder `gpt2`."""
+def test_a_run_that_started_from_a_model_of_its_own_name(bad, run):
+    """As where out/init-gpt2 was copied to a directory `gpt2`."""
     change_json(run / "run.json", name="init-run", settings={"student": "run"})
-    assert train.base_label("run") == "run" and train.base_label("run/best") == "run"
+    assert base_label("run") == "run" and base_label("run/best") == "run"
 
 
 @pytest.mark.parametrize(
     "values",
-    [
-        {"paper": "sft"},
-        {"paper": ""},
-        {"hours": None},
-        {"parameters": None},
-        {"hours": float("nan")},
-    ],
+    [{"paper": "sft"}, {"paper": ""}, {"hours": None}, {"parameters": None}, {"hours": NAN}],
 )
-def test_strange_values_of_run_json_that_do_no_harm(run, bad, capsys, values):
+def test_strange_but_harmless_values_in_run_json(run, bad, capsys, values):
     change_json(run / "run.json", **values)
-    for option in (
-        ["--data", "data", "--seeds", "10", "--rows", "1", "--max-new", "2", "--greedy"],
-        ["--cost"],
-    ):
-        run_command_line(
-            lambda option=option: evaluate.main(
-                ["run", "sft-student-s10", *option, "--out", "out"]
-            ),
-            InputError,
-        )
-    shutil.rmtree("out")
+    few = "--data data --seeds 10 --rows 1 --max-new 2 --greedy"
+    for options in (few, "--cost"):
+        run_program(f"evaluate.py run sft-student-s10 --out out {options}")
 
 
-def test_a_run_whose_best_step_is_none(refused, run):
+def test_a_run_without_a_best_step(refused, run):
     for value in (..., None, 0, -4, 1.5, "4", True, [4]):
         change_json(run / "run.json", best_step=value)
-        has(refused(*OF_RUN["along"]), "run/run.json", "'best_step'", "train.py --keep 20")
+        has(refused(RUN_READERS["along"]), "run/run.json", "'best_step'", "train.py --keep 20")
 
 
 def test_a_run_without_checkpoints_along_the_way(refused, run):
     shutil.rmtree(run / "kept")
-    has(refused(*OF_RUN["along"]), "run/kept", "--keep 20")
+    has(refused(RUN_READERS["along"]), "run/kept", "--keep 20")
     (run / "kept" / "step-000002").mkdir(parents=True)
-    has(refused(*OF_RUN["along"]), "run/kept/step-000002/config.json", "no such file")
+    has(refused(RUN_READERS["along"]), "run/kept/step-000002/config.json", "no such file")
     (run / "kept" / "step-x").mkdir()
     (run / "kept" / "step-000002").rmdir()
-    has(refused(*OF_RUN["along"]), "run/kept", "--keep 20")
+    has(refused(RUN_READERS["along"]), "run/kept", "--keep 20")
 
 
 @pytest.fixture
-def finished(bad, monkeypatch):
-    """A finished run of `train.py --method sft --student student --data data` in out/, as far as its run.json goes."""
-    arguments = [*SFT, "--data", "data", "--micro-batch", "2"]
-    with pytest.raises(pytest.fail.Exception, match="training has begun"):
-        train.main(arguments)
-    [record] = Path("out").glob("*/run.json")
-    record.write_text(
-        json.dumps(json.loads(record.read_text()) | {"hours": 0.5, "parameters": 1000})
-    )
-    train.main(arguments)  # it is skipped now
-    return record
+def finished(bad):
+    """The run.json of a run of SFT in out/ that counts as complete."""
+    with pytest.raises(pytest.fail.Exception, match="training has started"):
+        run_program(SFT, "--micro-batch", 2)
+    [path] = Path("out").glob("*/run.json")
+    change_json(path, hours=0.5, complete=True, parameters=1000)
+    run_program(SFT, "--micro-batch", 2)  # it is skipped now
+    return path
 
 
 @pytest.mark.parametrize(
-    "field, value, shown",
+    "field, value, part",
     [
         ("lr", 0.5, "lr 0.5"),
         ("data", "other", "data 'other'"),
@@ -1732,160 +1255,88 @@ def finished(bad, monkeypatch):
         ("dropout", ..., "dropout None"),
     ],
 )
-def test_an_output_directory_of_other_settings(refused, finished, field, value, shown):
-    record = json.loads(finished.read_text())
-    record["settings"] = {
-        name: v for name, v in (record["settings"] | {field: value}).items() if v is not ...
-    }
-    finished.write_text(json.dumps(record))
-    has(
-        refused("train.py", *SFT, "--data", "data"),
-        finished.parent,
-        "was made with",
-        shown,
-        "choose another --out",
-    )
-
-
-NOT_A_RECORD = {
-    "empty": b"",
-    "cut off": b'{"settings"',
-    "an array": b"[]",
-    "no settings": b"{}",
-    "not UTF-8": b"\xff",
-    "null": b"null",
-    "settings null": b'{"settings": null}',
-    "settings an array": b'{"settings": []}',
-    "nested": b"[" * 200_000,
-}
+def test_an_output_directory_of_other_settings(refused, finished, field, value, part):
+    settings = json.loads(finished.read_text())["settings"] | {field: value}
+    settings = {name: v for name, v in settings.items() if v is not ...}
+    change_json(finished, settings=settings)
+    has(refused(SFT), finished.parent, "was made with", part, "choose another --out")
 
 
 @pytest.mark.parametrize("what", NOT_A_RECORD)
 def test_an_output_directory_whose_run_json_is_damaged(refused, finished, what):
-    finished.write_bytes(NOT_A_RECORD[what])
-    has(refused("train.py", *SFT, "--data", "data"), finished, "is damaged", "remove")
+    content, parts = NOT_A_RECORD[what]
+    finished.write_bytes(content)
+    has(refused(SFT), finished, f"remove {finished.parent.resolve()}", *parts.split("|"))
 
 
-@pytest.mark.parametrize("what", ["garbage", "cut off", "another model's", "code", "a list"])
-def test_a_damaged_state_is_one_line_or_the_stage_begins_anew(finished, tmp_path, capsys, what):
-    record = json.loads(finished.read_text())
-    finished.write_text(
-        json.dumps({name: value for name, value in record.items() if name != "hours"})
-    )
+@pytest.mark.parametrize("what", ["garbage", "truncated", "another model's", "code", "a list"])
+def test_a_damaged_state_is_one_line_or_the_stage_starts_from_scratch(finished, capsys, what):
+    change_json(finished, complete=...)
     path = finished.parent / "state" / "state.pt"
     path.parent.mkdir()
-    done = {"step": 1, "best": None, "best_step": None, "hours": 0.0}
-    state = {"done": done, "student": {"a": torch.zeros(1)}, "optimizer": {}}
-    torch.save({"code": Executes(tmp_path / "executed"), "a list": [1]}.get(what, state), path)
-    if what in ("garbage", "cut off"):
-        path.write_bytes(b"garbage" if what == "garbage" else path.read_bytes()[:-100])
-    with pytest.raises((SystemExit, pytest.fail.Exception)) as left:
-        run_command_line(
-            lambda: train.main([*SFT, "--data", "data", "--micro-batch", "2"]), InputError
-        )
-    assert not (tmp_path / "executed").exists()
-    if isinstance(left.value, SystemExit):
-        has(the_line(left.value.code, capsys.readouterr().err), "state")
+    progress = {"step": 1, "best": None, "best_step": None, "hours": 0.0}
+    state = {"progress": progress, "student": {"a": torch.zeros(1)}, "optimizer": {}}
+    torch.save({"code": EXECUTED, "a list": [1]}.get(what, state), path)
+    if what == "garbage":
+        path.write_bytes(b"garbage")
+    if what == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    if what in ("garbage", "truncated"):
+        with pytest.raises(pytest.fail.Exception, match="training has started"):
+            run_program(SFT, "--micro-batch", 2)
+        assert "is damaged; this stage starts from scratch" in capsys.readouterr().out
+    else:
+        with pytest.raises(SystemExit) as exit:
+            run_program(SFT, "--micro-batch", 2)
+        line = error_line(exit.value.code, capsys.readouterr().err)
+        has(line, path, "is not a state of this run", f"remove {path.parent}")
+    assert not Path("executed").exists()
 
 
-def test_kept_responses_that_were_damaged_are_made_anew_and_said(bad, capsys):
-    def score(*options):
-        run_command_line(
-            lambda: evaluate.main(
-                [
-                    "student",
-                    "--data",
-                    "data",
-                    "--seeds",
-                    "10",
-                    "--rows",
-                    "1",
-                    "--max-new",
-                    "2",
-                    "--out",
-                    "out",
-                    *options,
-                ]
-            ),
-            InputError,
-        )
+def test_damaged_responses_are_sampled_again(bad, capsys):
+    def evaluate_again():
+        run_program("evaluate.py student --data data --seeds 10 --rows 1 --max-new 2 --out out")
         assert "Traceback" not in capsys.readouterr().err
         return json.loads(Path("out/table1.json").read_text())["scores"]
 
-    first, kept = score(), Path("out/responses/student/data-s10.jsonl")
-    contents = {path: path.read_bytes() for path in (kept, kept.with_suffix(".json"))}
-    for path in contents:
-        for damage in (b"", b"\xff", b"null", b"[" * 200_000, contents[path][:-3]):
-            path.write_bytes(damage)
-            assert score() == first
-            assert {path: path.read_bytes() for path in contents} == contents
+    scores, path = evaluate_again(), Path("out/responses/student/data-s10.jsonl")
+    contents = {file: file.read_bytes() for file in (path, path.with_suffix(".json"))}
+    for file, content in contents.items():
+        for damage in (b"", b"\xff", b"null", b"[" * 200_000, content[:-3]):
+            file.write_bytes(damage)
+            assert evaluate_again() == scores
+            assert {file: file.read_bytes() for file in contents} == contents
 
 
-# ---- names -------------------------------------------------------------------------------------------------------------------------
+# ---- names -------------------------------------------------------------------------------------
 
 NAMES = [
-    "../x",
-    "../../etc/x",
-    "a/../../b",
-    "owner/..",
-    "owner/.",
-    "../owner",
-    "./owner/x",
-    "owner/name/more",
-    "owner//name",
-    "/owner/name",
-    "owner/",
-    "/",
-    "owner/na me",
-    "owner/name\n",
-    "owner/na\x00me",
-    "\x00",
-    "owner\\name",
-    "~/x",
-    "~root/x",
-    "owner/name?x=1",
-    "owner/name#x",
-    "owner/%2e%2e",
-    "file:///etc",
-    "http://127.0.0.1/x",
-    "-",
-    ".",
-    "..",
-    "gpt3",
-    "GPT2",
-    "gpt2 ",
-    "gpt2/",
-    "öwner/name",
-    "owner/..name..",
-    "openai-community/../gpt2",
-    "a" * 300,
-    "a/" + "b" * 300,
-    "./student/config.json",
-]
-MODELS = {
-    "sample.py": ["sample.py", "NAME", "--instruction", "Write."],
-    "evaluate.py": ["evaluate.py", "NAME", "--data", "data", "--out", "out"],
-    "student": ["train.py", "--method", "sft", "--student", "NAME", "--data", "data"],
-    "init": ["train.py", "--teacher", "teacher", "--init", "NAME", "--data", "data"],
-    "sft-teacher": ["train.py", "--sft-teacher", "NAME", "--init", "student", "--data", "data"],
-    "exposure student": [
-        "exposure_bias.py",
-        "--teacher",
-        "teacher",
-        "--students",
-        "NAME",
-        "--data",
-        "data",
+    *("../x ../../etc/x a/../../b owner/.. owner/. ../owner ./owner/x owner/name/more").split(),
+    *(
+        "owner//name /owner/name owner/ / owner\\name ~/x ~root/x owner/name?x=1 owner/name#x"
+    ).split(),
+    *("owner/%2e%2e file:///etc http://127.0.0.1/x - . .. gpt3 GPT2 gpt2/ öwner/name").split(),
+    *("owner/..name.. openai-community/../gpt2 ./student/config.json").split(),
+    *[
+        "owner/na me",
+        "owner/name\n",
+        "owner/na\x00me",
+        "\x00",
+        "gpt2 ",
+        "a" * 300,
+        "a/" + "b" * 300,
     ],
-}
+]
 
 
-@pytest.mark.parametrize("program", MODELS)
-def test_names_of_models_that_are_none_ask_no_server_and_lead_nowhere(
-    refused, bad, server, program
-):
+@pytest.mark.parametrize(
+    "reader",
+    ["sample", "evaluate", "student", "init, after the teacher", "sft-teacher", "exposure student"],
+)
+def test_malformed_names_of_models_reach_no_server_and_no_file(refused, bad, server, reader):
+    commands = READERS | LATER_READERS | {"sample": SAMPLE}
     for name in NAMES:
-        line = refused(*[name if argument == "NAME" else argument for argument in MODELS[program]])
+        line = refused(commands[reader], MODEL=name)
         if os.path.isdir(name):
             assert "config.json: no such file" in line or "has a model" in line
         else:
@@ -1894,516 +1345,333 @@ def test_names_of_models_that_are_none_ask_no_server_and_lead_nowhere(
 
 
 @pytest.mark.parametrize("program", ["train.py", "evaluate.py", "exposure_bias.py"])
-def test_names_of_data_sets_that_are_none(refused, bad, program):
-    for name in (
-        "../x",
-        "/etc/nowhere",
-        "a/../../b",
-        "dolly/../../x",
-        "dolly/",
-        "Dolly",
-        "",
-        " ",
-        "nowhere\n",
-        "a\x00b",
-        "a" * 300,
-        "x" * 5000,
-        "data/test.jsonl",
-    ):
-        line = refused(program, *NOWHERE[program][:-1], name)
-        has(
-            line,
-            *(
-                ["--data is empty"]
-                if (program, name) == ("train.py", "")
-                else ["data", "no such directory", "give one with train.jsonl"]
-            ),
-        )
+def test_malformed_names_of_data_sets(refused, bad, program):
+    names = ["../x", "/etc/nowhere", "a/../../b", "dolly/../../x", "dolly/", "Dolly", "", " "]
+    names += ["nowhere\n", "a\x00b", "a" * 300, "x" * 5000, "data/test.jsonl"]
+    for name in names:
+        parts = ["data", "no such directory", "give one with train.jsonl"]
+        if (program, name) == ("train.py", ""):
+            parts = ["--data is empty"]
+        has(refused(NOWHERE[program].replace("nowhere", "DATA"), DATA=name), *parts)
 
 
-def test_validation_rows_are_read_before_a_teacher_is_asked_for_responses(
-    refused, bad, monkeypatch
-):
-    monkeypatch.setattr("sample.sample", lambda *_, **__: pytest.fail("sampling has begun"))
+def test_validation_rows_are_read_before_a_teacher_is_sampled(refused, bad, monkeypatch):
+    monkeypatch.setattr("sample.sample", lambda *_, **__: pytest.fail("sampling has started"))
     (bad / "dev.jsonl").unlink()
-    has(
-        refused(
-            "train.py",
-            "--method",
-            "seqkd",
-            "--sft-teacher",
-            "teacher",
-            "--student",
-            "student",
-            "--data",
-            "bad",
-        ),
-        "bad/dev.jsonl: no such file",
-    )
+    command = "train.py --method seqkd --sft-teacher teacher --student student --data bad"
+    has(refused(command), "bad/dev.jsonl: no such file")
 
 
-@pytest.mark.parametrize("option", ["--sft-teacher", "--init", "--teacher", "--student"])
-def test_a_model_that_is_not_there_is_said_before_any_stage(refused, bad, option):
-    models = (
-        {"--sft-teacher": "teacher", "--init": "student"}
-        if option in ("--sft-teacher", "--init")
-        else {"--teacher": "teacher", "--student": "student"}
-    )
-    arguments = [word for pair in (models | {option: "no/where/x"}).items() for word in pair]
-    has(
-        refused("train.py", *arguments, "--data", "data"),
-        "model 'no/where/x': no such directory",
-        "give a checkpoint directory",
-    )
+@pytest.mark.parametrize("reader", ["sft-teacher", "init", "teacher", "student, after the teacher"])
+def test_a_missing_model_is_reported_before_any_stage(refused, bad, reader):
+    line = refused((READERS | LATER_READERS)[reader], MODEL="no/where/x")
+    has(line, "model 'no/where/x': no such directory", "give a checkpoint directory")
 
 
 @pytest.mark.parametrize(
-    "revision", ["../../../outside", "/etc", "..", "", "a/b", b"\xff\xfe", "x\n"]
+    "revision", [b"../../../outside", b"/etc", b"..", b"", b"a/b", b"\xff\xfe", b"x\n"]
 )
-def test_a_hub_cache_whose_revision_leads_outside_is_passed_over(
-    refused, world, tmp_path, revision
-):
-    home = tmp_path / "hf" / "hub" / "models--owner--name"
-    shutil.copytree(world / "student", tmp_path / "hf" / "outside")
-    shutil.copytree(world / "student", home / "snapshots" / "a" / "b")
-    (home / "refs").mkdir()
-    (home / "refs" / "main").write_bytes(
-        revision if isinstance(revision, bytes) else revision.encode()
-    )
-    shutil.copytree(world / "student", home / "outside")
+def test_a_hub_cache_whose_revision_is_elsewhere_is_skipped(refused, world, tmp_path, revision):
+    cache = tmp_path / "hf" / "hub" / "models--owner--name"
+    for directory in (tmp_path / "hf" / "outside", cache / "snapshots" / "a" / "b"):
+        shutil.copytree(world / "student", directory)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_bytes(revision)
+    shutil.copytree(world / "student", cache / "outside")
     for name in ("config.json", "model.safetensors"):
-        for folder in (home, home / "snapshots"):
-            shutil.copy(world / "student" / name, folder)
-    has(
-        refused("sample.py", "owner/name", "--instruction", "a"),
-        "owner/name",
-        "download failed",
-        "check the network",
-    )
+        for directory in (cache, cache / "snapshots"):
+            shutil.copy(world / "student" / name, directory)
+    line = refused("sample.py owner/name --instruction a")
+    has(line, "owner/name", "download failed", "check the network")
 
 
-# ---- the network -------------------------------------------------------------------------------------------------------------------
+# ---- the network -------------------------------------------------------------------------------
 
 HTML = b"<!DOCTYPE html><html>Sign in</html>"
-
-
-def serve_model(server, world, **answers):
-    names = ("config_json", "model_safetensors", "vocab_json", "merges_txt")
-    files = {name: (world / "student" / name.replace("_", ".")).read_bytes() for name in names}
-    server.serve("owner/name", **(files | answers))
+MODEL_FILES = {"config.json", "model.safetensors", "vocab.json", "merges.txt"}
 
 
 @pytest.mark.parametrize(
-    "answers, words",
+    "file, answer, parts",
     [
-        ({"config_json": 404}, ["config.json does not exist", "no Hugging Face model"]),
-        ({"model_safetensors": 404}, ["model.safetensors does not exist", "check the name"]),
-        ({"model_safetensors": 401}, ["401", "check it"]),
-        (
-            {"config_json": 500},
-            ["config.json: download failed 3 times", "500", "check the network"],
-        ),
-        ({"vocab_json": 503}, ["vocab.json: download failed 3 times", "503", "check the network"]),
-        ({"config_json": HTML}, ["config.json", "can't be read", "fetch it again"]),
-        ({"model_safetensors": HTML}, ["model.safetensors", "damaged", "fetch it again"]),
-        ({"vocab_json": HTML}, ["vocab.json and merges.txt", "fetch them again"]),
-        ({"merges_txt": HTML}, ["vocab.json", "merges.txt", "fetch both again"]),
-        ({"merges_txt": 404}, ["vocab.json and merges.txt", "fetch them again"]),
-        ({"config_json": b""}, ["config.json", "can't be read", "fetch it again"]),
-        ({"model_safetensors": b""}, ["model.safetensors", "damaged", "fetch it again"]),
-        (
-            {"model_safetensors": Short(b"x" * 1000)},
-            ["model.safetensors", "damaged", "fetch it again"],
-        ),
+        ("config_json", 404, "config.json does not exist|not a Hugging Face model"),
+        ("model_safetensors", 404, "model.safetensors does not exist|check the name"),
+        ("model_safetensors", 401, "401|check the name: it is not public"),
+        ("config_json", 500, "config.json: download failed 3 times|500|check the network"),
+        ("vocab_json", 503, "vocab.json: download failed 3 times|503|check the network"),
+        ("config_json", HTML, "config.json|can't be read|fetch it again"),
+        ("model_safetensors", HTML, "model.safetensors|damaged|fetch it again"),
+        ("vocab_json", HTML, "vocab.json|fetch vocab.json and merges.txt again"),
+        ("merges_txt", HTML, "merges.txt|fetch vocab.json and merges.txt again"),
+        ("merges_txt", 404, "vocab.json|fetch vocab.json and merges.txt again"),
+        ("config_json", b"", "config.json|can't be read|fetch it again"),
+        ("model_safetensors", b"", "model.safetensors|damaged|fetch it again"),
+        ("model_safetensors", Short(b"x" * 1000), "model.safetensors|damaged|fetch it again"),
     ],
 )
-@pytest.mark.parametrize("program", ["sample.py", "train.py"])
-def test_a_hub_that_answers_wrongly(world, tmp_path, server, capsys, program, answers, words):
-    serve_model(server, world, **answers)
-    arguments = {
-        "sample.py": ["owner/name", "--instruction", "a"],
-        "train.py": [*SFT[:3], "owner/name", "--data", "data"],
-    }[program]
-    with pytest.raises(SystemExit) as left:
-        run_command_line(lambda: PROGRAMS[program].main(arguments))
-    has(the_line(left.value.code, capsys.readouterr().err), *words)
-    folder = tmp_path / "torch" / "hub" / "promptkd" / "owner" / "name"
-    assert {path.name for path in folder.iterdir()} <= {
-        "config.json",
-        "model.safetensors",
-        "vocab.json",
-        "merges.txt",
-    }  # no half file
-    assert not list(folder.glob(".*")) and all(
-        path.is_relative_to(folder) for path in (tmp_path / "torch").rglob("*") if path.is_file()
-    )
+@pytest.mark.parametrize("command", [SAMPLE, READERS["student"]])
+def test_wrong_answers_of_the_hub(world, tmp_path, server, capsys, command, file, answer, parts):
+    answers = {
+        name.replace(".", "_"): (world / "student" / name).read_bytes() for name in MODEL_FILES
+    }
+    server.serve("owner/name", **(answers | {file: answer}))
+    with pytest.raises(SystemExit) as exit:
+        run_program(command, MODEL="owner/name")
+    has(error_line(exit.value.code, capsys.readouterr().err), *parts.split("|"))
+    directory = tmp_path / "torch" / "hub" / "promptkd" / "owner" / "name"
+    downloaded = [path for path in (tmp_path / "torch").rglob("*") if path.is_file()]
+    # No partial file, and none anywhere else
+    assert {path.name for path in downloaded} <= MODEL_FILES
+    assert all(path.parent == directory for path in downloaded)
 
 
 @pytest.mark.parametrize(
-    "answer, words",
+    "answer, parts",
     [
         (404, ["does not exist", "--source DIR"]),
         (500, ["download failed 3 times", "check the network"]),
-        (403, ["403", "check it"]),
+        (403, ["403", "check the name: it is not public"]),
         (HTML, ["valid.jsonl, line 1: is not JSON", "the download is removed"]),
         (b"", ["valid.jsonl: has no rows", "the download is removed"]),
         (Short(GOOD), ["valid.jsonl, line 1: is not JSON", "the download is removed"]),
     ],
 )
 @pytest.mark.parametrize(
-    "arguments",
-    [["data.prepare", "vicuna"], ["evaluate.py", "student", "--data", "vicuna"]],
-    ids=["prepare", "evaluate"],
+    "command", ["data.prepare vicuna", "evaluate.py student --data vicuna"], ids=str.split
 )
-def test_a_hub_that_answers_wrongly_for_a_data_set(refused, server, answer, words, arguments):
+def test_wrong_answers_of_the_hub_for_a_data_set(refused, server, answer, parts, command):
     server.answers["/datasets/MiniLLM/Vicuna/resolve/main/valid.jsonl"] = answer
-    has(refused(*arguments), "valid.jsonl", *words)
+    has(refused(command), "valid.jsonl", *parts)
 
 
-def test_a_data_set_without_a_network(refused):
-    has(
-        refused("data.prepare", "sinst"),
-        "11_/valid.jsonl",
-        "download failed 3 times",
-        "check the network",
-    )
-    has(
-        refused("train.py", "--student", "student"),
-        "dolly/resolve/main/raw.jsonl",
-        "download failed 3 times",
-        "check the network",
-    )
+@pytest.mark.parametrize(
+    "command, file",
+    [
+        ("data.prepare sinst", "11_/valid.jsonl"),
+        ("train.py --student student", "dolly/resolve/main/raw.jsonl"),
+    ],
+)
+def test_a_data_set_without_a_network(refused, command, file):
+    has(refused(command), file, "download failed 3 times", "check the network")
 
 
-# ---- where results go --------------------------------------------------------------------------------------------------------------
+# ---- where results are written -----------------------------------------------------------------
 
 WRITERS = {
-    "train.py": [*SFT, "--data", "data"],
-    "train.py, before the stages": [
-        "--teacher",
-        "teacher",
-        "--student",
-        "student",
-        "--data",
-        "data",
-    ],
-    "evaluate.py": ["student", "--data", "data"],
-    "evaluate.py, cost": ["sft-student-s10", "--cost"],
-    "exposure_bias.py": ["--teacher", "teacher", "--students", "student", "--data", "data"],
+    "train": SFT,
+    "train, before the stages": "train.py --teacher teacher --student student --data data",
+    "evaluate": "evaluate.py student --data data",
+    "cost": "evaluate.py sft-student-s10 --cost",
+    "exposure": "exposure_bias.py --teacher teacher --students student --data data",
 }
-NOT_TO_WRITE_IN = {
+NOT_WRITABLE = {
     "a file": "corpus.jsonl",
     "below a file": "corpus.jsonl/x/y",
     "a dangling link": "bad/link",
-    "below one": "bad/link/x",
+    "below a dangling link": "bad/link/x",
     "a link to itself": "bad/loop",
 }
 
 
-@pytest.mark.parametrize("program", WRITERS)
-@pytest.mark.parametrize("what", NOT_TO_WRITE_IN)
-def test_an_output_directory_that_can_be_none_is_said_at_once(
-    refused, bad, monkeypatch, program, what
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("what", NOT_WRITABLE)
+def test_an_impossible_output_directory_is_reported_at_once(
+    refused, bad, monkeypatch, writer, what
 ):
-    dangling(bad / "link"), loop(bad / "loop")
-    monkeypatch.setattr("sample.sample", lambda *_, **__: pytest.fail("sampling has begun"))
-    line = refused(program.split(",")[0], *WRITERS[program], "--out", NOT_TO_WRITE_IN[what])
-    has(
-        line,
-        f"--out {NOT_TO_WRITE_IN[what]}",
-        "is no directory that can be written to",
-        "choose another",
-    )
+    dangling(bad / "link")
+    loop(bad / "loop")
+    monkeypatch.setattr("sample.sample", lambda *_, **__: pytest.fail("sampling has started"))
+    out = NOT_WRITABLE[what]
+    line = refused(WRITERS[writer], "--out", out)
+    has(line, f"--out {out}: ", "is not a writable directory", "choose another")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-@pytest.mark.parametrize("program", WRITERS)
-def test_an_output_directory_without_permission(refused, bad, program):
+@pytest.mark.parametrize("writer", WRITERS)
+def test_an_output_directory_without_permission(refused, bad, writer):
     (bad / "mine").mkdir(mode=0o555)
-    has(
-        refused(program.split(",")[0], *WRITERS[program], "--out", "bad/mine/out"),
-        "--out bad/mine/out",
-        "can be written to",
-        "choose another",
-    )
+    line = refused(WRITERS[writer], "--out", "bad/mine/out")
+    has(line, "--out bad/mine/out", "is not a writable directory", "choose another")
 
 
-def test_an_output_directory_without_permission_as_anyone(refused, bad, monkeypatch):
-    """The same, told by the system's answer: root has every permission."""
-    monkeypatch.setattr("data.hub.os.access", lambda path, mode: False)
-    has(
-        refused("evaluate.py", *WRITERS["evaluate.py"], "--out", "bad/mine/out"),
-        "--out bad/mine/out",
-        "can be written to",
-        "choose another",
-    )
+def test_an_output_directory_without_permission_for_root_too(refused, bad, monkeypatch):
+    """The same with the system's answer replaced, since root has every permission."""
+    monkeypatch.setattr(cli.os, "access", lambda path, mode: False)
+    line = refused(WRITERS["evaluate"], "--out", "bad/mine/out")
+    has(line, "--out bad/mine/out", "is not a writable directory", "choose another")
 
 
-def prepare_vicuna(bad):
-    (bad / "train.jsonl").unlink()  # as in `place`
-    return ["data.prepare", "vicuna", "--source", "bad"]
-
-
+SMALL = "--steps 2 --samples 1 --out out"
+# The command, and what its error line names
 FULL = {
-    "evaluate.py": lambda bad: [
-        "evaluate.py",
-        "student",
-        "--data",
-        "data",
-        "--seeds",
-        "10",
-        "--max-new",
-        "2",
-        "--out",
-        "out",
-    ],
-    "cost": lambda bad: ["evaluate.py", "sft-student-s10", "--cost", "--out", "out"],
-    "score": lambda bad: [
-        "evaluate.py",
-        "--score",
-        "bad/score.jsonl",
-        "--references",
-        "data/test.jsonl",
-        "--json",
-        "bad/s.json",
-    ],
-    "data.prepare": prepare_vicuna,
-    "exposure_bias.py": lambda bad: [
-        "exposure_bias.py",
-        "--teacher",
-        "teacher",
-        "--students",
-        "student",
-        "--data",
-        "data",
-        "--steps",
-        "2",
-        "--samples",
-        "1",
-        "--out",
-        "out",
-    ],
-    "train.py": lambda bad: ["train.py", *SFT, "--data", "data"],
+    "evaluate": ("evaluate.py student --data data --seeds 10 --max-new 2 --out out", "out"),
+    "cost": ("evaluate.py sft-student-s10 --cost --out out", "out"),
+    "score": (SCORE, "s.json"),
+    "prepare": ("data.prepare vicuna --source bad", "test.jsonl"),
+    "exposure": (f"{WRITERS['exposure']} {SMALL}", "out"),
+    "train": (SFT, "out"),
 }
 
 
-@pytest.mark.parametrize("program", FULL)
-def test_a_full_disk(refused, bad, monkeypatch, program):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    arguments = FULL[program](bad)
-    monkeypatch.setattr("data.hub.os.fsync", full)
-    line = refused(*arguments)
-    has(
-        line,
-        "No space left on device",
-        {"score": "s.json", "data.prepare": "test.jsonl"}.get(program, "out"),
-    )
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("program", FULL)
-def test_a_file_that_the_system_will_not_let_grow(refused, bad, program):
-    """As a quota or a full disk does: a write that fails in the system itself."""
-    arguments, limits = FULL[program](bad), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
-    try:
-        line = refused(*arguments)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    has(
-        line,
-        "File too large",
-        {"score": "s.json", "data.prepare": "test.jsonl"}.get(program, "out"),
-    )
+@pytest.fixture
+def file_size_limit():
+    """A function that limits the size of files until the end of the test, as a quota does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("command, name", FULL.values(), ids=FULL)
+def test_a_full_disk(refused, bad, monkeypatch, command, name):
+    if command.startswith("data.prepare"):
+        (bad / "train.jsonl").unlink()  # as in `put`
+    monkeypatch.setattr(cli.os, "fsync", full)
+    has(refused(command), "No space left on device", name)
+
+
+@pytest.mark.parametrize("command, name", FULL.values(), ids=FULL)
+def test_a_file_that_the_system_does_not_let_grow(refused, bad, file_size_limit, command, name):
+    if command.startswith("data.prepare"):
+        (bad / "train.jsonl").unlink()  # as in `put`
+    file_size_limit(0)
+    has(refused(command), "File too large", name)
 
 
 @pytest.mark.parametrize(
     "make", [Path.mkdir, os.mkfifo, missing], ids=["a directory", "a pipe", "below a file"]
 )
-def test_a_file_of_results_that_can_be_none(refused, bad, make):
+def test_an_impossible_file_of_results(refused, bad, make):
     """A pipe, as /dev/stdout may be, is not replaced by a file."""
-    path = bad / "scores" if make is not missing else bad / "test.jsonl" / "scores"
+    path = bad / "test.jsonl" / "scores" if make is missing else bad / "scores"
     make(path)
-    has(
-        refused(
-            "evaluate.py",
-            "--score",
-            "bad/score.jsonl",
-            "--references",
-            "bad/test.jsonl",
-            "--json",
-            path,
-        ),
-        bad,
-    )
+    has(refused(SCORE, "--json", path), bad)
 
 
-def test_weights_that_do_not_fit_on_the_disk(tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        with pytest.raises((OSError), match="model.safetensors"):
-            save(tiny_model(), tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+@pytest.mark.parametrize("limit, name", [(1000, "model.safetensors"), (100, "config.json")])
+def test_a_checkpoint_that_does_not_fit_on_the_disk(
+    tmp_path, monkeypatch, file_size_limit, limit, name
+):
+    if name == "config.json":
+        monkeypatch.setattr("model.save_tensors", lambda *_: None)
+    file_size_limit(limit)
+    with pytest.raises((OSError, InputError), match=name):
+        save(tiny_model(), tmp_path)
     assert snapshot(tmp_path) == {}
 
 
-def test_a_config_json_that_does_not_fit_on_the_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr("model.save_tensors", lambda *_: None)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-    try:
-        with pytest.raises((OSError), match="config.json"):
-            save(tiny_model(), tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert snapshot(tmp_path) == {}
-
-
-def test_a_download_with_a_full_disk_leaves_no_half_file(server, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
+def test_a_download_on_a_full_disk_leaves_no_partial_file(server, tmp_path, monkeypatch):
     server.answers["/x"] = b"content"
-    monkeypatch.setattr("data.hub.os.fsync", full)
+    monkeypatch.setattr(cli.os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device.*x"):
         download(f"{server.url}/x", tmp_path / "d" / "x")
     assert list((tmp_path / "d").iterdir()) == []
 
 
-def test_an_existing_file_outlives_a_full_disk(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    write_atomic(tmp_path / "x", "old")
-    monkeypatch.setattr("data.hub.os.fsync", full)
+def test_an_existing_file_survives_a_full_disk(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    write_atomic(path, "old")
+    monkeypatch.setattr(cli.os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device: '.*x'"):
-        write_atomic(tmp_path / "x", "new")
-    assert (
-        snapshot(tmp_path).keys() == {str(tmp_path / "x")} and (tmp_path / "x").read_text() == "old"
-    )
+        write_atomic(path, "new")
+    assert snapshot(tmp_path).keys() == {str(path)} and path.read_text() == "old"
 
 
-# ---- in processes of their own -------------------------------------------------------------------------------------------------------
+# ---- the programs as such ----------------------------------------------------------------------
 
-PROCESSES = {
-    "train.py": (["train.py", *SFT, "--data", "data", "--lr", "0"], ["--lr", "must be above 0"]),
-    "train.py, data": (
-        ["train.py", *SFT, "--data", "bad"],
-        ["bad/train.jsonl, line 2", "is not JSON"],
+BY_NAME = [
+    (f"{SFT} --lr 0", "--lr|must be above 0"),
+    ("train.py --method sft --student student --data bad", "bad/train.jsonl, line 2|is not JSON"),
+    ("sample.py broken --instruction a", "broken/pytorch_model.bin|fetch it again"),
+    (f"{SCORE} student", "without models"),
+    (
+        "exposure_bias.py --teacher other --students student --data data",
+        "have different tokenizers",
     ),
-    "sample.py": (
-        ["sample.py", "broken", "--instruction", "a"],
-        ["broken/pytorch_model.bin", "holds more than tensors"],
-    ),
-    "exposure_bias.py": (
-        ["exposure_bias.py", "--teacher", "other", "--students", "student", "--data", "data"],
-        ["different tokenizers"],
-    ),
-    "data.prepare": (
-        ["-m", "data.prepare", "vicuna", "--source", "nowhere"],
-        ["nowhere: has no valid.jsonl"],
-    ),
-}
+    ("data.prepare vicuna --source nowhere", "nowhere: has no valid.jsonl"),
+]
 
 
-def in_process(home, *arguments, **how):
-    """A command as a person starts it, in their own folder, with the project on the path."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_ENDPOINT": "http://127.0.0.1:9",
-        "MPLBACKEND": "Agg",
-    }
-    arguments = [ROOT / a if str(a).endswith(".py") else a for a in arguments]
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=home,
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=120,
-        **how,
-    )
-
-
-@pytest.mark.parametrize("name", PROCESSES)
-def test_a_process_ends_with_status_2_and_one_line(world, bad, broken, tmp_path, name):
+@pytest.mark.parametrize("command, parts", BY_NAME)
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import of package")
+def test_a_program_ends_with_status_2_and_one_line(
+    world, bad, broken, tmp_path, monkeypatch, capsys, command, parts
+):
+    """Each program as Python runs it by name."""
     (bad / "train.jsonl").write_bytes(GOOD + GOOD[:30])
     (broken / "model.safetensors").unlink()
-    torch.save({"wte.weight": Executes(tmp_path / "executed")}, broken / "pytorch_model.bin")
+    torch.save({"wte.weight": EXECUTED}, broken / "pytorch_model.bin")
     before = snapshot(world, tmp_path)
-    arguments, words = PROCESSES[name]
-    done = in_process(bad.parent, *arguments, stdout=subprocess.PIPE)
-    has(the_line(done.returncode, done.stderr), *words)
-    assert snapshot(world, tmp_path) == before and not (tmp_path / "executed").exists()
+    program, *options = shlex.split(command)
+    monkeypatch.setattr(sys, "argv", [program, *options])
+    with pytest.raises(SystemExit) as exit:
+        if program.endswith(".py"):
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        else:
+            runpy.run_module(program, run_name="__main__")
+    has(error_line(exit.value.code, capsys.readouterr().err), *parts.split("|"))
+    assert snapshot(world, tmp_path) == before and not Path("executed").exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-def test_a_screen_that_is_a_full_disk(bad):
-    with open("/dev/full", "w") as full:
-        done = in_process(
-            bad.parent,
-            "evaluate.py",
-            "--score",
-            "bad/score.jsonl",
-            "--references",
-            "data/test.jsonl",
-            stdout=full,
+def test_standard_output_on_a_full_disk(bad):
+    """In a process of its own: Python must not complain again when it exits."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    program, *options = shlex.split(SCORE)
+    with open("/dev/full", "w") as disk:
+        process = subprocess.run(
+            [sys.executable, ROOT / program, *options],
+            env=environment,
+            stdout=disk,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
         )
-    has(the_line(done.returncode, done.stderr), "No space left on device")
+    has(error_line(process.returncode, process.stderr), "No space left on device")
 
 
 @pytest.mark.skipif(
-    os.geteuid() != 0 or not shutil.which("unshare"), reason="a small disk of its own wants root"
+    os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root to mount a file system"
 )
 def test_a_disk_that_is_really_full(bad):
     """A file system of eight kilobytes, in a mount namespace that ends with the process."""
     small = bad.parent / "small disk"
     small.mkdir()
-    arguments = [
-        ROOT / "evaluate.py",
-        "--score",
-        "bad/score.jsonl",
-        "--references",
-        "data/test.jsonl",
-        "--json",
-        small / "s.json",
-    ]
-    line = f'mount -t tmpfs -o size=8k none "{small}" && head -c 8192 /dev/zero > "{small}/other"; "$@"; s=$?; ls -A "{small}"; exit $s'
-    done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", line, "sh", sys.executable, *map(str, arguments)],
+    program, *options = shlex.split(SCORE)
+    command = [sys.executable, str(ROOT / program), *options, "--json", str(small / "s.json")]
+    script = (
+        f'mount -t tmpfs -o size=8k none "{small}" && head -c 8192 /dev/zero > "{small}/other"; '
+        f'"$@"; s=$?; ls -A "{small}"; exit $s'
+    )
+    process = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, "sh", *command],
         capture_output=True,
         text=True,
         timeout=60,
     )
-    if "unshare:" in done.stderr or "mount:" in done.stderr:
+    if "unshare:" in process.stderr or "mount:" in process.stderr:
         pytest.skip("file systems can't be mounted here")
-    has(the_line(done.returncode, done.stderr), "No space left on device", "s.json")
-    assert done.stdout.splitlines()[-1] == "other"
+    has(error_line(process.returncode, process.stderr), "No space left on device", "s.json")
+    assert process.stdout.splitlines()[-1] == "other"
 
 
-def test_two_ranks_print_the_line_once(bad):
+def test_of_two_ranks_one_prints_the_line(bad, tmp_path, monkeypatch):
     (bad / "train.jsonl").write_bytes(GOOD + GOOD[:30])
     before = snapshot(bad.parent)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--master_addr=127.0.0.1",
-        f"--master_port={port}",
-    ]
-    done = in_process(
-        bad.parent, *launcher, "train.py", *SFT, "--data", "bad", stdout=subprocess.PIPE
-    )
-    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 1 and len(said) == 1 and snapshot(bad.parent) == before
-    has(said[0], "bad/train.jsonl, line 2: is not JSON")
-    mine, of_torchrun = done.stderr.split(said[0])
-    assert "Traceback" not in mine and "exitcode  : 2" in of_torchrun
+
+    def end_rank(seconds):
+        """What torchrun does while rank 1 delays its line."""
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(cli, "time", SimpleNamespace(sleep=end_rank))
+    command = "train.py --method sft --student student --data bad"
+    processes = fork_ranks(lambda: train.main(command.split()[1:]), 2, tmp_path / "log")
+    assert wait_for(processes, 60) == [2, -signal.SIGTERM]
+    output = (tmp_path / "log0").read_text()
+    [line] = [line for line in output.splitlines() if line.startswith("error: ")]
+    has(line, "bad/train.jsonl, line 2: is not JSON")
+    assert "Traceback" not in output and (tmp_path / "log1").read_text() == ""
+    assert snapshot(bad.parent) == before

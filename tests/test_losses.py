@@ -1,4 +1,4 @@
-"""The losses on tokens, against NumPy and against numbers worked out by hand."""
+"""The losses on tokens, against NumPy and against numbers computed by hand."""
 
 import math
 
@@ -27,64 +27,79 @@ from model import head_logits
 N, V = 6, 11
 DTYPES = [torch.float64, torch.float32]
 DIRECTIONS = ["reverse", "forward"]
+TARGETS = [0, 3, 10, 3, 5, 7]
 
 
-def logits(seed, n=N, scale=3.0):
-    return scale * np.random.default_rng(seed).standard_normal((n, V))
+def logits(seed, scale=3.0):
+    return scale * np.random.default_rng(seed).standard_normal((N, V))
 
 
 def tensor(array, dtype=torch.float64, grad=False):
     return torch.tensor(array, dtype=dtype).requires_grad_(grad)
 
 
-def by_token(function, *arrays):
+def per_token(function, *arrays):
     return [function(*rows) for rows in zip(*arrays)]
 
 
-def close(result, wanted, tolerance=2e-6):
-    """The losses work in float32, whatever comes in."""
-    np.testing.assert_allclose(
-        result.detach().double().numpy(), wanted, rtol=tolerance, atol=tolerance
-    )
+def assert_close(result, expected, tolerance=2e-6):
+    """The losses compute in float32, whatever the dtype of their inputs."""
+    result = result.detach().double().numpy()
+    np.testing.assert_allclose(result, expected, rtol=tolerance, atol=tolerance)
 
 
-# ---- values ---------------------------------------------------------------------------------------------------------------------
+def numerical_gradient(loss, array):
+    """d loss(row) / d array[row] by central differences, for each of the N rows."""
+
+    def of_row(row):
+        def loss_of_row():
+            return loss(row)
+
+        return [central_difference(loss_of_row, array, (row, v)) for v in range(V)]
+
+    return [of_row(row) for row in range(N)]
+
+
+def token_kl_in(direction, trained, other):
+    return token_kl(trained, other) if direction == "reverse" else token_kl(other, trained)
+
+
+# --- Values ---
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_cross_entropy_is_that_of_numpy(dtype):
-    targets = [0, 3, 10, 3, 5, 7]
-    close(
-        cross_entropy(tensor(logits(0), dtype), torch.tensor(targets)),
-        by_token(token_cross_entropy, logits(0), targets),
-    )
+def test_cross_entropy_matches_numpy(dtype):
+    result = cross_entropy(tensor(logits(0), dtype), torch.tensor(TARGETS))
+    assert_close(result, per_token(token_cross_entropy, logits(0), TARGETS))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_and_reverse_kl_are_those_of_numpy(dtype):
+def test_kl_matches_numpy_in_both_directions(dtype):
     p, q = logits(1), logits(2)
-    close(kl(tensor(p, dtype), tensor(q, dtype)), by_token(token_kl, p, q))
-    close(kl(tensor(q, dtype), tensor(p, dtype)), by_token(token_kl, q, p))
+    assert_close(kl(tensor(p, dtype), tensor(q, dtype)), per_token(token_kl, p, q))
+    assert_close(kl(tensor(q, dtype), tensor(p, dtype)), per_token(token_kl, q, p))
 
 
-def test_kl_of_two_coins_by_hand_in_both_directions():
-    """KL((1/2, 1/2) || (1/4, 3/4)) = ln(4/3) / 2 = 0.1438; the other way round 3/4 ln(3/2) - 1/4 ln 2 = 0.1308."""
-    fair, loaded = tensor([[0.0, 0.0]]), tensor([[math.log(1), math.log(3)]])
-    assert kl(fair, loaded).item() == pytest.approx(0.5 * math.log(4 / 3), abs=1e-7)
-    assert kl(loaded, fair).item() == pytest.approx(
-        0.75 * math.log(1.5) - 0.25 * math.log(2), abs=1e-7
-    )
-    assert kl(fair, loaded).item() - kl(loaded, fair).item() > 0.01
+# KL((1/2, 1/2) || (1/4, 3/4)) = ln(4/3) / 2 = 0.1438
+# KL((1/4, 3/4) || (1/2, 1/2)) = 3/4 ln(3/2) - 1/4 ln 2 = 0.1308
+FAIR, BIASED = [[0.0, 0.0]], [[0.0, math.log(3)]]
+FAIR_TO_BIASED = 0.5 * math.log(4 / 3)
+BIASED_TO_FAIR = 0.75 * math.log(1.5) - 0.25 * math.log(2)
 
 
-def test_reverse_puts_the_trained_distribution_first():
-    trained, target = tensor([[0.0, 0.0]]), tensor([[0.0, math.log(3)]])
-    assert directed_kl(trained, target, "reverse").item() == pytest.approx(
-        0.5 * math.log(4 / 3), abs=1e-7
-    )
-    assert directed_kl(trained, target, "forward").item() == pytest.approx(
-        0.75 * math.log(1.5) - 0.25 * math.log(2), abs=1e-7
-    )
+def test_kl_of_two_coins_by_hand():
+    fair, biased = tensor(FAIR), tensor(BIASED)
+    assert kl(fair, biased).item() == pytest.approx(FAIR_TO_BIASED, abs=1e-7)
+    assert kl(biased, fair).item() == pytest.approx(BIASED_TO_FAIR, abs=1e-7)
+    assert FAIR_TO_BIASED - BIASED_TO_FAIR > 0.01
+
+
+@pytest.mark.parametrize(
+    "direction, expected", [("reverse", FAIR_TO_BIASED), ("forward", BIASED_TO_FAIR)]
+)
+def test_reverse_puts_the_trained_distribution_first(direction, expected):
+    result = directed_kl(tensor(FAIR), tensor(BIASED), direction)
+    assert result.item() == pytest.approx(expected, abs=1e-7)
 
 
 @pytest.mark.parametrize("prompt_kl", DIRECTIONS)
@@ -92,250 +107,213 @@ def test_reverse_puts_the_trained_distribution_first():
 @pytest.mark.parametrize(
     "reg_weight, lam", [(1.0, 1.0), (1.0, 0.25), (0.5, 0.75), (0.0, 1.0), (3.0, 0.0)]
 )
-def test_equations_1_to_3_are_those_of_numpy(prompt_kl, reg_kl, reg_weight, lam):
+def test_equations_1_to_3_match_numpy(prompt_kl, reg_kl, reg_weight, lam):
     prompted, q, bare = logits(3), logits(4), logits(5)
-    L_kd = np.array(
-        by_token(token_kl, prompted, q)
-        if prompt_kl == "reverse"
-        else by_token(token_kl, q, prompted)
-    )
-    L_reg = np.array(
-        by_token(token_kl, prompted, bare)
-        if reg_kl == "reverse"
-        else by_token(token_kl, bare, prompted)
-    )
-    results = prompt_loss(
-        tensor(prompted), tensor(q), tensor(bare), lam, reg_weight, prompt_kl, reg_kl
-    )
-    for result, wanted in zip(results, (L_kd + reg_weight * lam * L_reg, L_kd, L_reg), strict=True):
-        close(result, wanted)
+    L_kd = np.array([token_kl_in(prompt_kl, *pair) for pair in zip(prompted, q)])
+    L_reg = np.array([token_kl_in(reg_kl, *pair) for pair in zip(prompted, bare)])
+    arguments = (tensor(prompted), tensor(q), tensor(bare), lam, reg_weight, prompt_kl, reg_kl)
+    drift = per_token(token_kl, prompted, bare)
+    expected = (L_kd + reg_weight * lam * L_reg, L_kd, L_reg, drift)
+    assert_close(prompt_loss(*arguments), np.stack(expected))
 
 
-def test_the_default_of_the_prompt_loss_is_the_papers_reverse_and_reverse_with_weight_1():
-    prompted, q, bare = tensor(logits(3)), tensor(logits(4)), tensor(logits(5))
-    for result, wanted in zip(
-        prompt_loss(prompted, q, bare, 0.4),
-        prompt_loss(prompted, q, bare, 0.4, 1.0, "reverse", "reverse"),
-    ):
-        assert torch.equal(result, wanted)
+def test_prompt_loss_defaults_to_reverse_kls_with_weight_1():
+    arguments = (tensor(logits(3)), tensor(logits(4)), tensor(logits(5)), 0.4)
+    explicit = prompt_loss(*arguments, 1.0, "reverse", "reverse")
+    assert torch.equal(prompt_loss(*arguments), explicit)
 
 
-def test_equation_4_is_the_kl_from_the_student_to_the_prompted_teacher():
+def test_equation_4_is_the_kl_from_student_to_prompted_teacher():
     q, prompted = logits(6), logits(7)
-    close(student_loss(tensor(q), tensor(prompted)), by_token(token_kl, q, prompted))
+    assert_close(student_loss(tensor(q), tensor(prompted)), per_token(token_kl, q, prompted))
 
 
-# ---- a KL is a KL -----------------------------------------------------------------------------------------------------------------
+# --- Properties of a KL ---
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16])
-def test_kl_of_a_distribution_to_itself_is_zero(dtype):
+def test_kl_of_a_distribution_to_itself_is_0(dtype):
     p = tensor(logits(8), dtype)
     assert torch.equal(kl(p, p.clone()), torch.zeros_like(kl(p, p)))
-    close(
-        kl(p, p + 2.0), np.zeros(N), 1e-6 if dtype != torch.bfloat16 else 1e-3
-    )  # the same distribution: logits are free up to a constant
+    # Adding a constant to all logits does not change the distribution.
+    assert_close(kl(p, p + 2.0), np.zeros(N), 1e-3 if dtype == torch.bfloat16 else 1e-6)
 
 
-def test_every_loss_of_prompt_and_student_vanishes_where_all_three_agree():
+def test_losses_of_prompt_and_student_are_0_if_all_distributions_are_equal():
     p = tensor(logits(9))
     for direction in DIRECTIONS:
-        for loss in prompt_loss(p, p, p, 1.0, 1.0, direction, direction):
-            assert loss.abs().max() == 0
+        assert prompt_loss(p, p, p, 1.0, 1.0, direction, direction).abs().max() == 0
     assert student_loss(p, p).abs().max() == 0
 
 
-def test_kl_is_not_below_zero_for_many_distributions_near_and_far():
-    generator = np.random.default_rng(10)
+def test_kl_is_never_negative():
+    rng = np.random.default_rng(10)
     for scale in (0.01, 1.0, 30.0):
-        p = generator.standard_normal((2000, V)) * scale
-        near, far = (
-            p + 0.01 * generator.standard_normal(p.shape),
-            generator.standard_normal(p.shape) * scale,
-        )
+        p = rng.standard_normal((2000, V)) * scale
+        near = p + 0.01 * rng.standard_normal(p.shape)
+        far = rng.standard_normal(p.shape) * scale
         for other in (near, far):
             assert kl(tensor(p), tensor(other)).min() > -1e-6
     assert kl(tensor(p), tensor(far)).mean() > 1
 
 
-def test_kl_is_cross_entropy_less_entropy():
+def test_kl_is_cross_entropy_minus_entropy():
     p, q = logits(11), logits(12)
     probs = np.exp(np.stack([log_softmax(row) for row in p]))
     cross = -(probs * np.stack([log_softmax(row) for row in q])).sum(1)
     entropy = -(probs * np.log(probs)).sum(1)
-    close(kl(tensor(p), tensor(q)), cross - entropy)
-    assert entropy.min() > 0.1  # so that leaving it out would show
+    assert_close(kl(tensor(p), tensor(q)), cross - entropy)
+    assert entropy.min() > 0.1  # large enough that leaving it out would fail
 
 
-# ---- range and precision ------------------------------------------------------------------------------------------------------------
+# --- Range and precision ---
 
 
-def test_logits_of_ten_thousand_stay_finite_and_right_with_their_gradients():
+def test_logits_of_ten_thousand_give_finite_losses_and_gradients():
     first, second = np.zeros((2, V)), np.zeros((2, V))
     first[0, 0], first[1, 1] = 1e4, -1e4
     second[0, 1], second[1, 2] = 1e4, 1e4
     a, b = tensor(first, torch.float32, grad=True), tensor(second, torch.float32, grad=True)
-    losses = kl(a, b)
-    close(losses, by_token(token_kl, first, second), 1e-5)
-    assert losses[0].item() == pytest.approx(1e4)
-    (losses.sum() + cross_entropy(a, torch.tensor([1, 1])).sum()).backward()
+    targets = torch.tensor([1, 1])
+    values = kl(a, b)
+    assert_close(values, per_token(token_kl, first, second), 1e-5)
+    assert values[0].item() == pytest.approx(1e4)
+    (values.sum() + cross_entropy(a, targets).sum()).backward()
     assert torch.isfinite(a.grad).all() and torch.isfinite(b.grad).all()
-    close(
-        cross_entropy(a, torch.tensor([1, 1])), by_token(token_cross_entropy, first, [1, 1]), 1e-5
+    assert_close(
+        cross_entropy(a, targets), per_token(token_cross_entropy, first, targets.tolist()), 1e-5
     )
 
 
-def test_bfloat16_logits_are_reckoned_with_in_float32():
-    """The inputs are rounded once; from there on nothing is lost: sums of bfloat16 numbers in bfloat16 would be off by percents."""
+def test_bfloat16_logits_are_processed_in_float32():
+    """Sums of bfloat16 numbers in bfloat16 would be off by percents."""
     a, b = tensor(logits(13)).bfloat16(), tensor(logits(14)).bfloat16()
     exact_a, exact_b = a.double().numpy(), b.double().numpy()
+    expected = np.array(per_token(token_kl, exact_a, exact_b))
     targets = torch.arange(N)
     assert kl(a, b).dtype == cross_entropy(a, targets).dtype == torch.float32
-    close(kl(a, b), by_token(token_kl, exact_a, exact_b))
-    close(cross_entropy(a, targets), by_token(token_cross_entropy, exact_a, range(N)))
-    for loss, wanted in zip(prompt_loss(a, b, b, 0.5), (1.5, 1.0, 1.0)):
-        close(loss, wanted * np.array(by_token(token_kl, exact_a, exact_b)), 1e-5)
+    assert_close(kl(a, b), expected)
+    assert_close(cross_entropy(a, targets), per_token(token_cross_entropy, exact_a, range(N)))
+    for loss, factor in zip(prompt_loss(a, b, b, 0.5), (1.5, 1.0, 1.0, 1.0), strict=True):
+        assert_close(loss, factor * expected, 1e-5)
 
 
-def test_no_response_token_gives_an_empty_result_a_sum_of_zero_and_gradients_of_zero():
+def test_losses_of_no_tokens_are_empty_with_gradients_of_0():
     a, b = torch.zeros(0, V, requires_grad=True), torch.zeros(0, V, requires_grad=True)
-    no_targets = torch.zeros(0, dtype=torch.long)
+    targets = torch.zeros(0, dtype=torch.long)
     for loss in [
-        cross_entropy(a, no_targets),
+        cross_entropy(a, targets),
         kl(a, b),
         student_loss(a, b),
         *prompt_loss(a, b, b.detach(), 1.0),
     ]:
         assert loss.shape == (0,)
         assert loss.sum() == 0
-    (cross_entropy(a, no_targets).sum() + kl(a, b).sum()).backward()
+    (cross_entropy(a, targets).sum() + kl(a, b).sum()).backward()
     assert a.grad.shape == b.grad.shape == (0, V)
 
 
-# ---- gradients ----------------------------------------------------------------------------------------------------------------------
+# --- Gradients ---
 
 
-def test_gradient_of_cross_entropy_is_probability_less_one_at_the_target():
-    z, targets = tensor(logits(15), grad=True), torch.arange(N)
-    weights = tensor(np.linspace(0.5, 2, N))
-    (cross_entropy(z, targets) * weights).sum().backward()
+def test_gradient_of_cross_entropy_is_probability_minus_one_hot():
+    z, weights = tensor(logits(15), grad=True), np.linspace(0.5, 2, N)
+    (cross_entropy(z, torch.arange(N)) * tensor(weights)).sum().backward()
     probs = np.exp(np.stack([log_softmax(row) for row in logits(15)]))
-    close(z.grad, weights.numpy()[:, None] * (probs - np.eye(V)[:N]))
+    assert_close(z.grad, weights[:, None] * (probs - np.eye(V)[:N]))
 
 
-def test_gradients_of_kl_are_those_derived_by_hand():
-    """d KL(p || q) / d logits of q = q - p, and / d logits of p = p (log p - log q - KL)."""
-    a, b = tensor(logits(16), grad=True), tensor(logits(17), grad=True)
-    kl(a, b).sum().backward()
-    log_p, log_q = (np.stack([log_softmax(row) for row in logits(seed)]) for seed in (16, 17))
-    p, q = np.exp(log_p), np.exp(log_q)
-    close(b.grad, q - p)
-    close(a.grad, p * (log_p - log_q - (p * (log_p - log_q)).sum(1, keepdims=True)), 1e-5)
+def test_gradients_of_kl_match_their_closed_forms():
+    """d KL(a || b) / d b_logits = b - a, and d KL(a || b) / d a_logits = a (log a - log b - KL)."""
+    a_logits, b_logits = tensor(logits(16), grad=True), tensor(logits(17), grad=True)
+    kl(a_logits, b_logits).sum().backward()
+    log_a, log_b = (np.stack([log_softmax(row) for row in logits(seed)]) for seed in (16, 17))
+    a, b = np.exp(log_a), np.exp(log_b)
+    assert_close(b_logits.grad, b - a)
+    expected = a * (log_a - log_b - (a * (log_a - log_b)).sum(1, keepdims=True))
+    assert_close(a_logits.grad, expected, 1e-5)
 
 
 @pytest.mark.parametrize("prompt_kl", DIRECTIONS)
 @pytest.mark.parametrize("reg_kl", DIRECTIONS)
-def test_gradient_of_the_prompt_loss_is_that_of_finite_differences(prompt_kl, reg_kl):
+def test_gradient_of_the_prompt_loss_matches_finite_differences(prompt_kl, reg_kl):
     prompted, q, bare = logits(18), logits(19), logits(20)
     lam, reg_weight = 0.3, 2.0
-    z = tensor(prompted, grad=True)
-    prompt_loss(z, tensor(q), tensor(bare), lam, reg_weight, prompt_kl, reg_kl)[0].sum().backward()
 
     def loss(row):
-        L_kd = (
-            token_kl(prompted[row], q[row])
-            if prompt_kl == "reverse"
-            else token_kl(q[row], prompted[row])
-        )
-        L_reg = (
-            token_kl(prompted[row], bare[row])
-            if reg_kl == "reverse"
-            else token_kl(bare[row], prompted[row])
-        )
+        L_kd = token_kl_in(prompt_kl, prompted[row], q[row])
+        L_reg = token_kl_in(reg_kl, prompted[row], bare[row])
         return L_kd + reg_weight * lam * L_reg
 
-    wanted = [
-        [central_difference(lambda: loss(row), prompted, (row, v)) for v in range(V)]
-        for row in range(N)
-    ]
-    close(z.grad, wanted, 1e-5)
+    z = tensor(prompted, grad=True)
+    prompt_loss(z, tensor(q), tensor(bare), lam, reg_weight, prompt_kl, reg_kl)[0].sum().backward()
+    assert_close(z.grad, numerical_gradient(loss, prompted), 1e-5)
 
 
-def test_gradient_of_the_student_loss_is_that_of_finite_differences():
+def test_gradient_of_the_student_loss_matches_finite_differences():
     q, prompted = logits(21), logits(22)
     z = tensor(q, grad=True)
     student_loss(z, tensor(prompted)).sum().backward()
-    wanted = [
-        [central_difference(lambda: token_kl(q[row], prompted[row]), q, (row, v)) for v in range(V)]
-        for row in range(N)
-    ]
-    close(z.grad, wanted, 1e-5)
+    expected = numerical_gradient(lambda row: token_kl(q[row], prompted[row]), q)
+    assert_close(z.grad, expected, 1e-5)
 
 
-def test_gradient_goes_to_the_prompted_teacher_in_the_prompt_loss_and_to_the_student_in_its_own():
-    """The losses cut no gradient themselves: the caller computes the targets without one."""
+def test_the_distributions_that_are_not_trained_may_have_no_gradient():
     prompted, q, bare = tensor(logits(23), grad=True), tensor(logits(24)), tensor(logits(25))
     prompt_loss(prompted, q, bare, 1.0)[0].sum().backward()
-    assert prompted.grad.abs().max() > 0.01 and q.grad is None and bare.grad is None
-    student, target = tensor(logits(26), grad=True), prompted.detach()
-    student_loss(student, target).sum().backward()
-    assert student.grad.abs().max() > 0.01 and target.grad is None
+    assert prompted.grad.abs().max() > 0.01
+    assert q.grad is None and bare.grad is None
+    student, teacher = tensor(logits(26), grad=True), prompted.detach()
+    student_loss(student, teacher).sum().backward()
+    assert student.grad.abs().max() > 0.01
+    assert teacher.grad is None
 
 
-# ---- KD's loss ----------------------------------------------------------------------------------------------------------------------
-
-TARGETS = [0, 3, 10, 3, 5, 7]
+# --- The loss of KD ---
 
 
-def test_kd_by_hand_is_half_cross_entropy_and_half_forward_kl():
-    """q = (1/4, 3/4), p = (1/2, 1/2), y_t the first: (ln 4 + ln(4/3) / 2) / 2 = 0.7651; reverse KL would give 0.7586."""
-    q, p = tensor([[0.0, math.log(3)]]), tensor([[0.0, 0.0]])
+def test_kd_loss_by_hand():
+    """(ln 4 + ln(4/3) / 2) / 2 = 0.7651 for q biased, p fair, y_t the first token."""
+    q, p = tensor(BIASED), tensor(FAIR)
     assert kd_loss(q, p, torch.tensor([0])).item() == pytest.approx(0.765067, abs=1e-6)
     assert kd_loss(p, p, torch.tensor([1])).item() == pytest.approx(0.5 * math.log(2), abs=1e-7)
 
 
-def test_kd_and_its_gradient_are_those_of_numpy():
+def test_kd_loss_and_its_gradient_match_numpy():
     q, p = logits(27), logits(28)
-    z, fixed = tensor(q, grad=True), tensor(p)
+    z = tensor(q, grad=True)
 
     def loss(row):
         return 0.5 * token_cross_entropy(q[row], TARGETS[row]) + 0.5 * token_kl(p[row], q[row])
 
-    losses = kd_loss(z, fixed, torch.tensor(TARGETS))
-    close(losses, [loss(row) for row in range(N)])
-    losses.sum().backward()
-    close(
-        z.grad,
-        [
-            [central_difference(lambda: loss(row), q, (row, v)) for v in range(V)]
-            for row in range(N)
-        ],
-        1e-5,
-    )
+    values = kd_loss(z, tensor(p), torch.tensor(TARGETS))
+    assert_close(values, [loss(row) for row in range(N)])
+    values.sum().backward()
+    assert_close(z.grad, numerical_gradient(loss, q), 1e-5)
 
 
-# ---- MiniLLM ------------------------------------------------------------------------------------------------------------------------
+# --- MiniLLM ---
 
 
 @pytest.mark.parametrize(
-    "gamma, wanted",
+    "gamma, expected",
     [
+        (None, [(1 - 0.95 + 2 * 0.9025) / 3, (-1 + 2 * 0.95) / 2, 2]),  # the released 0.95
         (0.95, [(1 - 0.95 + 2 * 0.9025) / 3, (-1 + 2 * 0.95) / 2, 2]),
         (0.5, [(1 - 0.5 + 0.5) / 3, (-1 + 1) / 2, 2]),
         (1.0, [2 / 3, 1 / 2, 2]),
         (0.0, [1 / 3, -1 / 2, 2]),
     ],
 )
-def test_returns_by_hand(gamma, wanted):
-    """log p - log q is 0.5, -0.5, 1, so the rewards are 1, -1, 2; a return starts at its own token's and is divided by the tokens left."""
+def test_returns_by_hand(gamma, expected):
+    """log p - log q is 0.5, -0.5, 1, so the rewards are 1, -1, 2."""
     log_p, log_q = tensor([-1.0, -2.0, -3.0]), tensor([-1.5, -1.5, -4.0])
-    close(minillm_returns(log_p, log_q, gamma), wanted)
-    if gamma == 0.95:
-        close(minillm_returns(log_p, log_q), wanted)  # the released value
+    kwargs = {} if gamma is None else {"gamma": gamma}
+    assert_close(minillm_returns(log_p, log_q, **kwargs), expected)
 
 
 @pytest.mark.parametrize(
-    "log_p, log_q, wanted",
+    "log_p, log_q, expected",
     [
         (-1.0, -50.5, 99.0),
         (-1.0, -51.5, 100.0),
@@ -346,46 +324,41 @@ def test_returns_by_hand(gamma, wanted):
         (-1.0, -1.25, 0.5),
     ],
 )
-def test_a_response_of_one_token_returns_its_clipped_reward(log_p, log_q, wanted):
-    close(minillm_returns(tensor([log_p]), tensor([log_q])), [wanted])
+def test_the_return_of_a_single_token_is_its_clipped_reward(log_p, log_q, expected):
+    assert_close(minillm_returns(tensor([log_p]), tensor([log_q])), [expected])
 
 
 def test_each_reward_is_clipped_before_the_sum():
-    """Rewards 100 and -100 after clipping, of 198 and -398: (100 - 95) / 2 and -100."""
-    close(minillm_returns(tensor([-1.0, -200.0]), tensor([-100.0, -1.0])), [2.5, -100])
+    """The rewards 198 and -398 are clipped to 100 and -100: (100 - 95) / 2 and -100."""
+    result = minillm_returns(tensor([-1.0, -200.0]), tensor([-100.0, -1.0]))
+    assert_close(result, [2.5, -100])
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 256])
-def test_returns_are_those_of_numpy(n):
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_returns_match_numpy(n, dtype, tolerance):
     log_p, log_q = -30 * np.random.default_rng(n).random((2, n))
-    close(
-        minillm_returns(tensor(log_p), tensor(log_q)), reference.minillm_returns(log_p, log_q), 1e-9
-    )
-    close(
-        minillm_returns(tensor(log_p, torch.float32), tensor(log_q, torch.float32)),
-        reference.minillm_returns(log_p, log_q),
-        1e-4,
-    )
+    result = minillm_returns(tensor(log_p, dtype), tensor(log_q, dtype))
+    assert_close(result, reference.minillm_returns(log_p, log_q), tolerance)
 
 
 def test_whitened_returns_have_mean_0_and_variance_1():
-    """Of 1, 2, 3, 4 the mean is 2.5 and the variance, over all four and not three, 1.25."""
-    close(whiten(tensor([1.0, 2.0, 3.0, 4.0])), np.array([-1.5, -0.5, 0.5, 1.5]) / math.sqrt(1.25))
-    R = whiten(
-        tensor(50 + 20 * np.random.default_rng(29).standard_normal(1000), torch.float32)
-    ).double()
-    assert R.mean().item() == pytest.approx(0, abs=1e-5) and (R**2).mean().item() == pytest.approx(
-        1, abs=1e-5
-    )
+    """1, 2, 3, 4 have mean 2.5 and, divided by four and not three, variance 1.25."""
+    expected = np.array([-1.5, -0.5, 0.5, 1.5]) / math.sqrt(1.25)
+    assert_close(whiten(tensor([1.0, 2.0, 3.0, 4.0])), expected)
+    R = 50 + 20 * np.random.default_rng(29).standard_normal(1000)
+    whitened = whiten(tensor(R, torch.float32)).double()
+    assert whitened.mean().item() == pytest.approx(0, abs=1e-5)
+    assert (whitened**2).mean().item() == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("R", [[0.0], [-100.0], [3.5, 3.5, 3.5]])
-def test_returns_that_are_all_alike_are_whitened_to_0(R):
+def test_equal_returns_are_whitened_to_0(R):
     assert whiten(tensor(R, torch.float32)).tolist() == [0.0] * len(R)
 
 
 @pytest.mark.parametrize(
-    "p, q, alpha, wanted",
+    "p, q, alpha, expected",
     [
         (0.25, 0.5, 0.2, 0.5 / 0.45),  # q / (0.8 q + 0.2 p)
         (0.25, 0.05, 0.2, 0.05 / 0.09),
@@ -394,238 +367,211 @@ def test_returns_that_are_all_alike_are_whitened_to_0(R):
         (0.9, 0.1, 0.0, 1.0),
     ],
 )
-def test_importance_weight_by_hand(p, q, alpha, wanted):
-    log_p, log_q = (
-        torch.tensor([probability], dtype=torch.float64).log() for probability in (p, q)
-    )
-    assert importance_weight(log_p, log_q, alpha).item() == pytest.approx(wanted, rel=1e-9)
-    if alpha == 0.2:
-        assert importance_weight(log_p, log_q).item() == pytest.approx(wanted, rel=1e-9)
+def test_importance_weight_by_hand(p, q, alpha, expected):
+    log_p, log_q = tensor([math.log(p)]), tensor([math.log(q)])
+    assert importance_weight(log_p, log_q, alpha).item() == pytest.approx(expected, rel=1e-9)
+    if alpha == 0.2:  # the default
+        assert importance_weight(log_p, log_q).item() == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_importance_weight_of_tokens_that_one_of_the_two_would_hardly_say(dtype):
-    """What the student would never have said weighs nothing; what the teacher would never have said, 1 / 0.8; equal odds, exactly 1."""
-    log_p, log_q = (
-        tensor([-1.0, -1.0, -5000.0, -1e-3, -800.0], dtype),
-        tensor([-90.0, -5000.0, -1.0, -1e-3, -800.0], dtype),
-    )
+def test_importance_weight_of_tokens_that_are_unlikely_under_one_model(dtype):
+    """0 if unlikely under the student, 1 / 0.8 under the teacher; exactly 1 for equal odds."""
+    log_p = tensor([-1.0, -1.0, -5000.0, -1e-3, -800.0], dtype)
+    log_q = tensor([-90.0, -5000.0, -1.0, -1e-3, -800.0], dtype)
     w = importance_weight(log_p, log_q)
     assert torch.isfinite(w).all()
     np.testing.assert_allclose(w.numpy(), [5 * math.exp(-89), 0, 1.25, 1, 1], rtol=1e-5, atol=1e-30)
 
 
-CORNERS = [
-    # ρ, R, loss, and its gradient with respect to log q_θ, which is - ρ R or none
-    (1.5, 2.0, -2.4, 0.0),  # better than before, and likelier by far already: no further
-    (1.5, -2.0, 3.0, 3.0),
-    (0.5, 2.0, -1.0, -1.0),
-    (0.5, -2.0, 1.6, 0.0),  # worse, and unlikelier by far already
-    (1.1, 2.0, -2.2, -2.2),
-    (0.9, -2.0, 1.8, 1.8),
-    (1.0, 0.0, 0.0, 0.0),
-]
-
-
-@pytest.mark.parametrize("rho, R, loss, gradient", CORNERS)
+@pytest.mark.parametrize(
+    "rho, R, loss, gradient",  # the gradient with respect to log q_θ is -ρ R, or 0 if clipped
+    [
+        (1.5, 2.0, -2.4, 0.0),  # a good token that is already much more likely
+        (1.5, -2.0, 3.0, 3.0),
+        (0.5, 2.0, -1.0, -1.0),
+        (0.5, -2.0, 1.6, 0.0),  # a bad token that is already much less likely
+        (1.1, 2.0, -2.2, -2.2),
+        (0.9, -2.0, 1.8, 1.8),
+        (1.0, 0.0, 0.0, 0.0),
+    ],
+)
 @pytest.mark.parametrize("w", [1.0, 0.25])
-def test_policy_gradient_at_the_corners_of_the_clip_by_hand(rho, R, loss, gradient, w):
-    """ρ = w · q_θ / q, so with w = 1/4 the student's own ratio is four times as large."""
+def test_policy_gradient_at_the_corners_of_the_clip(rho, R, loss, gradient, w):
+    """ρ = w · q_θ / q, so with w = 1/4 the ratio q_θ / q is four times as large."""
     log_q = tensor([-2.5])
     log_q_theta = (log_q + math.log(rho / w)).requires_grad_()
     result = policy_gradient_loss(log_q_theta, log_q, tensor([w]), tensor([R]))
     result.sum().backward()
-    close(result, [loss])
-    close(log_q_theta.grad, [gradient])
+    assert_close(result, [loss])
+    assert_close(log_q_theta.grad, [gradient])
 
 
-def test_the_clips_width_is_epsilon():
+@pytest.mark.parametrize("epsilon, expected", [(0.4, [-2.8, 3.0]), (0.6, [-3.0, 3.0])])
+def test_epsilon_is_the_width_of_the_clip(epsilon, expected):
     log_q_theta, zero, one = tensor([math.log(1.5)] * 2), tensor([0.0] * 2), tensor([1.0] * 2)
-    close(
-        policy_gradient_loss(log_q_theta, zero, one, tensor([2.0, -2.0]), epsilon=0.4), [-2.8, 3.0]
-    )
-    close(
-        policy_gradient_loss(log_q_theta, zero, one, tensor([2.0, -2.0]), epsilon=0.6), [-3.0, 3.0]
-    )
+    result = policy_gradient_loss(log_q_theta, zero, one, tensor([2.0, -2.0]), epsilon=epsilon)
+    assert_close(result, expected)
 
 
-def minillm_token(q_theta, p, target, log_q, w, R):
-    """The loss at one token, and ρ, in NumPy."""
-    rho = w * math.exp(log_softmax(q_theta)[target] - log_q)
-    return -min(rho * R, min(1.2, max(0.8, rho)) * R) + token_kl(q_theta, p), rho
-
-
-def test_minillms_loss_and_gradient_are_those_of_numpy():
-    """The policy gradient and KL(q_θ || p), added up; the weight is the policy gradient's alone."""
+def test_minillm_loss_and_its_gradient_match_numpy():
+    """The sum of policy gradient and KL(q_θ || p); only the policy gradient is weighted."""
     q_theta, p, rng = logits(30), logits(31), np.random.default_rng(32)
-    wanted_rho = np.array([1.5, 1.5, 0.5, 0.5, 1.1, 0.9])
+    rho = np.array([1.5, 1.5, 0.5, 0.5, 1.1, 0.9])
     w, R = rng.uniform(0.5, 1.2, N), np.array([1.3, -0.7, 0.4, -1.6, 0.9, -0.2])
-    log_q = np.array([log_softmax(z)[y] for z, y in zip(q_theta, TARGETS)]) + np.log(w / wanted_rho)
+    log_q = np.array([log_softmax(z)[y] for z, y in zip(q_theta, TARGETS)]) + np.log(w / rho)
+
+    def ratio(row):
+        return w[row] * math.exp(log_softmax(q_theta[row])[TARGETS[row]] - log_q[row])
 
     def loss(row):
-        return minillm_token(q_theta[row], p[row], TARGETS[row], log_q[row], w[row], R[row])[0]
+        clipped = min(1.2, max(0.8, ratio(row)))
+        return -min(ratio(row) * R[row], clipped * R[row]) + token_kl(q_theta[row], p[row])
 
-    assert [
-        minillm_token(*row)[1] for row in zip(q_theta, p, TARGETS, log_q, w, R)
-    ] == pytest.approx(wanted_rho)
+    assert [ratio(row) for row in range(N)] == pytest.approx(rho)
     z = tensor(q_theta, grad=True)
-    losses = minillm_loss(z, tensor(p), torch.tensor(TARGETS), tensor(log_q), tensor(w), tensor(R))
-    close(losses, [loss(row) for row in range(N)])
-    losses.sum().backward()
-    close(
-        z.grad,
-        [
-            [central_difference(lambda: loss(row), q_theta, (row, v)) for v in range(V)]
-            for row in range(N)
-        ],
-        1e-5,
-    )
+    values = minillm_loss(z, tensor(p), torch.tensor(TARGETS), tensor(log_q), tensor(w), tensor(R))
+    assert_close(values, [loss(row) for row in range(N)])
+    values.sum().backward()
+    assert_close(z.grad, numerical_gradient(loss, q_theta), 1e-5)
 
 
-def test_minillms_single_step_term_is_the_exact_reverse_kl():
-    """Where the return is 0 nothing else is left: no sampled token, weight or ratio is in it."""
+def test_the_single_step_term_of_minillm_is_the_exact_reverse_kl():
+    """With returns of 0 nothing else is left."""
     q_theta, p = logits(33), logits(34)
-    z, nothing = tensor(q_theta, grad=True), tensor(np.zeros(N))
-    losses = minillm_loss(
-        z,
-        tensor(p),
-        torch.tensor(TARGETS),
-        tensor(np.full(N, -3.0)),
-        tensor(np.full(N, 0.1)),
-        nothing,
-    )
-    close(losses, by_token(token_kl, q_theta, p))
-    losses.sum().backward()
+    z = tensor(q_theta, grad=True)
+    log_q, w, R = (tensor(np.full(N, value)) for value in (-3.0, 0.1, 0.0))
+    values = minillm_loss(z, tensor(p), torch.tensor(TARGETS), log_q, w, R)
+    assert_close(values, per_token(token_kl, q_theta, p))
+    values.sum().backward()
     log_q, log_p = (np.stack([log_softmax(row) for row in array]) for array in (q_theta, p))
-    close(
-        z.grad,
-        np.exp(log_q) * (log_q - log_p - (np.exp(log_q) * (log_q - log_p)).sum(1, keepdims=True)),
-        1e-5,
-    )
+    q = np.exp(log_q)
+    expected = q * (log_q - log_p - (q * (log_q - log_p)).sum(1, keepdims=True))
+    assert_close(z.grad, expected, 1e-5)
 
 
-# ---- the memory-lean form ------------------------------------------------------------------------------------------------------
+# --- Losses from hidden states ---
 
 
 @pytest.fixture(params=[(1, 1), (3, 1), (7, 2), (100, 3), (100, 100)])
 def chunked(request, monkeypatch):
-    """Chunks and blocks of so many tokens' logits at most, of 13 words."""
-    for limit, n_tokens in zip((losses.CHUNK_BYTES, losses.BLOCK_BYTES), request.param):
-        monkeypatch.setitem(limit, "cpu", n_tokens * 4 * 13)
+    """Chunks and blocks with the logits of at most so many tokens, of 13 vocabulary entries."""
+    n_chunk, n_block = request.param
+    monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", n_chunk * 4 * 13)
+    monkeypatch.setitem(losses.BLOCK_BYTES, "cpu", n_block * 4 * 13)
 
 
-def hidden_head_and_target(n=7, C=5, V=13):
-    """Hidden states and head of what is trained, and hidden states of a target of width 3."""
+def make_hidden_and_head(n=7, C=5, V=13):
+    """Hidden states and head of the trained model, and hidden states of another of width 3."""
     generator = torch.Generator().manual_seed(3)
-    hidden, head, target = (
+    hidden, head, other = (
         torch.randn(shape, generator=generator, dtype=torch.float64)
         for shape in ((n, C), (V, C), (n, 3))
     )
-    return hidden.requires_grad_(), head.requires_grad_(), target
+    return hidden.requires_grad_(), head.requires_grad_(), other
 
 
-@pytest.mark.parametrize("most", [1, 3, 7, 100])
-def test_slices_cover_every_token_once_and_none_is_over_the_limit(most):
+@pytest.mark.parametrize("n_max", [1, 3, 7, 100])
+def test_slices_cover_every_token_once_within_the_limit(n_max):
     head = torch.zeros(13, 5)
     for n in (0, 1, 2, 6, 7, 22):
-        slices = losses.equal_slices(n, head, {"cpu": most * 4 * 13})
-        assert slices and [i for part in slices for i in range(n)[part]] == list(range(n))
-        assert all(len(range(n)[part]) <= most for part in slices)
+        slices = losses.equal_slices(n, head, {"cpu": n_max * 4 * 13})
+        assert slices
+        assert [i for part in slices for i in range(n)[part]] == list(range(n))
+        assert all(len(range(n)[part]) <= n_max for part in slices)
 
 
 @pytest.mark.parametrize("V", [3, 16, 1024, 1025, 2100])
-def test_logits_of_the_head_have_words_without_probability_behind_the_vocabulary(V):
+def test_padded_logits_have_entries_of_probability_0_after_the_vocabulary(V):
     hidden, head = torch.randn(7, 5), torch.randn(V, 5)
-    logits, plain = head_logits(hidden, head, padded=True), hidden @ head.T
-    assert (logits[:, :V] - plain).abs().max() < 1e-5
-    assert (logits.log_softmax(-1)[:, :V] - plain.log_softmax(-1)).abs().max() < 1e-5
-    assert (
-        logits.is_contiguous()
-        and logits.shape[1] % 16 == 0
-        and (logits.softmax(-1)[:, V:] == 0).all()
-    )
+    padded, plain = head_logits(hidden, head, padded=True), hidden @ head.T
+    assert (padded[:, :V] - plain).abs().max() < 1e-5
+    assert (padded.log_softmax(-1)[:, :V] - plain.log_softmax(-1)).abs().max() < 1e-5
+    assert padded.is_contiguous()
+    assert padded.shape[1] % 16 == 0
+    assert (padded.softmax(-1)[:, V:] == 0).all()
 
 
-def reverse(i, q, p):
-    return losses.student_loss(q, p)
+def reverse_kl(rows, q, p):
+    return student_loss(q, p)
 
 
-def forward(i, q, p):
-    return losses.kl(p, q)
+def forward_kl(rows, q, p):
+    return kl(p, q)
 
 
-def with_tokens(i, q, p):
-    return losses.kd_loss(q, p, torch.arange(7)[i])
+def with_targets(rows, q, p):
+    return kd_loss(q, p, torch.arange(7)[rows])
 
 
-def values_and_gradients(loss_fn, chunked_sum):
-    """The sum of a loss over 7 tokens with its gradients, from sum_over_tokens or from logits of all tokens at once."""
-    hidden, head, p_hidden = hidden_head_and_target()
+def two_losses(rows, q, p):
+    return torch.stack([kl(q, p), cross_entropy(q, torch.arange(7)[rows])])
+
+
+def sum_and_gradients(loss_fn, chunked_sum):
+    """The sum of a loss over 7 tokens, and its gradients, in chunks or from all logits at once."""
+    hidden, head, p_hidden = make_hidden_and_head()
     p_head = torch.randn(13, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     if chunked_sum:
         total = losses.sum_over_tokens(loss_fn, hidden, head, (p_hidden, p_head))
     else:
         total = loss_fn(slice(0, 7), hidden @ head.T, p_hidden @ p_head.T).sum(-1)
-    return total, torch.autograd.grad(
-        2.5 * (total if total.ndim == 0 else total[0]), (hidden, head)
-    )
+    loss = total if total.ndim == 0 else total[0]
+    return total, torch.autograd.grad(2.5 * loss, (hidden, head))
 
 
-def two_losses(i, q, p):
-    return torch.stack([losses.kl(q, p), losses.cross_entropy(q, torch.arange(7)[i])])
-
-
-@pytest.mark.parametrize("loss_fn", [reverse, forward, with_tokens, two_losses])
-def test_sum_over_tokens_is_the_plain_sum_with_the_plain_gradients(chunked, loss_fn, monkeypatch):
-    """Of several losses, gradients are those of the first."""
+@pytest.mark.parametrize("loss_fn", [reverse_kl, forward_kl, with_targets, two_losses])
+def test_sum_over_tokens_equals_the_plain_sum_and_its_gradients(chunked, loss_fn, monkeypatch):
+    """Of several losses, the first has the gradients."""
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # keep float64
-    (lean, lean_gradients), (plain, plain_gradients) = (
-        values_and_gradients(loss_fn, chunked_sum) for chunked_sum in (True, False)
-    )
-    assert lean.tolist() == pytest.approx(plain.tolist(), rel=1e-12)
-    for gradient, wanted in zip(lean_gradients, plain_gradients):
-        assert (gradient - wanted).abs().max() < 1e-12
+    result, gradients = sum_and_gradients(loss_fn, chunked_sum=True)
+    expected, expected_gradients = sum_and_gradients(loss_fn, chunked_sum=False)
+    assert result.tolist() == pytest.approx(expected.tolist(), rel=1e-12)
+    for gradient, expected_gradient in zip(gradients, expected_gradients):
+        assert (gradient - expected_gradient).abs().max() < 1e-12
 
 
-def test_sum_over_tokens_of_a_frozen_head_gives_hidden_states_their_gradients_alone(chunked):
-    hidden, head, _ = hidden_head_and_target()
-    hidden, head = hidden.detach().float().requires_grad_(), head.detach().float()  # a teacher's
-    losses.sum_over_tokens(
-        lambda i, logits: losses.cross_entropy(logits, torch.arange(7)[i]), hidden, head
-    ).backward()
-    (wanted,) = torch.autograd.grad(
-        losses.cross_entropy(hidden @ head.T, torch.arange(7)).sum(), hidden
-    )
-    assert (hidden.grad - wanted).abs().max() < 1e-5
+def test_sum_over_tokens_with_a_frozen_head_has_gradients_to_the_hidden_states(chunked):
+    hidden, head, _ = make_hidden_and_head()
+    hidden, head = hidden.detach().float().requires_grad_(), head.detach().float()
+    targets = torch.arange(7)
+
+    def loss_fn(rows, logits):
+        return cross_entropy(logits, targets[rows])
+
+    losses.sum_over_tokens(loss_fn, hidden, head).backward()
+    plain = cross_entropy(hidden @ head.T, targets).sum()
+    (expected,) = torch.autograd.grad(plain, hidden)
+    assert (hidden.grad - expected).abs().max() < 1e-5
 
 
 def test_sum_over_no_tokens_is_0_with_gradients_of_0():
-    hidden, head, _ = hidden_head_and_target(n=0)
-    total = losses.sum_over_tokens(
-        lambda i, logits: losses.cross_entropy(logits, torch.zeros(0, dtype=torch.long)[i]),
-        hidden,
-        head,
-    )
+    hidden, head, _ = make_hidden_and_head(n=0)
+
+    def loss_fn(rows, logits):
+        return cross_entropy(logits, torch.zeros(0, dtype=torch.long)[rows])
+
+    total = losses.sum_over_tokens(loss_fn, hidden, head)
     total.backward()
-    assert total.item() == 0 and head.grad.abs().max() == 0 and hidden.grad.shape == (0, 5)
+    assert total.item() == 0
+    assert head.grad.abs().max() == 0
+    assert hidden.grad.shape == (0, 5)
 
 
-def test_gradients_of_kls_are_those_of_finite_differences(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)
-    logits = [
-        torch.randn(
-            4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(n)
-        ).requires_grad_()
-        for n in range(3)
-    ]
-    assert torch.autograd.gradcheck(losses.kls, logits)
-    assert torch.autograd.gradcheck(
-        lambda first: losses.kls(first, *(other.detach() for other in logits[1:])), logits[:1]
-    )
+def test_gradients_of_several_kls_match_finite_differences(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # keep float64
+    p, q1, q2 = (tensor(logits(seed)[:4, :6] / 3, grad=True) for seed in (35, 36, 37))
+    assert torch.autograd.gradcheck(losses.kls, (p, q1, q2))
+
+    def with_others_fixed(p):
+        return losses.kls(p, q1.detach(), q2.detach())
+
+    assert torch.autograd.gradcheck(with_others_fixed, (p,))
 
 
-def test_token_log_probs_are_those_of_the_whole(chunked):
-    hidden, head, _ = (x.detach().float() for x in hidden_head_and_target())
-    targets = torch.tensor([0, 12, 3, 3, 5, 1, 7])
-    wanted = (hidden @ head.T).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
-    assert losses.token_log_probs(hidden, head, targets) == pytest.approx(wanted.numpy(), abs=1e-6)
+def test_token_log_probs_equal_those_of_all_logits(chunked):
+    hidden, head, _ = (x.detach().float() for x in make_hidden_and_head())
+    tokens = torch.tensor([0, 12, 3, 3, 5, 1, 7])
+    expected = (hidden @ head.T).log_softmax(-1)[torch.arange(7), tokens]
+    result = losses.token_log_probs(hidden, head, tokens)
+    assert result == pytest.approx(expected.numpy(), abs=1e-6)

@@ -1,35 +1,30 @@
-"""Whole stages trained twice, by the fast forms and by plain ones: losses, gradient norms, responses and weights must be the same.
+"""Whole stages trained twice, with the fast forms and with plain ones. Losses, gradient norms,
+responses and weights must be equal.
 
-Fast are the losses, a block of tokens at a time with gradients made on the spot; packed weights; and the sampling of a
-ragged batch with a KV cache, which drops rows as they end. The plain forms are written out here, with no thought of speed or memory.
+The fast forms are the losses, computed block by block with gradients on the spot; packed weights;
+and sampling of a ragged batch with a KV cache, which drops finished rows. The plain forms are
+written out here without regard for speed or memory.
 """
 
 import pytest
 import torch
 from helpers import write_checkpoint
 from safetensors.torch import load_file
-from test_train import CPU, TOKENIZER, metrics, world  # noqa: F401  (a fixture)
+from test_train import CPU, TOKENIZER, UNLIKE, metrics, world  # noqa: F401  (a fixture)
 
 import data.prepare
 import losses
 import train
+from data.paper import DEMO_STUDENT, preset
 from model import Config
 
-UNLIKE = (
-    "tokens_per_second",
-    "seconds",
-    "memory_resident_gb",
-)  # of a metrics line: hang on the clock and the machine
 V = TOKENIZER.n_vocab
 
 
-# ---- the plain forms ------------------------------------------------------------------------------------------------------------------
-
-
-def plain_sum_over_tokens(loss_fn, hidden, head, *targets):
+def plain_sum_over_tokens(loss_fn, hidden, head, *others):
     with torch.no_grad():
-        of_targets = [h @ w.T for h, w in targets]  # (N, V) each
-    return loss_fn(slice(0, len(hidden)), hidden @ head.T, *of_targets).sum(-1)
+        other_logits = [h @ w.T for h, w in others]  # (N, V) each
+    return loss_fn(slice(0, len(hidden)), hidden @ head.T, *other_logits).sum(-1)
 
 
 @torch.no_grad()
@@ -37,31 +32,31 @@ def plain_token_log_probs(hidden, head, tokens):
     return (hidden @ head.T).log_softmax(-1)[torch.arange(len(tokens)), tokens]
 
 
-def plain_kls(first, *others):
-    log_p = first.log_softmax(-1)
+def plain_kls(a_logits, *b_logits):
+    log_a = a_logits.log_softmax(-1)
     return torch.stack(
-        [(log_p.exp() * (log_p - other.log_softmax(-1))).sum(-1) for other in others]
+        [(log_a.exp() * (log_a - logits.log_softmax(-1))).sum(-1) for logits in b_logits]
     )
 
 
 def plain_prompt_loss(p_prompted, q, p_bare, lam, reg_weight, *directions):
     """Both KLs are reverse, as in the demo."""
     L_kd, L_reg = losses.kl(p_prompted, q), losses.kl(p_prompted, p_bare)
-    return L_kd + reg_weight * lam * L_reg, L_kd, L_reg
+    return torch.stack([L_kd + reg_weight * lam * L_reg, L_kd, L_reg, L_reg])
 
 
 def next_probs(model, ids):
-    """The distribution (V,) of the token behind these."""
+    """The distribution (V,) of the next token."""
     return model.logits(model(torch.tensor([ids])))[0, -1].softmax(-1)
 
 
 @torch.no_grad()
-def plain_sample(model, requests, uniforms, end, max_new_tokens, teacher_mix=None, dtype="float32"):
-    """One row after the other, and all of the row anew for each token."""
+def plain_sample(model, requests, uniforms, eos, max_new_tokens, teacher_mix=None, dtype="float32"):
+    """Row by row, with a forward pass over the whole row for each token."""
     responses, log_probs = [], []
-    for request, u in zip(requests, uniforms):
+    for request, u in zip(requests, uniforms, strict=True):
         response, log_p = [], []
-        while len(response) < max_new_tokens and end not in response:
+        while len(response) < max_new_tokens and eos not in response:
             probs = next_probs(model, request + response)
             if teacher_mix is not None:
                 teacher, alpha = teacher_mix
@@ -76,69 +71,59 @@ def plain_sample(model, requests, uniforms, end, max_new_tokens, teacher_mix=Non
 
 
 def use_plain_forms(patch):
-    patch.setattr("train.sum_over_tokens", plain_sum_over_tokens)
-    patch.setattr("train.token_log_probs", plain_token_log_probs)
-    patch.setattr("train.prompt_loss", plain_prompt_loss)
+    patch.setattr("losses.sum_over_tokens", plain_sum_over_tokens)
+    patch.setattr("losses.token_log_probs", plain_token_log_probs)
+    patch.setattr("data.validation.token_log_probs", plain_token_log_probs)
+    patch.setattr("losses.prompt_loss", plain_prompt_loss)
     patch.setattr("losses.kls", plain_kls)
     patch.setattr("sample.sample", plain_sample)
-    for name in (
-        "losses._SumOverTokens",
-        "losses._KL",
-        "losses.head_logits",
-        "sample.KVCache",
-        "sample.packed_weights",
-    ):
-        patch.setattr(name, None)  # whatever still came to a fast form would fail
+    fast_forms = ("losses._SumOverTokens", "losses._KL", "losses.head_logits")
+    for name in (*fast_forms, "sample.KVCache", "sample.packed_weights"):
+        patch.setattr(name, None)  # so that any use of it fails
 
 
 def use_small_blocks(patch):
-    """A chunk is 30 tokens at most and a block 8, so that a micro-batch takes several of both, as with a large vocabulary."""
+    """Chunks of at most 30 tokens and blocks of 8: a micro-batch has several of both, as with a
+    large vocabulary."""
     patch.setitem(losses.CHUNK_BYTES, "cpu", 30 * 4 * V)
     patch.setitem(losses.BLOCK_BYTES, "cpu", 8 * 4 * V)
 
 
-# ---- both on the demo's data ------------------------------------------------------------------------------------------------------------
-
-
 def train_stage(out, name, method, micro_batch_size=4, **values):
-    """A stage with the demo's preset, made small; validated at the end alone, so that its best weights are its last. Returns its directory."""
-    preset = train.DEMO[train.DEMO_STUDENT if method == "pretrain" else method]
+    """Train a small stage with the demo's preset and return its directory. It is validated at the
+    end only, so that its best weights are its last."""
     small = {
         "data": "demo",
         "global_batch_size": 8,
-        "steps": 8,
+        "steps": 4,
         "eval_interval": 100,
-        "warmup_steps": 8,
+        "warmup_steps": 4,
         "dropout": 0.0,
         "max_dev_rows": 4,
         "max_new_tokens": 16,
     }
-    train.run_stage(
-        name,
-        train.Settings(**{"method": method, **preset, **small, **values}),
-        out,
-        micro_batch_size,
-        CPU,
-    )
+    settings = {"method": method, **preset(method, DEMO_STUDENT, demo=True), **small, **values}
+    train.run_stage(name, train.Settings(**settings), out, micro_batch_size, CPU)
     return out / name
 
 
 @pytest.fixture(scope="module")
-def student_and_teacher(tmp_path_factory, world):
-    """Models that have learnt how long responses are, so that rows end at different tokens. The teacher is just wide enough for its
-    weights to be packed."""
-    out, directories = tmp_path_factory.mktemp("models"), []
-    for name, config in {"student": Config(2, 32, 4, V), "teacher": Config(1, 384, 6, V)}.items():
-        start = write_checkpoint(out / "start" / name, config, TOKENIZER)
-        directories.append(
-            str(train_stage(out, name, "sft", student=str(start), steps=30, metric_for_best="loss"))
-        )
+def student_and_teacher(tmp_path_factory, world):  # noqa: F811
+    """Models that have learned how long responses are, so that rows end at different tokens. The
+    teacher is just wide enough for its weights to be packed."""
+    out = tmp_path_factory.mktemp("models")
+    configs = {"student": Config(2, 32, 4, V), "teacher": Config(1, 384, 6, V)}
+    directories = []
+    for name, config in configs.items():
+        start = str(write_checkpoint(out / "start" / name, config, TOKENIZER))
+        how = {"student": start, "steps": 30, "metric_for_best": "loss"}
+        directories.append(str(train_stage(out, name, "sft", **how)))
     return directories
 
 
 def trained_weights(directory):
-    """All weights of student and prompt by name, but the keys' biases: these change no attention weight, so their gradient is rounding
-    alone, which AdamW scales up to full steps."""
+    """The weights of student and prompt by name, without the biases of keys: these change no
+    attention weight, so their gradient is rounding only, which AdamW scales up to full steps."""
     weights = {}
     for path in (directory / "best").glob("*.safetensors"):
         weights |= load_file(path)
@@ -150,28 +135,18 @@ def trained_weights(directory):
 
 
 @pytest.mark.parametrize("method", ["pretrain", "sft", "kd", "promptkd", "gkd", "minillm"])
-def test_fast_forms_train_as_plain_ones_do(tmp_path, student_and_teacher, method):
-    """In micro-batches by the fast forms, the whole batch at once by the plain ones."""
+def test_fast_forms_train_like_plain_ones(tmp_path, student_and_teacher, method):
+    """The fast forms in micro-batches, the plain ones on the whole batch at once."""
     student, teacher = student_and_teacher
-    text = str(data.prepare.HOME / "demo" / "pretrain.jsonl")
-    values = {
-        "pretrain": {"student": "2x32x4"},
-        "sft": {"student": student},
-        "kd": {"student": student, "teacher": teacher},
-        "promptkd": {
-            "student": student,
-            "teacher": teacher,
-            "prompt_lr": 2e-3,
-        },  # as far as the student moves
-        "gkd": {"student": student, "teacher": teacher},
-        "minillm": {
-            "student": student,
-            "teacher": teacher,
-            "rollout_size": 16,
-            "inner_epochs": 2,
-            "lm_data": text,
-        },  # two rollouts of four steps
-    }[method]
+    values = {"student": "2x32x4" if method == "pretrain" else student}
+    if method not in ("pretrain", "sft"):
+        values["teacher"] = teacher
+    if method == "promptkd":
+        values["prompt_lr"] = 2e-3  # so that the prompt moves as far as the student
+    if method == "minillm":  # two rollouts of four steps
+        text = str(data.prepare.DATA_DIR / "demo" / "pretrain.jsonl")
+        values |= {"rollout_size": 8, "global_batch_size": 4, "inner_epochs": 2, "lm_data": text}
+        values["steps"] = 8
     with pytest.MonkeyPatch.context() as patch:
         use_small_blocks(patch)
         fast = train_stage(tmp_path, "fast", method, **values)
@@ -179,13 +154,13 @@ def test_fast_forms_train_as_plain_ones_do(tmp_path, student_and_teacher, method
         use_plain_forms(patch)
         plain = train_stage(tmp_path, "plain", method, micro_batch_size=16, **values)
 
-    # Ten times what rounding was seen to make: 2e-6 of a loss or norm; in the weights 6e-6, as AdamW scales up what is rounded.
+    # Ten times the rounding that was observed: 2e-6 of a loss or norm, and 6e-6 in the weights, as
+    # AdamW scales it up.
     for a, b in zip(metrics(fast), metrics(plain), strict=True):
         assert a.get("response_tokens") == b.get("response_tokens")
-        assert {k: v for k, v in a.items() if k not in UNLIKE} == pytest.approx(
-            {k: v for k, v in b.items() if k not in UNLIKE}, rel=2e-5, abs=1e-8
-        )
-    found, wanted = trained_weights(fast), trained_weights(plain)
-    assert found.keys() == wanted.keys()
-    for name, w in found.items():
-        assert w.allclose(wanted[name], rtol=0, atol=6e-5), name
+        a, b = ({k: v for k, v in line.items() if k not in UNLIKE} for line in (a, b))
+        assert a == pytest.approx(b, rel=2e-5, abs=1e-8)
+    weights, expected = trained_weights(fast), trained_weights(plain)
+    assert weights.keys() == expected.keys()
+    for name, w in weights.items():
+        assert w.allclose(expected[name], rtol=0, atol=6e-5), name

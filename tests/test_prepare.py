@@ -1,30 +1,40 @@
-"""Preparing the public data sets: from files at hand, and from a server on loopback in the place of the hub."""
+"""Preparing the public data sets, from files and from a local server in place of the hub."""
 
 import json
+import runpy
 import shutil
+import sys
 from collections import Counter
 
 import pytest
-from helpers import Cut, Short, error_of, files_below, run_command, write_rows
+from helpers import Cut, Short, error_of, files_below, write_rows
 
 from data import prepare as prepare_module
-from data.prepare import PUBLIC_SETS, find_data_dir, main, prepare
+from data.prepare import PAPER_COUNTS, find_data_dir, main, prepare
 from data.rows import read_rows
 
 SPLITS = ["dev.jsonl", "test.jsonl", "train.jsonl"]
 PAPER = "11,435 train, 1,000 dev, 500 test"
 
-
-def lines(path):
-    return path.read_bytes().splitlines(keepends=True)
+# A test set's name on the hub, and the directory of its file there.
+TEST_SETS = {
+    "self_inst": ("self-inst", ""),
+    "vicuna": ("Vicuna", ""),
+    "sinst": ("sinst", "11_/"),
+    "uinst": ("uinst", "11_/"),
+}
 
 
 def objects(path):
-    return [json.loads(line) for line in lines(path)]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def fields(rows):
-    return [(row["instruction"], row["input"], row["output"]) for row in rows]
+    return [(row["instruction"], row.get("input") or "", row["output"]) for row in rows]
+
+
+def instructions(path):
+    return [row["instruction"] for row in objects(path)]
 
 
 def small_rows(n, name="row"):
@@ -32,6 +42,10 @@ def small_rows(n, name="row"):
         {"instruction": f"{name} {i}", "prompt": "unused", "input": "", "output": f"answer {i}"}
         for i in range(n)
     ]
+
+
+def encode_rows(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 @pytest.fixture(scope="module")
@@ -45,99 +59,101 @@ def raw_release(shared):
 
 
 @pytest.fixture(scope="module")
-def minillm_folder(dolly, tmp_path_factory):
-    """MiniLLM's layout, made of the same rows: the first 1,000 of raw.jsonl are dev."""
-    folder = tmp_path_factory.mktemp("minillm")
-    (folder / "raw.jsonl").write_bytes(
-        (dolly / "dev.jsonl").read_bytes() + (dolly / "train.jsonl").read_bytes()
-    )
-    shutil.copy(dolly / "valid.jsonl", folder / "valid.jsonl")
-    return folder
+def minillm_dir(dolly, tmp_path_factory):
+    """MiniLLM's layout with the same rows: the first 1,000 of raw.jsonl are dev."""
+    directory = tmp_path_factory.mktemp("minillm")
+    train_and_dev = [(dolly / f"{split}.jsonl").read_bytes() for split in ("dev", "train")]
+    (directory / "raw.jsonl").write_bytes(b"".join(train_and_dev))
+    shutil.copy(dolly / "valid.jsonl", directory / "valid.jsonl")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def prepared_dolly(dolly, tmp_path_factory):
+    """Dolly as it must be prepared: {file: content}."""
+    directory = tmp_path_factory.mktemp("prepared")
+    message = prepare("dolly", dolly, directory)
+    assert PAPER in message and "NOT" not in message and "paper's" not in message
+    return {file: (directory / file).read_bytes() for file in files_below(directory)}
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
-    """The place of prepared sets, empty."""
-    monkeypatch.setattr(prepare_module, "HOME", tmp_path / "home")
-    return tmp_path / "home"
+def data_dir(tmp_path, monkeypatch):
+    """The directory of prepared sets, which does not exist yet."""
+    monkeypatch.setattr(prepare_module, "DATA_DIR", tmp_path / "data")
+    return tmp_path / "data"
 
 
-# ---- from files at hand ----------------------------------------------------------------------------------------------------
+# ---- from files --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["its folder", "the folder above", "MiniLLM's files"])
-def test_dolly_is_the_paper_s_split_with_minillm_s_valid_as_test(
-    dolly, minillm_folder, tmp_path, layout
-):
-    source = {
-        "its folder": dolly,
-        "the folder above": dolly.parent,
-        "MiniLLM's files": minillm_folder,
-    }[layout]
-    said = prepare("dolly", source, tmp_path / "out")
-    assert PAPER in said and "NOT" not in said and "paper's" not in said
-    assert files_below(tmp_path / "out") == SPLITS
-    for split, published, count in [
-        ("train", "train", 11435),
-        ("dev", "dev", 1000),
-        ("test", "valid", 500),
-    ]:
-        made = objects(tmp_path / "out" / f"{split}.jsonl")
-        assert len(made) == count and fields(made) == fields(objects(dolly / f"{published}.jsonl"))
-        assert set(made[0]) == {"instruction", "input", "output"}
-        assert len(read_rows(tmp_path / "out" / f"{split}.jsonl")) == count
+def test_dolly_has_the_paper_s_rows_and_minillm_s_valid_as_test(dolly, prepared_dolly, tmp_path):
+    assert sorted(prepared_dolly) == SPLITS
+    published = {"train": ("train", 11435), "dev": ("dev", 1000), "test": ("valid", 500)}
+    for split, (file, count) in published.items():
+        path = tmp_path / f"{split}.jsonl"
+        path.write_bytes(prepared_dolly[path.name])
+        rows = objects(path)
+        assert len(rows) == len(read_rows(path)) == count
+        assert fields(rows) == fields(objects(dolly / f"{file}.jsonl"))
+        assert set(rows[0]) == {"instruction", "input", "output"}
 
 
-def test_a_split_at_hand_goes_before_a_raw_file_beside_it(tmp_path):
+@pytest.mark.parametrize("layout", ["the directory above", "MiniLLM's files"])
+def test_dolly_is_the_same_in_other_layouts(dolly, minillm_dir, prepared_dolly, tmp_path, layout):
+    source = dolly.parent if layout == "the directory above" else minillm_dir
+    message = prepare("dolly", source, tmp_path)
+    assert PAPER in message and "NOT" not in message and "paper's" not in message
+    assert {file: (tmp_path / file).read_bytes() for file in files_below(tmp_path)} == (
+        prepared_dolly
+    )
+
+
+def test_ready_splits_take_precedence_over_a_raw_file(tmp_path):
     for name, count in [("train", 3), ("dev", 2), ("valid", 1), ("raw", 1005)]:
         write_rows(tmp_path / "in" / f"{name}.jsonl", small_rows(count, name))
     assert "3 train, 2 dev, 1 test" in prepare("dolly", tmp_path / "in", tmp_path / "out")
-    assert objects(tmp_path / "out/train.jsonl")[0]["instruction"] == "train 0"
+    assert instructions(tmp_path / "out" / "train.jsonl")[0] == "train 0"
 
 
-def test_a_wrong_count_is_said(dolly, tmp_path):
-    (tmp_path / "in").mkdir()
-    for name in ("train", "dev", "valid"):
-        kept = lines(dolly / f"{name}.jsonl")
-        (tmp_path / "in" / f"{name}.jsonl").write_bytes(
-            b"".join(kept[:-1] if name == "dev" else kept)
-        )
-    said = prepare("dolly", tmp_path / "in", tmp_path / "out")
-    assert "11,435 train, 999 dev, 500 test" in said and f"paper's experiments have {PAPER}" in said
+def test_wrong_count_is_reported(tmp_path):
+    for name, count in [("train", 3), ("dev", 2), ("valid", 1)]:
+        write_rows(tmp_path / "in" / f"{name}.jsonl", small_rows(count, name))
+    message = prepare("dolly", tmp_path / "in", tmp_path / "out")
+    assert message.endswith(f"3 train, 2 dev, 1 test rows; the paper's experiments have {PAPER}")
 
 
-def test_the_raw_release_is_split_apart_and_called_not_the_paper_s(raw_release, tmp_path):
-    said = [
-        prepare("dolly", source, tmp_path / str(n))
-        for n, source in enumerate([raw_release.parent, raw_release.parent.parent / "raw"])
-    ]
-    assert "13,511 train, 1,000 dev, 500 test" in said[0] and "NOT the paper's split" in said[0]
-    assert all(
-        (tmp_path / "0" / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
-        for name in SPLITS
-    )
+def test_raw_release_is_split_at_random_and_called_not_the_paper_s(raw_release, tmp_path):
+    message = prepare("dolly", raw_release.parent, tmp_path)
+    assert "13,511 train, 1,000 dev, 500 test" in message and "NOT the paper's split" in message
     published = [
-        (row["instruction"], row["context"], row["response"]) for row in objects(raw_release)
+        tuple(row[f] for f in ("instruction", "context", "response"))
+        for row in objects(raw_release)
     ]
-    made = {name: fields(objects(tmp_path / "0" / name)) for name in SPLITS}
-    assert (
-        Counter(sum(made.values(), [])) == Counter(published) and len(published) == 15011
-    )  # every row in one split, none twice
-    order = {row: place for place, row in enumerate(published)}
-    places = [
-        sum(order[row] for row in rows) / len(rows) / len(published) for rows in made.values()
-    ]
-    assert all(
-        abs(place - 0.5) < 0.06 for place in places
-    )  # each split is drawn from the whole file
+    splits = [fields(objects(tmp_path / name)) for name in SPLITS]
+    # Every row is in one split.
+    assert len(published) == 15011
+    assert Counter(sum(splits, [])) == Counter(published)
+    # Each split is drawn from the whole file.
+    position = {row: i / len(published) for i, row in enumerate(published)}
+    for split in splits:
+        assert abs(sum(position[row] for row in split) / len(split) - 0.5) < 0.06
 
 
-def test_the_raw_release_is_found_in_a_folder_of_folders_where_nothing_better_is(
-    raw_release, tmp_path
-):
-    (tmp_path / "in" / "raw").mkdir(parents=True)
-    shutil.copy(raw_release, tmp_path / "in" / "raw")
-    assert "NOT the paper's split" in prepare("dolly", tmp_path / "in", tmp_path / "out")
+@pytest.fixture
+def small_raw_release(tmp_path):
+    rows = [
+        {"instruction": f"row {i}", "context": "", "response": "b", "category": "open_qa"}
+        for i in range(1600)
+    ]
+    return write_rows(tmp_path / "in" / "raw" / "databricks-dolly-15k.jsonl", rows)
+
+
+def test_raw_release_is_found_in_its_directory_and_split_the_same(small_raw_release, tmp_path):
+    for name, source in [("a", small_raw_release.parent), ("b", small_raw_release.parent.parent)]:
+        assert "NOT the paper's split" in prepare("dolly", source, tmp_path / name)
+    for name in SPLITS:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -148,33 +164,39 @@ def test_the_raw_release_is_found_in_a_folder_of_folders_where_nothing_better_is
         {"instruction": "x", "context": "", "response": ["y"]},
     ],
 )
-def test_a_wrong_field_in_the_raw_release_is_named_with_file_and_line(tmp_path, row):
-    good = {"instruction": "a", "context": "", "response": "b", "category": "open_qa"}
-    path = write_rows(tmp_path / "in" / "databricks-dolly-15k.jsonl", [good] * 1600 + [row])
-    assert error_of(prepare, "dolly", tmp_path / "in", tmp_path / "out").startswith(
-        f"{path}, line 1601: "
-    )
+def test_wrong_field_in_the_raw_release_is_an_error_with_file_and_line(
+    small_raw_release, tmp_path, row
+):
+    with small_raw_release.open("ab") as file:
+        file.write(encode_rows([row]))
+    message = error_of(prepare, "dolly", small_raw_release.parent, tmp_path / "out")
+    assert message.startswith(f"{small_raw_release}, line 1601: ")
     assert not (tmp_path / "out").exists()
 
 
-def test_all_references_of_a_row_are_kept(tmp_path):
+@pytest.mark.parametrize("name, file", [("dolly", "valid.jsonl"), ("sinst", "11_/valid.jsonl")])
+def test_all_references_of_a_row_are_kept(tmp_path, name, file):
     rows = [
         {"instruction": "a", "output": ["one", "two", "one"]},
         {"instruction": "b", "input": None, "output": ["one"]},
         {"instruction": "c", "input": "d", "output": "one"},
+        {"instruction": "d", "output": ""},
     ]
-    write_rows(tmp_path / "in" / "valid.jsonl", rows)
-    write_rows(tmp_path / "in" / "raw.jsonl", small_rows(1001))
-    prepare("dolly", tmp_path / "in", tmp_path / "out")
-    assert [row.references for row in read_rows(tmp_path / "out/test.jsonl")] == [
-        ("one", "two", "one"),
-        ("one",),
-        ("one",),
+    write_rows(tmp_path / "in" / file, rows)
+    if name == "dolly":
+        write_rows(tmp_path / "in" / "raw.jsonl", small_rows(1001))
+    prepare(name, tmp_path / "in", tmp_path / "out")
+    assert fields(objects(tmp_path / "out" / "test.jsonl")) == [
+        ("a", "", ["one", "two", "one"]),
+        ("b", "", "one"),
+        ("c", "d", "one"),
+        ("d", "", ""),
     ]
-    assert [row.input for row in read_rows(tmp_path / "out/test.jsonl")] == ["", "", "d"]
+    references = [row.references for row in read_rows(tmp_path / "out" / "test.jsonl")]
+    assert references == [("one", "two", "one"), ("one",), ("one",), ("",)]
 
 
-def test_unusual_characters_survive(tmp_path):
+def test_unusual_characters_are_kept(tmp_path):
     texts = [
         "大きさ 👍🏽",
         "a\u2028b\x85c",
@@ -183,276 +205,240 @@ def test_unusual_characters_survive(tmp_path):
         "half \ud83d a pair",
         "\0",
     ]
-    write_rows(
-        tmp_path / "in" / "valid.jsonl",
-        [{"instruction": text, "input": text, "output": text} for text in texts],
-    )
-    write_rows(tmp_path / "in" / "raw.jsonl", small_rows(1001))
-    prepare("dolly", tmp_path / "in", tmp_path / "out")
-    assert [
-        (row.instruction, row.input, row.references)
-        for row in read_rows(tmp_path / "out/test.jsonl")
-    ] == [(text, text, (text,)) for text in texts]
+    rows = [{"instruction": text, "input": text, "output": text} for text in texts]
+    write_rows(tmp_path / "in" / "valid.jsonl", rows)
+    prepare("vicuna", tmp_path / "in", tmp_path / "out")
+    prepared = read_rows(tmp_path / "out" / "test.jsonl")
+    assert [(row.instruction, row.input, row.references) for row in prepared] == [
+        (text, text, (text,)) for text in texts
+    ]
 
 
 @pytest.mark.parametrize(
     "present", [(), ("raw",), ("valid",), ("train", "dev"), ("train", "valid")]
 )
-def test_missing_files_are_one_line_and_nothing_is_written(tmp_path, present):
+def test_missing_files_are_an_error_and_nothing_is_written(tmp_path, present):
     (tmp_path / "in").mkdir()
     for name in present:
         write_rows(tmp_path / "in" / f"{name}.jsonl", small_rows(3))
     message = error_of(prepare, "dolly", tmp_path / "in", tmp_path / "out")
-    assert (
-        str(tmp_path / "in") in message
-        and "raw.jsonl" in message
-        and "databricks-dolly-15k.jsonl" in message
-    )
+    for part in (str(tmp_path / "in"), "raw.jsonl", "databricks-dolly-15k.jsonl"):
+        assert part in message
     assert not (tmp_path / "out").exists()
 
 
-def test_a_source_that_is_not_there_or_is_a_file_is_one_line(tmp_path):
+def test_source_that_is_missing_or_a_file_is_an_error(tmp_path):
     for source in (tmp_path / "none", write_rows(tmp_path / "file", small_rows(1))):
         assert str(source) in error_of(prepare, "dolly", source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("count", [1, 1000])
-def test_a_raw_file_that_leaves_no_training_rows_is_one_line(tmp_path, count):
+def test_raw_file_that_leaves_no_training_rows_is_an_error(tmp_path, count):
     write_rows(tmp_path / "in" / "valid.jsonl", small_rows(3))
     write_rows(tmp_path / "in" / "raw.jsonl", small_rows(count))
-    error_of(prepare, "dolly", tmp_path / "in", tmp_path / "out")
+    message = error_of(prepare, "dolly", tmp_path / "in", tmp_path / "out")
+    assert message.startswith(f"{tmp_path / 'in'}: leaves no rows for train")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["train", "dev", "valid"])
-def test_a_bad_row_leaves_the_set_that_was_there(tmp_path, name):
-    for split in ("train", "dev", "valid"):
+def test_malformed_row_leaves_the_old_set(tmp_path, name):
+    splits = ("train", "dev", "valid")
+    for split in splits:
         write_rows(tmp_path / "in" / f"{split}.jsonl", small_rows(3, split))
     prepare("dolly", tmp_path / "in", tmp_path / "out")
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    for split in ("train", "dev", "valid"):
-        write_rows(
-            tmp_path / "in" / f"{split}.jsonl",
-            small_rows(5, split) + [{"instruction": 5}] * (split == name),
-        )
+    for split in splits:
+        bad = [{"instruction": 5}] if split == name else []
+        write_rows(tmp_path / "in" / f"{split}.jsonl", small_rows(5, split) + bad)
     message = error_of(prepare, "dolly", tmp_path / "in", tmp_path / "out")
     assert f"{name}.jsonl, line 6: 'instruction'" in message
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
-# ---- the sets that are for testing alone --------------------------------------------------------------------------------------
-
-TEST_SETS = {
-    "self_inst": ("self-inst", ""),
-    "vicuna": ("Vicuna", ""),
-    "sinst": ("sinst", "11_/"),
-    "uinst": ("uinst", "11_/"),
-}  # the hub's names
-
-
-def instructions(path):
-    return [row["instruction"] for row in objects(path)]
+# ---- the sets for testing only -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "name, folder, count", [("self_inst", "self-inst", 242), ("vicuna", "vicuna", 80)]
+    "name, directory, count", [("self_inst", "self-inst", 242), ("vicuna", "vicuna", 80)]
 )
-@pytest.mark.parametrize("above", [False, True])
-def test_the_real_sets_have_the_paper_s_rows(shared, tmp_path, name, folder, count, above):
-    source = shared / "data" / ("" if above else folder)
-    assert prepare(name, source, tmp_path / "out") == f"{tmp_path / 'out'}: {count} test rows"
-    assert files_below(tmp_path / "out") == ["test.jsonl"]
-    published = objects(shared / "data" / folder / "valid.jsonl")
-    assert fields(objects(tmp_path / "out" / "test.jsonl")) == [
-        (row["instruction"], row.get("input") or "", row["output"]) for row in published
-    ]
-    assert len(read_rows(tmp_path / "out" / "test.jsonl")) == len(published) == count
+@pytest.mark.parametrize("source", ["its directory", "the directory above"])
+def test_published_sets_have_the_paper_s_rows(shared, tmp_path, name, directory, count, source):
+    path = shared / "data" / directory
+    message = prepare(name, path if source == "its directory" else path.parent, tmp_path)
+    assert message == f"{tmp_path}: {count} test rows"
+    assert files_below(tmp_path) == ["test.jsonl"]
+    rows = objects(tmp_path / "test.jsonl")
+    assert fields(rows) == fields(objects(path / "valid.jsonl"))
+    assert len(rows) == len(read_rows(tmp_path / "test.jsonl")) == count
 
 
 @pytest.mark.parametrize("name", TEST_SETS)
 @pytest.mark.parametrize("file", ["valid.jsonl", "test.jsonl"])
 @pytest.mark.parametrize(
-    "layout", ["its folder", "our name", "the hub's name", "the hub's folders", "the hub's folder"]
+    "layout",
+    ["its directory", "our name", "the hub's name", "the hub's tree", "the hub's directory"],
 )
-def test_a_test_set_is_found_in_every_layout(tmp_path, name, file, layout):
-    hub, inner = TEST_SETS[name]
-    place = {
-        "its folder": "",
+def test_test_set_is_found_in_every_layout(tmp_path, name, file, layout):
+    hub_name, hub_dir = TEST_SETS[name]
+    directory = {
+        "its directory": "",
         "our name": f"{name}/",
-        "the hub's name": f"{hub}/",
-        "the hub's folders": f"{hub}/{inner}",
-        "the hub's folder": inner,
+        "the hub's name": f"{hub_name}/",
+        "the hub's tree": f"{hub_name}/{hub_dir}",
+        "the hub's directory": hub_dir,
     }[layout]
-    write_rows(tmp_path / "in" / f"{place}{file}", small_rows(3, "right"))
-    said = prepare(name, tmp_path / "in", tmp_path / "out")
-    assert (
-        said
-        == f"{tmp_path / 'out'}: 3 test rows; the paper's experiments have {PUBLIC_SETS[name][2]['test']:,} test"
-    )
-    assert files_below(tmp_path / "out") == ["test.jsonl"] and instructions(
-        tmp_path / "out" / "test.jsonl"
-    ) == ["right 0", "right 1", "right 2"]
+    write_rows(tmp_path / "in" / f"{directory}{file}", small_rows(3, "right"))
+    message = prepare(name, tmp_path / "in", tmp_path / "out")
+    expected = f"the paper's experiments have {PAPER_COUNTS[name]['test']:,} test"
+    assert message == f"{tmp_path / 'out'}: 3 test rows; {expected}"
+    assert files_below(tmp_path / "out") == ["test.jsonl"]
+    assert instructions(tmp_path / "out" / "test.jsonl") == ["right 0", "right 1", "right 2"]
 
 
-def test_a_set_s_own_folder_goes_before_a_file_that_may_be_another_set_s(tmp_path):
-    write_rows(tmp_path / "in" / "valid.jsonl", small_rows(1, "another"))
-    for name, folder in [
+@pytest.mark.parametrize(
+    "name, directory",
+    [
         ("self_inst", "self-inst"),
         ("vicuna", "vicuna"),
         ("sinst", "sinst/11_"),
         ("uinst", "uinst/11_"),
-    ]:
-        write_rows(tmp_path / "in" / folder / "valid.jsonl", small_rows(1, name))
-        prepare(name, tmp_path / "in", tmp_path / name)
-        assert instructions(tmp_path / name / "test.jsonl") == [f"{name} 0"]
+    ],
+)
+def test_directory_of_a_set_takes_precedence_over_a_file_of_perhaps_another(
+    tmp_path, name, directory
+):
+    write_rows(tmp_path / "in" / "valid.jsonl", small_rows(1, "another"))
+    write_rows(tmp_path / "in" / directory / "valid.jsonl", small_rows(1, name))
+    prepare(name, tmp_path / "in", tmp_path / "out")
+    assert instructions(tmp_path / "out" / "test.jsonl") == [f"{name} 0"]
 
 
 @pytest.mark.parametrize("name", ["sinst", "uinst"])
-def test_the_long_references_go_before_all_of_them(tmp_path, name):
-    write_rows(tmp_path / "in" / name / "valid.jsonl", small_rows(1, "all"))
-    write_rows(tmp_path / "in" / name / "0_2" / "valid.jsonl", small_rows(1, "short"))
-    write_rows(tmp_path / "in" / name / "11_" / "valid.jsonl", small_rows(1, "long"))
+def test_long_references_take_precedence(tmp_path, name):
+    for directory, kind in [("", "all"), ("0_2", "short"), ("11_", "long")]:
+        write_rows(tmp_path / "in" / name / directory / "valid.jsonl", small_rows(1, kind))
     prepare(name, tmp_path / "in", tmp_path / "out")
     assert instructions(tmp_path / "out" / "test.jsonl") == ["long 0"]
 
 
 @pytest.mark.parametrize("name", TEST_SETS)
-@pytest.mark.parametrize("beside", ["train.jsonl", "raw.jsonl"])
-def test_dolly_s_folder_is_not_taken_for_another_set(tmp_path, name, beside):
-    for file in ("valid.jsonl", beside):
+@pytest.mark.parametrize("other_file", ["train.jsonl", "raw.jsonl"])
+def test_dolly_s_directory_is_not_taken_for_another_set(tmp_path, name, other_file):
+    for file in ("valid.jsonl", other_file):
         write_rows(tmp_path / "in" / file, small_rows(3))
     message = error_of(prepare, name, tmp_path / "in", tmp_path / "out")
-    assert (
-        message.startswith(f"{tmp_path / 'in'}: has no ")
-        and name in message
-        and not (tmp_path / "out").exists()
-    )
+    assert message.startswith(f"{tmp_path / 'in'}: has no ") and name in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_uinst_is_the_first_10_000_of_minillm_s_23_916_rows(tmp_path):
+    write_rows(tmp_path / "in" / "valid.jsonl", small_rows(23_916))
+    message = prepare("uinst", tmp_path / "in", tmp_path / "out")
+    assert message == f"{tmp_path / 'out'}: 10,000 test rows, the first of 23,916"
+    expected = [f"row {i}" for i in range(10_000)]
+    assert instructions(tmp_path / "out" / "test.jsonl") == expected
 
 
 @pytest.mark.parametrize(
-    "count, said",
+    "count, expected",
     [
-        (23_916, "10,000 test rows, the first of 23,916"),
-        (23_915, "10,000 test rows, the first of 23,915; the paper's file has 23,916"),
-        (10_001, "10,000 test rows, the first of 10,001; the paper's file has 23,916"),
-        (10_000, "10,000 test rows"),
-        (9_999, "9,999 test rows; the paper's experiments have 10,000 test"),
+        (24, "10 test rows, the first of 24"),
+        (23, "10 test rows, the first of 23; the paper's file has 24"),
+        (11, "10 test rows, the first of 11; the paper's file has 24"),
+        (10, "10 test rows"),
+        (9, "9 test rows; the paper's experiments have 10 test"),
     ],
 )
-def test_unni_is_cut_to_its_first_10_000_rows(tmp_path, count, said):
-    write_rows(tmp_path / "in" / "uinst" / "11_" / "valid.jsonl", small_rows(count))
-    assert prepare("uinst", tmp_path / "in", tmp_path / "out") == f"{tmp_path / 'out'}: {said}"
-    assert instructions(tmp_path / "out" / "test.jsonl") == [
-        f"row {i}" for i in range(min(count, 10_000))
-    ]
+def test_uinst_file_of_another_length_is_reported(tmp_path, monkeypatch, count, expected):
+    monkeypatch.setitem(PAPER_COUNTS, "uinst", {"test": 10})
+    monkeypatch.setattr(prepare_module, "UINST_FILE_ROWS", 24)
+    write_rows(tmp_path / "in" / "valid.jsonl", small_rows(count))
+    assert prepare("uinst", tmp_path / "in", tmp_path / "out") == f"{tmp_path / 'out'}: {expected}"
+    rows = instructions(tmp_path / "out" / "test.jsonl")
+    assert rows == [f"row {i}" for i in range(min(count, 10))]
 
 
-def test_the_other_sets_are_never_cut(tmp_path):
-    for name, count in [("self_inst", 243), ("vicuna", 81), ("sinst", 1_695)]:
-        write_rows(tmp_path / "in" / name / "valid.jsonl", small_rows(count))
-        assert f"{count:,} test rows; the paper's experiments have {count - 1:,} test" in prepare(
-            name, tmp_path / "in", tmp_path / name
-        )
-        assert len(objects(tmp_path / name / "test.jsonl")) == count
-    write_rows(tmp_path / "in" / "sinst" / "valid.jsonl", small_rows(1_694))
-    assert prepare("sinst", tmp_path / "in", tmp_path / "sinst").endswith(": 1,694 test rows")
-
-
-def test_all_references_of_a_test_set_are_kept(tmp_path):
-    rows = [
-        {"instruction": "a", "input": "b", "output": ["one", "two"]},
-        {"instruction": "c", "output": ["one"]},
-        {"instruction": "d", "output": ""},
-    ]
-    write_rows(tmp_path / "in" / "sinst" / "11_" / "valid.jsonl", rows)
-    prepare("sinst", tmp_path / "in", tmp_path / "out")
-    assert fields(objects(tmp_path / "out" / "test.jsonl")) == [
-        ("a", "b", ["one", "two"]),
-        ("c", "", "one"),
-        ("d", "", ""),
-    ]
-    assert [row.references for row in read_rows(tmp_path / "out" / "test.jsonl")] == [
-        ("one", "two"),
-        ("one",),
-        ("",),
-    ]
+@pytest.mark.parametrize("name, count", [("self_inst", 242), ("vicuna", 80), ("sinst", 1_694)])
+def test_other_sets_are_never_cut(tmp_path, name, count):
+    path = write_rows(tmp_path / "in" / name / "valid.jsonl", small_rows(count + 1))
+    message = prepare(name, tmp_path / "in", tmp_path / "out")
+    assert f"{count + 1:,} test rows; the paper's experiments have {count:,} test" in message
+    assert len(objects(tmp_path / "out" / "test.jsonl")) == count + 1
+    write_rows(path, small_rows(count))
+    assert prepare(name, tmp_path / "in", tmp_path / "out").endswith(f": {count:,} test rows")
 
 
 @pytest.mark.parametrize("name", TEST_SETS)
-def test_a_source_without_the_set_is_one_line(tmp_path, name):
+def test_source_without_the_set_is_an_error(tmp_path, name):
     for source in (tmp_path / "none", write_rows(tmp_path / "file", small_rows(1)), tmp_path):
         message = error_of(prepare, name, source, tmp_path / "out")
-        assert (
-            message.startswith(f"{source}: has no {TEST_SETS[name][1]}valid.jsonl")
-            and name in message
-        )
+        assert message.startswith(f"{source}: has no {TEST_SETS[name][1]}valid.jsonl")
+        assert name in message
     assert files_below(tmp_path) == ["file"]
 
 
-def test_a_wrong_row_of_a_test_set_is_one_line_and_the_old_file_stays(tmp_path):
+def test_malformed_row_of_a_test_set_leaves_the_old_file(tmp_path):
     path = write_rows(tmp_path / "in" / "valid.jsonl", small_rows(3, "old"))
     prepare("vicuna", tmp_path / "in", tmp_path / "out")
     write_rows(path, [*small_rows(3, "new"), {"instruction": "x", "output": []}])
-    assert error_of(prepare, "vicuna", tmp_path / "in", tmp_path / "out").startswith(
-        f"{path}, line 4: 'output'"
-    )
-    assert path.is_file() and instructions(tmp_path / "out" / "test.jsonl") == [
-        "old 0",
-        "old 1",
-        "old 2",
-    ]
+    message = error_of(prepare, "vicuna", tmp_path / "in", tmp_path / "out")
+    assert message.startswith(f"{path}, line 4: 'output'")
+    assert path.is_file()
+    assert instructions(tmp_path / "out" / "test.jsonl") == ["old 0", "old 1", "old 2"]
 
 
-# ---- from the network ------------------------------------------------------------------------------------------------------
+# ---- from the network --------------------------------------------------------------------------
 
-HUB = "/datasets/MiniLLM/dolly/resolve/main/"  # data sets stand below datasets/ on the hub
+HUB = "/datasets/MiniLLM/dolly/resolve/main/"  # data sets are under datasets/ on the hub
+VICUNA = "/datasets/MiniLLM/Vicuna/resolve/main/valid.jsonl"
 
 
-def write_table(server, raw=None, valid=None):
-    """Serve MiniLLM's two files: those given, or small ones. Returns the server's answers, to be changed."""
-
-    def encode(rows):
-        return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
+def serve_dolly(server, raw=None, valid=None):
+    """Serve MiniLLM's two files, by default small ones. Returns the server's answers."""
     server.answers = {
-        HUB + "raw.jsonl": raw or encode(small_rows(1003, "raw")),
-        HUB + "valid.jsonl": valid or encode(small_rows(2, "valid")),
+        HUB + "raw.jsonl": raw or encode_rows(small_rows(1003, "raw")),
+        HUB + "valid.jsonl": valid or encode_rows(small_rows(2, "valid")),
     }
     return server.answers
 
 
-def test_dolly_from_the_network_is_the_paper_s_split(server, minillm_folder, dolly, tmp_path):
-    write_table(
-        server,
-        (minillm_folder / "raw.jsonl").read_bytes(),
-        (minillm_folder / "valid.jsonl").read_bytes(),
+@pytest.fixture(params=TEST_SETS)
+def test_set(request):
+    """A test set's name, its path on the hub, and the path of the download in its directory."""
+    hub_name, hub_dir = TEST_SETS[request.param]
+    path = f"/datasets/MiniLLM/{hub_name}/resolve/main/{hub_dir}valid.jsonl"
+    return request.param, path, f"download/{hub_dir}valid.jsonl"
+
+
+def test_dolly_from_the_network_has_the_paper_s_rows(server, minillm_dir, prepared_dolly, tmp_path):
+    serve_dolly(
+        server, *((minillm_dir / f"{name}.jsonl").read_bytes() for name in ("raw", "valid"))
     )
-    assert PAPER in prepare("dolly", target=tmp_path / "out")
-    for split, published in [("train", "train"), ("dev", "dev"), ("test", "valid")]:
-        assert fields(objects(tmp_path / "out" / f"{split}.jsonl")) == fields(
-            objects(dolly / f"{published}.jsonl")
-        )
+    assert PAPER in prepare("dolly", target=tmp_path)
+    assert {file: (tmp_path / file).read_bytes() for file in SPLITS} == prepared_dolly
     assert sorted(server.asked) == [HUB + "raw.jsonl", HUB + "valid.jsonl"]
 
 
-def test_what_is_downloaded_is_not_downloaded_again(server, tmp_path):
-    write_table(server)
-    said = prepare("dolly", target=tmp_path)
-    assert "3 train, 1,000 dev, 2 test" in said and f"paper's experiments have {PAPER}" in said
-    assert prepare("dolly", target=tmp_path) == said and len(server.asked) == 2
+def test_downloaded_file_is_not_downloaded_again(server, tmp_path):
+    serve_dolly(server)
+    message = prepare("dolly", target=tmp_path)
+    assert "3 train, 1,000 dev, 2 test" in message
+    assert f"paper's experiments have {PAPER}" in message
+    assert prepare("dolly", target=tmp_path) == message
+    assert len(server.asked) == 2
 
 
 @pytest.mark.parametrize("file", ["raw.jsonl", "valid.jsonl"])
-def test_a_download_that_is_cut_off_is_one_line_and_goes_on_the_next_time(server, tmp_path, file):
-    answers = write_table(server)
-    whole = answers[HUB + file]
-    answers[HUB + file] = Cut(whole)
+def test_broken_download_is_an_error_and_is_resumed_the_next_time(server, tmp_path, file):
+    answers = serve_dolly(server)
+    content = answers[HUB + file]
+    answers[HUB + file] = Cut(content)
     message = error_of(prepare, "dolly", None, tmp_path)
     assert file in message and "cut off" in message
-    left = files_below(tmp_path)
-    assert left == [] if file == "raw.jsonl" else left == ["download/raw.jsonl"]
+    assert files_below(tmp_path) == ([] if file == "raw.jsonl" else ["download/raw.jsonl"])
 
-    answers[HUB + file] = [Cut(whole), whole]
+    answers[HUB + file] = [Cut(content), content]
     server.asked.clear()
     assert "3 train" in prepare("dolly", target=tmp_path)
     assert server.asked.count(HUB + "raw.jsonl") == (2 if file == "raw.jsonl" else 0)
@@ -460,162 +446,135 @@ def test_a_download_that_is_cut_off_is_one_line_and_goes_on_the_next_time(server
 
 
 @pytest.mark.parametrize("file", ["raw.jsonl", "valid.jsonl"])
-@pytest.mark.parametrize("status, what", [(404, "does not exist"), (500, "500")])
-def test_a_file_that_the_hub_does_not_give_is_one_line(server, tmp_path, file, status, what):
-    write_table(server)[HUB + file] = status
+@pytest.mark.parametrize("status, problem", [(404, "does not exist"), (500, "500")])
+def test_file_that_the_hub_does_not_send_is_an_error(server, tmp_path, file, status, problem):
+    serve_dolly(server)[HUB + file] = status
     message = error_of(prepare, "dolly", None, tmp_path)
-    assert f"{server.url}{HUB}{file}" in message and what in message
-    assert not [name for name in files_below(tmp_path) if name != "download/raw.jsonl"]
+    assert f"{server.url}{HUB}{file}" in message and problem in message
+    assert set(files_below(tmp_path)) <= {"download/raw.jsonl"}
 
 
-def test_a_page_in_the_place_of_the_data_is_one_line(server, tmp_path):
-    write_table(server, raw=b"<html>\n<body>Please log in.</body>\n")
+def test_web_page_in_place_of_the_data_is_an_error(server, tmp_path):
+    serve_dolly(server, raw=b"<html>\n<body>Please log in.</body>\n")
     assert "raw.jsonl, line 1: is not JSON" in error_of(prepare, "dolly", None, tmp_path)
     assert files_below(tmp_path) == []  # the page is not read again the next time
 
 
-@pytest.fixture(params=TEST_SETS)
-def test_set(request):
-    """A test set's name, its path on the hub, and where the download lies below its directory."""
-    hub, inner = TEST_SETS[request.param]
-    return (
-        request.param,
-        f"/datasets/MiniLLM/{hub}/resolve/main/{inner}valid.jsonl",
-        f"download/{inner}valid.jsonl",
-    )
-
-
-def text_of(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def test_a_test_set_comes_from_the_network_once(server, tmp_path, test_set):
-    name, path, kept = test_set
-    server.answers[path] = text_of(small_rows(PUBLIC_SETS[name][2]["test"]))
-    assert prepare(name, target=tmp_path).endswith(f"{PUBLIC_SETS[name][2]['test']:,} test rows")
-    assert files_below(tmp_path) == [kept, "test.jsonl"]
+def test_test_set_is_downloaded_once(server, tmp_path, test_set):
+    name, path, download = test_set
+    rows = small_rows(PAPER_COUNTS[name]["test"])
+    server.answers[path] = encode_rows(rows)
+    assert prepare(name, target=tmp_path).endswith(f": {len(rows):,} test rows")
+    assert files_below(tmp_path) == [download, "test.jsonl"]
     (tmp_path / "test.jsonl").unlink()
     prepare(name, target=tmp_path)
-    assert server.asked == [path] and fields(objects(tmp_path / "test.jsonl")) == fields(
-        small_rows(PUBLIC_SETS[name][2]["test"])
-    )
+    assert server.asked == [path]
+    assert fields(objects(tmp_path / "test.jsonl")) == fields(rows)
 
 
 @pytest.mark.parametrize(
-    "answer, what",
+    "answer, problem",
     [
-        (Cut(text_of(small_rows(100))), "cut off"),
+        (Cut(encode_rows(small_rows(100))), "cut off"),
         (404, "does not exist"),
         (503, "503"),
         (403, "403"),
     ],
+    ids=["cut off", "404", "503", "403"],
 )
-def test_a_test_set_that_can_t_be_had_is_one_line_and_no_file(
-    server, tmp_path, test_set, answer, what
+def test_failed_download_of_a_test_set_is_an_error_and_leaves_no_file(
+    server, tmp_path, test_set, answer, problem
 ):
     name, path, _ = test_set
     server.answers[path] = answer
     message = error_of(prepare, name, None, tmp_path)
-    assert f"{server.url}{path}" in message and what in message and files_below(tmp_path) == []
+    assert f"{server.url}{path}" in message and problem in message
+    assert files_below(tmp_path) == []
 
 
-def test_no_network_is_one_line_and_no_file(server, tmp_path, test_set):
+def test_no_network_is_an_error_and_leaves_no_file(server, tmp_path, test_set):
+    name, path, _ = test_set
     server.close()
-    message = error_of(prepare, test_set[0], None, tmp_path)
-    assert (
-        f"{server.url}{test_set[1]}" in message
-        and "refused" in message
-        and "network" in message
-        and files_below(tmp_path) == []
-    )
-
-
-@pytest.mark.parametrize(
-    "name, file",
-    [
-        ("vicuna", "/datasets/MiniLLM/Vicuna/resolve/main/valid.jsonl"),
-        ("dolly", HUB + "valid.jsonl"),
-    ],
-)
-def test_a_download_of_the_wrong_size_is_one_line_and_is_not_kept(server, tmp_path, name, file):
-    write_table(server)[file] = [
-        Short(text_of([{"instruction": "x" * 50, "output": "y"}])),
-        text_of(small_rows(3)),
-    ]
     message = error_of(prepare, name, None, tmp_path)
-    assert (
-        "valid.jsonl, line 1: is not JSON" in message
-        and "try again" in message
-        and files_below(tmp_path) == []
-    )
+    for part in (f"{server.url}{path}", "refused", "network"):
+        assert part in message
+    assert files_below(tmp_path) == []
+
+
+@pytest.mark.parametrize("name, path", [("vicuna", VICUNA), ("dolly", HUB + "valid.jsonl")])
+def test_download_of_the_wrong_size_is_an_error_and_is_not_kept(server, tmp_path, name, path):
+    cut_in_a_row = Short(encode_rows([{"instruction": "x" * 50, "output": "y"}]))
+    serve_dolly(server)[path] = [cut_in_a_row, encode_rows(small_rows(3))]
+    message = error_of(prepare, name, None, tmp_path)
+    assert "valid.jsonl, line 1: is not JSON" in message and "try again" in message
+    assert files_below(tmp_path) == []
     assert "3 test" in prepare(name, target=tmp_path)
 
 
-# ---- the directory of a set ------------------------------------------------------------------------------------------------
+# ---- the directory of a set --------------------------------------------------------------------
 
 
-def test_a_directory_is_itself(tmp_path, server):
-    assert find_data_dir(str(tmp_path)) == tmp_path and server.asked == []
+def test_directory_is_found_as_it_is(tmp_path, server):
+    assert find_data_dir(str(tmp_path)) == tmp_path
+    assert server.asked == []
 
 
-def test_a_public_set_is_prepared_once(server, home, capsys):
-    write_table(server)
-    assert find_data_dir("dolly") == home / "dolly"
-    assert files_below(home / "dolly") == [
-        *SPLITS[:1],
-        "download/raw.jsonl",
-        "download/valid.jsonl",
-        *SPLITS[1:],
-    ]
+def test_public_set_is_prepared_once(server, data_dir, capsys):
+    serve_dolly(server)
+    assert find_data_dir("dolly") == data_dir / "dolly"
+    downloads = ["download/raw.jsonl", "download/valid.jsonl"]
+    assert files_below(data_dir / "dolly") == sorted([*SPLITS, *downloads])
     assert "3 train, 1,000 dev, 2 test" in capsys.readouterr().out
-    asked = len(server.asked)
-    assert find_data_dir("dolly") == home / "dolly" and len(server.asked) == asked
+    assert find_data_dir("dolly") == data_dir / "dolly"
+    assert len(server.asked) == 2
     assert capsys.readouterr().out == ""
 
 
-def test_a_test_set_is_prepared_once_and_needs_its_test_rows_alone(server, home, capsys):
-    server.answers["/datasets/MiniLLM/Vicuna/resolve/main/valid.jsonl"] = text_of(small_rows(80))
-    assert [find_data_dir("vicuna"), find_data_dir("vicuna")] == [home / "vicuna"] * 2
-    assert files_below(home) == ["vicuna/download/valid.jsonl", "vicuna/test.jsonl"]
-    assert (
-        len(server.asked) == 1 and capsys.readouterr().out == f"{home / 'vicuna'}: 80 test rows\n"
-    )
+def test_test_set_is_prepared_once_and_needs_its_test_rows_only(server, data_dir, capsys):
+    server.answers[VICUNA] = encode_rows(small_rows(80))
+    for _ in range(2):
+        assert find_data_dir("vicuna") == data_dir / "vicuna"
+    assert files_below(data_dir) == ["vicuna/download/valid.jsonl", "vicuna/test.jsonl"]
+    assert len(server.asked) == 1
+    assert capsys.readouterr().out == f"{data_dir / 'vicuna'}: 80 test rows\n"
 
 
-def test_a_set_that_lacks_a_split_is_prepared_again(server, home):
-    write_table(server)
+def test_set_that_lacks_a_split_is_prepared_again(server, data_dir):
+    serve_dolly(server)
     find_data_dir("dolly")
     for name in SPLITS:
-        whole = (home / "dolly" / name).read_bytes()
-        (home / "dolly" / name).unlink()
+        content = (data_dir / "dolly" / name).read_bytes()
+        (data_dir / "dolly" / name).unlink()
         find_data_dir("dolly")
-        assert (home / "dolly" / name).read_bytes() == whole
+        assert (data_dir / "dolly" / name).read_bytes() == content
 
 
-def test_training_rows_are_written_last_so_that_a_half_prepared_set_shows(
-    home, tmp_path, monkeypatch
-):
+def test_training_rows_are_written_last(data_dir, tmp_path, monkeypatch):
+    """So a set is complete if it has them."""
     written = []
-    monkeypatch.setattr(
-        prepare_module, "write_atomic", lambda path, content: written.append(path.name)
-    )
+
+    def write_atomic(path, content):
+        written.append(path.name)
+
+    monkeypatch.setattr(prepare_module, "write_atomic", write_atomic)
     for name in ("train", "dev", "valid"):
         write_rows(tmp_path / "in" / f"{name}.jsonl", small_rows(3, name))
     prepare("dolly", tmp_path / "in")
-    assert sorted(written) == SPLITS and written[-1] == "train.jsonl"
+    assert sorted(written) == SPLITS
+    assert written[-1] == "train.jsonl"
 
 
-def test_the_demo_is_made_when_it_is_not_there(home, monkeypatch):
-    made = []
+def test_demo_is_written_once(data_dir, monkeypatch):
+    written = []
 
     def write_demo(directory):
-        made.append(directory)
+        written.append(directory)
         write_rows(directory / "pretrain.jsonl", [{"text": "x"}])
 
     monkeypatch.setattr(prepare_module.demo, "write_demo", write_demo)
-    assert [find_data_dir("demo"), find_data_dir("demo")] == [home / "demo"] * 2 and made == [
-        home / "demo"
-    ]
+    for _ in range(2):
+        assert find_data_dir("demo") == data_dir / "demo"
+    assert written == [data_dir / "demo"]
 
 
 @pytest.mark.parametrize(
@@ -635,58 +594,59 @@ def test_the_demo_is_made_when_it_is_not_there(home, monkeypatch):
         "a\0b",
     ],
 )
-def test_a_name_that_is_no_set_and_no_directory_is_one_line_and_makes_nothing(
-    server, home, tmp_path, monkeypatch, name
+def test_name_that_is_neither_a_set_nor_a_directory_is_an_error(
+    server, data_dir, tmp_path, monkeypatch, name
 ):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     message = error_of(find_data_dir, name)
     assert "dolly" in message and "demo" in message
-    assert server.asked == [] and files_below(tmp_path) == [] and not home.exists()
+    assert server.asked == []
+    assert files_below(tmp_path) == []
+    assert not data_dir.exists()
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------
 
 
-def test_the_command_prepares_each_set_below_data_and_says_what_it_made(dolly, home, capsys):
+def test_command_prepares_a_set_under_data(dolly, data_dir, capsys):
     main(["dolly", "--source", str(dolly)])
-    assert capsys.readouterr().out == f"{home / 'dolly'}: {PAPER} rows\n"
-    assert files_below(home) == [f"dolly/{name}" for name in SPLITS]
+    assert capsys.readouterr().out == f"{data_dir / 'dolly'}: {PAPER} rows\n"
+    assert files_below(data_dir) == [f"dolly/{name}" for name in SPLITS]
 
 
-def test_the_command_prepares_several_sets_and_stops_at_the_first_that_it_can_t(
-    shared, home, capsys
-):
-    assert error_of(
-        main, ["dolly", "self_inst", "vicuna", "sinst", "uinst", "--source", str(shared / "data")]
-    ).startswith(f"{shared / 'data'}: has no 11_/valid.jsonl")
+def test_command_prepares_several_sets_and_stops_at_the_first_error(shared, data_dir, capsys):
+    source = shared / "data"
+    message = error_of(main, ["vicuna", "self_inst", "sinst", "uinst", "--source", str(source)])
+    assert message.startswith(f"{source}: has no 11_/valid.jsonl")
     assert capsys.readouterr().out.splitlines() == [
-        f"{home / 'dolly'}: {PAPER} rows",
-        f"{home / 'self_inst'}: 242 test rows",
-        f"{home / 'vicuna'}: 80 test rows",
+        f"{data_dir / 'vicuna'}: 80 test rows",
+        f"{data_dir / 'self_inst'}: 242 test rows",
     ]
-    assert files_below(home) == sorted(
-        [f"dolly/{name}" for name in SPLITS] + ["self_inst/test.jsonl", "vicuna/test.jsonl"]
-    )
+    assert files_below(data_dir) == ["self_inst/test.jsonl", "vicuna/test.jsonl"]
 
 
 @pytest.mark.parametrize(
     "arguments",
     [[], ["none"], ["../dolly"], ["dolly/.."], ["demo"], ["dolly", "none"], ["dolly", "--source"]],
 )
-def test_the_command_knows_only_the_public_sets(home, capsys, arguments):
-    with pytest.raises(SystemExit) as left:
+def test_command_accepts_only_the_public_sets(data_dir, capsys, arguments):
+    with pytest.raises(SystemExit) as exit:
         main(arguments)
-    said = capsys.readouterr()
-    assert (
-        left.value.code == 2
-        and said.out == ""
-        and said.err.startswith("usage:")
-        and not home.exists()
-    )
+    captured = capsys.readouterr()
+    assert exit.value.code == 2
+    assert captured.out == ""
+    assert captured.err.startswith("usage:")
+    assert not data_dir.exists()
 
 
-def test_a_source_that_is_not_there_ends_the_command_with_one_line(tmp_path):
-    done = run_command("-m", "data.prepare", "dolly", "--source", tmp_path / "none")
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"error: {tmp_path / 'none'}: ") and done.stderr.count("\n") == 1
+def test_script_ends_with_status_2_after_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["data.prepare", "dolly", "--source", str(tmp_path / "none")])
+    monkeypatch.delitem(sys.modules, "data.prepare")
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module("data.prepare", run_name="__main__")
+    captured = capsys.readouterr()
+    assert exit.value.code == 2
+    assert captured.out == ""
+    assert captured.err.startswith(f"error: {tmp_path / 'none'}: ")
+    assert captured.err.count("\n") == 1

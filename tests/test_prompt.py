@@ -1,4 +1,4 @@
-"""The soft prompt: its three initialisations, a frozen teacher behind it, and its file."""
+"""The soft prompt: its initialisations, a frozen teacher with a prompt, and its file."""
 
 import os
 from dataclasses import replace
@@ -20,10 +20,11 @@ from data.cli import InputError
 from data.rows import pad
 from data.tokenizer import load_tokenizer
 from losses import kl
-from prompt import freeze, initial_prompt, load_prompt, save_prompt, teacher_hidden
+from prompt import freeze, hidden_states, initial_prompt, load_prompt, save_prompt
 
-WORDS, PAD = [11, 7, 30, 7, 2], 60
+TEXT_TOKENS, PAD_TOKEN = [11, 7, 30, 7, 2], 60
 ROWS = [[5, 17, 60, 3, 8], [22], [9, 60, 1, 30, 12, 55, 2]]
+WTE = stored_weights(TINY)["wte.weight"]
 
 
 @pytest.fixture
@@ -31,110 +32,106 @@ def teacher():
     return freeze(tiny_model())
 
 
-def initial(init, length, seed=10, embedding=None):
-    embedding = stored_weights(TINY)["wte.weight"] if embedding is None else embedding
-    return initial_prompt(embedding, init, length, WORDS, PAD, seed)
+def initial(init, length, seed=10, embedding=WTE):
+    return initial_prompt(embedding, init, length, TEXT_TOKENS, PAD_TOKEN, seed)
 
 
-# ---- initialisation ----------------------------------------------------------------------------------------------------------
+# --- Initialisation ---
 
 
-def test_the_papers_sentence_is_seven_tokens_of_gpt2(shared, tmp_path):
+def test_the_prompt_of_the_paper_is_seven_tokens_of_gpt2(shared, tmp_path):
     for name, file in [("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")]:
         (tmp_path / name).symlink_to(shared / "gpt2-bpe" / file)
     tokenizer = load_tokenizer(tmp_path)
     tokens = tokenizer.encode_ordinary("Suppose you are a student.")
-    assert [tokenizer.decode([token]) for token in tokens] == [
-        "Supp",
-        "ose",
-        " you",
-        " are",
-        " a",
-        " student",
-        ".",
-    ]
+    pieces = [tokenizer.decode([token]) for token in tokens]
+    assert pieces == ["Supp", "ose", " you", " are", " a", " student", "."]
     embedding = torch.arange(tokenizer.n_vocab * 2.0).view(-1, 2)
     P = initial_prompt(embedding, "text", len(tokens), tokens, tokenizer.eot_token, seed=10)
-    assert P.shape == (7, 2) and torch.equal(P[:, 0], 2.0 * torch.tensor(tokens))
+    assert P.shape == (7, 2)
+    assert torch.equal(P[:, 0], 2.0 * torch.tensor(tokens))
 
 
 @pytest.mark.parametrize(
-    "length, tokens", [(5, WORDS), (3, [11, 7, 30]), (8, [11, 7, 30, 7, 2, 11, 7, 30]), (1, [11])]
+    "init, length, tokens",
+    [
+        ("text", 5, TEXT_TOKENS),
+        ("text", 3, [11, 7, 30]),
+        ("text", 8, [11, 7, 30, 7, 2, 11, 7, 30]),
+        ("text", 1, [11]),
+        ("padding", 4, [PAD_TOKEN] * 4),
+    ],
 )
-def test_text_is_cut_or_repeated_to_the_length(length, tokens):
-    assert torch.equal(initial("text", length), stored_weights(TINY)["wte.weight"][tokens])
+def test_text_is_cut_or_repeated_to_the_length_and_padding_is_repeated(init, length, tokens):
+    assert torch.equal(initial(init, length), WTE[tokens])
 
 
-def test_padding_is_the_end_of_text_repeated():
-    assert torch.equal(initial("padding", 4), stored_weights(TINY)["wte.weight"][PAD].expand(4, -1))
-
-
-def test_random_is_standard_normal_and_hangs_on_the_seed_alone():
+def test_random_is_standard_normal_and_depends_only_on_the_seed():
     embedding = torch.zeros(10, 500)
     P = initial("random", 100, embedding=embedding)
     assert P.shape == (100, 500)
-    assert abs(P.mean()) < 0.02 and abs(P.std() - 1) < 0.02 and abs((P**4).mean() - 3) < 0.2
+    assert abs(P.mean()) < 0.02
+    assert abs(P.std() - 1) < 0.02
+    assert abs((P**4).mean() - 3) < 0.2
     torch.manual_seed(99)
     assert torch.equal(P, initial("random", 100, embedding=embedding))
     assert not torch.equal(P, initial("random", 100, seed=11, embedding=embedding))
 
 
 @pytest.mark.parametrize("init", ["text", "padding", "random"])
-def test_a_prompt_is_float32_of_its_own(init):
-    embedding = torch.nn.Parameter(stored_weights(TINY)["wte.weight"].bfloat16())
+def test_a_prompt_is_float32_and_a_copy(init):
+    embedding = torch.nn.Parameter(WTE.bfloat16())
     before = embedding.detach().clone()
     P = initial(init, 6, embedding=embedding)
-    assert P.dtype == torch.float32 and not P.requires_grad and P.shape == (6, 32)
+    assert P.dtype == torch.float32
+    assert P.shape == (6, 32)
+    assert not P.requires_grad
     P += 1
     assert torch.equal(embedding.detach(), before)
 
 
-# ---- a frozen teacher behind it ----------------------------------------------------------------------------------------------
+# --- A frozen teacher ---
 
 
 @torch.no_grad()
-def test_a_text_prompt_is_the_same_as_its_tokens_in_front(teacher):
+def test_a_text_prompt_equals_its_tokens_in_front(teacher):
     ids, lengths = pad(ROWS, "cpu")
-    hidden = teacher_hidden(teacher, ids, initial("text", 5))
-    assert hidden.shape == teacher_hidden(teacher, ids).shape == (3, 7, 32)
+    hidden = hidden_states(teacher, ids, initial("text", 5))
+    assert hidden.shape == hidden_states(teacher, ids).shape == (3, 7, 32)
     for b, (row, n) in enumerate(zip(ROWS, lengths)):
-        torch.testing.assert_close(
-            hidden[b, :n], teacher(torch.tensor([[*WORDS, *row]]))[0, 5:], atol=1e-5, rtol=0
-        )
+        expected = teacher(torch.tensor([[*TEXT_TOKENS, *row]]))[0, 5:]
+        torch.testing.assert_close(hidden[b, :n], expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("P", [None, soft_prompt(4)], ids=["bare", "prompted"])
 @torch.no_grad()
-def test_bare_and_prompted_teacher_line_up_with_transformers(teacher):
+def test_logits_of_the_teacher_match_transformers(teacher, P):
     hf, (ids, _) = transformers_model(), pad(ROWS, "cpu")
-    for P in [None, soft_prompt(4)]:
-        logits = teacher.logits(teacher_hidden(teacher, ids, P))
-        for b, row in enumerate(ROWS):
-            torch.testing.assert_close(
-                logits[b, : len(row)], transformers_logits(hf, row, P), atol=1e-4, rtol=0
-            )
+    logits = teacher.logits(hidden_states(teacher, ids, P))
+    for b, row in enumerate(ROWS):
+        expected = transformers_logits(hf, row, P)
+        torch.testing.assert_close(logits[b, : len(row)], expected, atol=1e-4, rtol=0)
 
 
 def test_the_gradient_reaches_the_prompt_and_not_the_teacher(teacher):
     P = torch.nn.Parameter(soft_prompt(3))
     ids, _ = pad(ROWS, "cpu")
-    teacher.logits(teacher_hidden(teacher, ids, P)).logsumexp(-1).sum().backward()
+    teacher.logits(hidden_states(teacher, ids, P)).logsumexp(-1).sum().backward()
     assert (P.grad.abs().amax(1) > 1e-3).all()
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
 
 
-def test_the_prompts_gradient_is_the_slope_of_the_loss():
+def test_the_gradient_of_the_prompt_matches_a_finite_difference():
     teacher = freeze(tiny_model().double())
-    ids, P, direction = (
-        torch.tensor([ROWS[2]]),
-        soft_prompt(3).double().requires_grad_(),
-        soft_prompt(3).double().flip(0),
-    )
+    ids = torch.tensor([ROWS[2]])
+    P = soft_prompt(3).double().requires_grad_()
+    direction = soft_prompt(3).double().flip(0)
 
     def loss(P):
-        return kl_64(
-            teacher.logits(teacher_hidden(teacher, ids, P)),
-            teacher.logits(teacher_hidden(teacher, ids)),
-        )
+        """KL(prompted || bare), in float64."""
+        prompted = teacher.logits(hidden_states(teacher, ids, P)).log_softmax(-1)
+        bare = teacher.logits(hidden_states(teacher, ids)).log_softmax(-1)
+        return (prompted.exp() * (prompted - bare)).sum()
 
     loss(P).backward()
     with torch.no_grad():
@@ -143,68 +140,76 @@ def test_the_prompts_gradient_is_the_slope_of_the_loss():
     assert abs(slope) > 1e-2
 
 
-def kl_64(first, second):
-    """KL(first || second), summed, in float64."""
-    first, second = first.log_softmax(-1), second.log_softmax(-1)
-    return (first.exp() * (first - second)).sum()
-
-
 @torch.no_grad()
-def test_a_prompt_changes_what_the_teacher_says(teacher):
+def test_a_prompt_changes_the_distributions_of_the_teacher(teacher):
     ids = torch.tensor([ROWS[2]])
-    bare = teacher.logits(teacher_hidden(teacher, ids))[0]
-    assert kl(teacher.logits(teacher_hidden(teacher, ids, soft_prompt(3)))[0], bare).max() > 0.1
-    assert kl(teacher.logits(teacher_hidden(teacher, ids))[0], bare).abs().max() == 0
+    bare, again, prompted = (
+        teacher.logits(hidden_states(teacher, ids, P))[0] for P in (None, None, soft_prompt(3))
+    )
+    assert kl(prompted, bare).max() > 0.1
+    assert kl(again, bare).abs().max() == 0
 
 
 @torch.no_grad()
 def test_a_frozen_teacher_has_no_dropout():
     teacher = freeze(tiny_model(replace(TINY, dropout=0.5)).train())
-    ids = torch.tensor([ROWS[2]])
-    assert torch.equal(
-        teacher_hidden(teacher, ids, soft_prompt(3)),
-        teacher_hidden(tiny_model(), ids, soft_prompt(3)),
-    )
+    ids, P = torch.tensor([ROWS[2]]), soft_prompt(3)
+    assert torch.equal(hidden_states(teacher, ids, P), hidden_states(tiny_model(), ids, P))
 
 
-# ---- its file ----------------------------------------------------------------------------------------------------------------
+# --- The file ---
 
 
-def test_a_saved_prompt_reads_back_bit_for_bit(tmp_path):
+def test_a_saved_prompt_loads_bit_for_bit(tmp_path):
     P = torch.nn.Parameter(soft_prompt(7))
     save_prompt(P, tmp_path)
     assert os.listdir(tmp_path) == ["prompt.safetensors"]
     for path in [tmp_path, tmp_path / "prompt.safetensors", str(tmp_path)]:
         loaded = load_prompt(path, width=32)
-        assert torch.equal(loaded, P) and not loaded.requires_grad
+        assert torch.equal(loaded, P)
+        assert not loaded.requires_grad
 
 
 def prompt_file(**tensors):
-    return lambda path: save_file(tensors, path)
+    def write(path):
+        save_file(tensors, path)
+
+    return write
 
 
-DAMAGES = {
-    "no file": (Path.unlink, "no such file"),
-    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-10]), "cut short or damaged"),
-    "empty": (lambda path: path.write_bytes(b""), "cut short or damaged"),
-    "another tensor": (prompt_file(P=torch.ones(7, 32)), "'prompt'"),
-    "one dimension": (prompt_file(prompt=torch.ones(32)), "'prompt'"),
-    "no rows": (prompt_file(prompt=torch.ones(0, 32)), "'prompt'"),
-    "integers": (prompt_file(prompt=torch.ones(7, 32, dtype=torch.long)), "'prompt'"),
-    "NaN": (prompt_file(prompt=torch.full((7, 32), float("nan"))), "finite"),
-    "another width": (
-        prompt_file(prompt=torch.ones(7, 48)),
-        "'prompt' is 48 wide and the model 32",
-    ),
-}
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-10])
 
 
-@pytest.mark.parametrize("damage, words", DAMAGES.values(), ids=DAMAGES.keys())
-def test_a_prompt_file_that_is_wrong_gives_one_line_that_names_it(tmp_path, damage, words):
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        pytest.param(Path.unlink, "no such file", id="no file"),
+        pytest.param(truncate, "truncated or damaged", id="truncated"),
+        pytest.param(empty, "truncated or damaged", id="empty"),
+        pytest.param(prompt_file(P=torch.ones(7, 32)), "'prompt'", id="another tensor"),
+        pytest.param(prompt_file(prompt=torch.ones(32)), "'prompt'", id="one dimension"),
+        pytest.param(prompt_file(prompt=torch.ones(0, 32)), "'prompt'", id="no rows"),
+        pytest.param(prompt_file(prompt=torch.ones(7, 32).long()), "'prompt'", id="integers"),
+        pytest.param(prompt_file(prompt=torch.full((7, 32), torch.nan)), "finite", id="NaN"),
+        pytest.param(
+            prompt_file(prompt=torch.ones(7, 48)),
+            "'prompt' is 48 wide and the model 32",
+            id="another width",
+        ),
+    ],
+)
+def test_a_wrong_prompt_file_gives_one_line_with_its_path(tmp_path, damage, message):
     save_prompt(soft_prompt(7), tmp_path)
     path = tmp_path / "prompt.safetensors"
     damage(path)
     with pytest.raises(InputError) as caught:
         load_prompt(tmp_path, width=32)
-    message = str(caught.value)
-    assert message.startswith(f"{path}: ") and words in message and "\n" not in message
+    text = str(caught.value)
+    assert text.startswith(f"{path}: ")
+    assert message in text
+    assert "\n" not in text

@@ -1,0 +1,74 @@
+"""Validation during training, and the demo's table after it."""
+
+import math
+
+import torch
+
+from data import dist
+from data.dist import print0
+from data.paper import DEMO, PROMPT
+from data.report import format_table, score_table
+from data.rows import micro_batches
+from data.runs import format_metrics
+from evaluate import add_averages, evaluate, evaluate_models, mean_rouge_l, open_sets, progress_bar
+from losses import token_log_probs
+from model import precision
+from prompt import response_hidden
+
+
+@torch.no_grad()
+def validation_loss(run, model, examples, P=None):
+    """Cross-entropy per response token, without dropout. All ranks hold the same examples."""
+    sums = torch.zeros(2, dtype=torch.float64, device=run.device)
+    for batch in micro_batches(dist.shard(examples), run.micro_batch_size, run.device):
+        with precision(run.device, run.settings.dtype):
+            hidden, head = response_hidden(model, batch, P)
+            sums[0] -= token_log_probs(hidden, head, batch.targets).sum()
+        sums[1] += len(batch.targets)
+    loss, n_tokens = dist.all_reduce_sum(sums).tolist()
+    return loss / max(1, n_tokens)
+
+
+def validate(run, rows, examples):
+    """The student's loss and ROUGE-L, and the prompted teacher's loss.
+
+    rows, examples: the validation set. Responses are sampled with the same random numbers each
+    time, so that checkpoints differ by their weights alone.
+    """
+    s = run.settings
+    metrics = {"val_loss": validation_loss(run, run.student, examples)}
+    # A student that has diverged can't be sampled from.
+    if s.metric_for_best == "rouge_l" and math.isfinite(metrics["val_loss"]):
+        sampling = {"max_new_tokens": s.max_new_tokens, "dtype": s.dtype}
+        rng_key = (s.seed, "validate")
+        with progress_bar(len(rows), "validation") as bar:
+            results = evaluate(run.student, run.tokenizer, rows, rng_key, bar, **sampling)
+        metrics["val_rouge_l"] = mean_rouge_l(results)
+    if run.P is not None:
+        metrics["val_prompted_loss"] = validation_loss(run, run.teacher, examples, run.P)
+    return metrics
+
+
+def check_prompt(run, metrics, examples):
+    """Add the loss of the teacher without the prompt to the metrics of `validate` before the first
+    step. Warns if the prompt harms the teacher, which tuning hardly ever repairs."""
+    metrics = {"step": 0, **metrics, "val_bare_loss": validation_loss(run, run.teacher, examples)}
+    print0(f"before: {format_metrics(metrics)}")
+    harm = metrics["val_prompted_loss"] - metrics["val_bare_loss"]
+    if harm > 0.1:
+        cost = f"the prompt costs the teacher {harm:.2f} nats per token before it is tuned"
+        print0(f"warning: {cost}, and the student will follow; try another --prompt-text")
+    return metrics
+
+
+def show_demo(models, device, dtype):
+    """Print the demo's table: models on the test set and on the sets unlike the training data."""
+    sampling = {"max_new_tokens": DEMO["promptkd"]["max_new_tokens"], "dtype": dtype}
+    scores = evaluate_models(models, open_sets(["demo"]), [10, 20, 30], device, **sampling)
+    print0(f"\n{format_table(score_table(add_averages(scores)))}")
+    print0(
+        "Mean ± standard deviation over three sampling seeds. The sets after `test` have wordings, "
+        "words, lengths\nand combinations of tasks that no training row has. Both models were "
+        "pre-trained on text in which many rows\nfollow sentences like "
+        f"{PROMPT['prompt_text']!r}, so that the prompt costs the teacher little at first."
+    )

@@ -1,0 +1,155 @@
+"""One-line errors, signals, atomic writes and JSON files."""
+
+import os
+import signal
+import stat
+import threading
+
+import pytest
+from helpers import error_of, files_below
+
+from data import cli
+from data.cli import InputError, atomic_path, read_json, run_command_line, write_atomic
+
+# ---- run_command_line --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (InputError("rows.jsonl, line 3: is empty"), "rows.jsonl, line 3: is empty"),
+        (FileNotFoundError(2, "No such file", "x.txt"), "[Errno 2] No such file: 'x.txt'"),
+        (InputError("two\n  lines"), "two lines"),
+    ],
+)
+def test_an_expected_error_ends_a_command_with_one_line_and_status_2(capsys, error, line):
+    def main():
+        print("started")
+        raise error
+
+    with pytest.raises(SystemExit) as exit:
+        run_command_line(main)
+    assert exit.value.code == 2 and capsys.readouterr() == ("started\n", f"error: {line}\n")
+
+
+def test_other_exceptions_and_success_pass_through(capsys):
+    with pytest.raises(ZeroDivisionError):
+        run_command_line(lambda: 1 / 0)
+    assert run_command_line(lambda: None) is None and capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_command_with_one_line_and_leaves_no_partial_file(
+    tmp_path, monkeypatch, capsys, number, status
+):
+    monkeypatch.setattr(cli.os, "fsync", lambda handle: signal.raise_signal(number))
+    previous = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as exit:
+        run_command_line(lambda: write_atomic(tmp_path / "file", "text"))
+    assert exit.value.code == status and capsys.readouterr().err == "interrupted\n"
+    assert files_below(tmp_path) == [] and signal.getsignal(signal.SIGTERM) is previous
+
+
+# ---- atomic_path and write_atomic --------------------------------------------------------------
+
+
+def test_write_atomic_writes_text_and_bytes_and_creates_directories(tmp_path):
+    path = tmp_path / "a" / "b" / "file.txt"
+    write_atomic(path, "Größe\r\n大\n")
+    assert path.read_bytes() == "Größe\r\n大\n".encode()
+    write_atomic(str(path), b"\x00\xff")
+    assert path.read_bytes() == b"\x00\xff"
+    write_atomic(path, "")
+    assert path.read_bytes() == b"" and files_below(tmp_path) == ["a/b/file.txt"]
+
+
+@pytest.mark.parametrize(
+    "function, error",
+    [
+        ("fsync", OSError(28, "No space left on device")),
+        ("replace", PermissionError(13, "no")),
+        ("fsync", KeyboardInterrupt()),
+    ],
+)
+def test_a_failed_write_keeps_the_old_content_and_leaves_no_temporary_file(
+    tmp_path, monkeypatch, function, error
+):
+    def fail(*arguments):
+        raise error
+
+    path = tmp_path / "file.txt"
+    write_atomic(path, "old")
+    monkeypatch.setattr(cli.os, function, fail)
+    for target in (path, tmp_path / "another.txt"):
+        with pytest.raises(type(error)):
+            write_atomic(target, "new" * 1000)
+    assert path.read_text() == "old" and files_below(tmp_path) == ["file.txt"]
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device: '{path}'"),
+        (FileNotFoundError(2, "No such file", "other"), "[Errno 2] No such file: 'other'"),
+        (TimeoutError("timed out"), "timed out"),
+    ],
+)
+def test_an_error_of_the_system_names_the_file(tmp_path, error, message):
+    path = tmp_path / "file"
+    with pytest.raises(OSError) as caught, atomic_path(path):
+        raise error
+    assert str(caught.value) == message.format(path=path)
+
+
+def test_a_directory_is_not_replaced_by_a_file(tmp_path):
+    (tmp_path / "x" / "y").mkdir(parents=True)
+    with pytest.raises(OSError, match="is not a regular file"):
+        write_atomic(tmp_path / "x", "text")
+    assert (tmp_path / "x" / "y").is_dir() and files_below(tmp_path) == []
+
+
+def test_a_reader_sees_the_whole_old_or_the_whole_new_content(tmp_path):
+    path, contents, seen = tmp_path / "file", ["a" * 300_000, "b" * 300_000], set()
+    write_atomic(path, contents[0])
+    stop = threading.Event()
+
+    def read():
+        while not stop.is_set():
+            seen.add(path.read_text() if path.is_file() else "no file")
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for n in range(40):
+        write_atomic(path, contents[n % 2])
+    stop.set()
+    reader.join()
+    assert seen and seen <= set(contents)
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_permissions_follow_the_umask(tmp_path, umask, mode):
+    previous = os.umask(umask)
+    try:
+        write_atomic(tmp_path / "file", "text")
+        assert os.umask(umask) == umask  # unchanged in the process
+    finally:
+        os.umask(previous)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
+
+
+# ---- read_json ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff", b"[" * 200_000, None])
+def test_a_file_that_is_not_json_is_one_line_with_the_file_and_the_fix(tmp_path, content):
+    path = tmp_path / "file.json"
+    if content is not None:
+        path.write_bytes(content)
+    message = error_of(read_json, path, "fetch it again")
+    assert message.startswith(f"{path}: can't be read as JSON (")
+    assert message.endswith("); fetch it again")
+
+
+def test_read_json_returns_the_value(tmp_path):
+    write_atomic(tmp_path / "file.json", '{"Größe": [1, null]}')
+    assert read_json(tmp_path / "file.json", "") == {"Größe": [1, None]}

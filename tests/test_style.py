@@ -1,0 +1,227 @@
+"""The limits of the layout, and that README and docs name only what exists."""
+
+import ast
+import importlib
+import re
+import subprocess
+from pathlib import Path
+
+import bench
+import pytest
+import torch
+from helpers import ROOT
+from recipe import force_responses
+
+import train
+from losses import kl
+from prompt import hidden_states
+
+TOP_LEVEL = {
+    *("model.py", "prompt.py", "losses.py", "sample.py", "train.py", "evaluate.py"),
+    *("exposure_bias.py", "data", "tests", "docs", "README.md", "LICENSE", "requirements.txt"),
+    *("pyproject.toml", ".gitignore", ".ci"),
+}
+MAX_LINES = {
+    "losses.py": 260,
+    "prompt.py": 180,
+    "train.py": 500,
+    "sample.py": 350,
+    "model.py": 440,
+    "evaluate.py": 500,
+    "exposure_bias.py": 350,
+    "data/demo.py": 420,
+}
+MAX_DATA_LINES, MAX_ALL_LINES, MAX_FUNCTION_LINES, MAX_COLUMNS = 350, 4800, 60, 100
+MAX_README_LINES = 120  # up to the end of the table that maps the paper to the code
+
+PRODUCT = sorted([*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")])
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def relative(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def lines_of(path):
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+product_file = pytest.mark.parametrize("path", PRODUCT, ids=relative)
+any_file = pytest.mark.parametrize(
+    "path", [*PRODUCT, *sorted((ROOT / "tests").glob("*.py"))], ids=relative
+)
+document = pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
+
+
+# ---- the limits of the code ----------------------------------------------------------------------
+
+
+@product_file
+def test_files_keep_to_their_number_of_lines(path):
+    assert len(lines_of(path)) <= MAX_LINES.get(relative(path), MAX_DATA_LINES)
+
+
+def test_all_files_together_keep_to_their_number_of_lines():
+    assert sum(len(lines_of(path)) for path in PRODUCT) <= MAX_ALL_LINES
+
+
+@product_file
+def test_functions_keep_to_their_number_of_lines(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+    assert {name: n for name, n in lengths.items() if n > MAX_FUNCTION_LINES} == {}
+
+
+@any_file
+def test_lines_keep_to_their_number_of_columns(path):
+    lines = enumerate(lines_of(path), start=1)
+    assert [number for number, line in lines if len(line) > MAX_COLUMNS] == []
+
+
+@any_file
+def test_the_formatter_is_never_switched_off(path):
+    switch = "# fmt" + ":"
+    assert switch not in path.read_text(encoding="utf-8")
+
+
+def imported_modules(path, names):
+    """Which of the product's modules a file imports, by dotted name."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found & names
+
+
+def test_modules_import_each_other_without_circles():
+    modules = {relative(path)[:-3].replace("/", "."): path for path in PRODUCT}
+    imports = {name: imported_modules(path, set(modules)) for name, path in modules.items()}
+    assert "losses" in imports["train"]
+    assert "data.dist" in imports["train"]
+    while free := [name for name, needed in imports.items() if not needed]:
+        for name in free:
+            del imports[name]
+        for needed in imports.values():
+            needed -= set(free)
+    assert imports == {}
+
+
+def test_top_level_has_only_the_names_of_the_layout():
+    command = ["git", "-C", str(ROOT), "ls-files"]
+    try:
+        files = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    assert {Path(name).parts[0] for name in files.splitlines()} <= TOP_LEVEL
+
+
+# ---- what README and docs say --------------------------------------------------------------------
+
+
+def code_blocks(path, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def test_readme_quotes_algorithm_1_as_it_is_in_train():
+    [block] = code_blocks(ROOT / "README.md", "python")
+    quoted = [line.strip() for line in block.splitlines() if line.strip()]
+    assert len(quoted) > 8
+    # `in` consumes the iterator, so that each line must come after the previous one.
+    code = (line.strip() for line in lines_of(ROOT / "train.py"))
+    assert [line for line in quoted if line not in code] == []
+
+
+def test_readme_maps_the_paper_to_the_code_within_its_first_lines():
+    lines = lines_of(ROOT / "README.md")
+    start = lines.index("| paper | code |")
+    end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
+    assert end <= MAX_README_LINES
+    table = "\n".join(lines[start:end])
+    for name in ("train.promptkd_step", "losses.student_loss", "prompt.hidden_states"):
+        assert f"`{name}`" in table
+
+
+def inline_code(path):
+    """The `code` spans outside of blocks."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+def resolve(name):
+    """The object of a dotted name, or AttributeError or ModuleNotFoundError."""
+    parts = name.split(".")
+    n = 2 if parts[0] == "data" else 1
+    found = importlib.import_module(".".join(parts[:n]))
+    for part in parts[n:]:
+        found = getattr(found, part)
+    return found
+
+
+@document
+def test_every_name_in_a_module_exists(path):
+    modules = "|".join([*(file.stem for file in ROOT.glob("*.py")), r"data\.\w+"])
+    pattern = re.compile(rf"(?:{modules})(?:\.(?!py\b)\w+)+")
+    names = [name for code in inline_code(path) for name in re.findall(pattern, code)]
+    names = [name for name in names if not name.endswith((".json", ".jsonl", ".md"))]
+    if relative(path) == "README.md":
+        assert len(names) > 10
+    for name in names:
+        resolve(name)
+
+
+@document
+def test_every_file_that_is_named_exists(path):
+    text = path.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    assert [link for link in links if not (path.parent / link).exists()] == []
+    files = set(re.findall(r"(?<![\w/])(?:data/|tests/|docs/)?\w+\.py\b", text))
+    known = {relative(file) for file in [*PRODUCT, *(ROOT / "tests").glob("*.py")]}
+    known |= {Path(name).name for name in known}
+    assert sorted(files - known) == []
+
+
+@document
+def test_every_option_exists(path):
+    sources = [*PRODUCT, ROOT / "tests" / "bench.py", ROOT / "tests" / "conftest.py"]
+    known = set().union(*(re.findall(r'"(--[\w-]+)"', file.read_text()) for file in sources))
+    # argparse's; torchrun's; pip's; pytest's; ruff's
+    known |= {"--help", "--nproc_per_node", "--max-restarts", "--durations", "--check"}
+    known |= {"--no-index", "--find-links", "--no-deps", "--python-version", "--only-binary"}
+    text = re.sub(r"^\|[\s|:-]+$", "", path.read_text(encoding="utf-8"), flags=re.M)
+    options = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
+    assert sorted(options - known) == []
+
+
+def test_readme_has_the_commands_that_others_read():
+    lines = lines_of(ROOT / "README.md")
+    assert "pip install -r requirements.txt && python train.py" in lines
+    assert "pip install -r requirements.txt && python -m pytest tests/" in lines
+
+
+# ---- the worked example --------------------------------------------------------------------------
+
+
+def test_the_new_method_of_the_reference_trains_on_its_own_loss():
+    """One step on tiny models, against forward KL on the forced responses, by hand."""
+    [block] = code_blocks(ROOT / "docs" / "reference.md", "python")
+    assert len(block.splitlines()) < 30
+    names = vars(train) | {"METHODS": {}}
+    exec(block, names)
+    [method] = names["METHODS"].values()
+
+    cpu, case = torch.device("cpu"), bench.CASES["XS"] | {"vocab": 61, "dropout": 0.0}
+    run, [example, *_] = bench.make_run(case, cpu), bench.make_examples(case)
+    before = [p.detach().clone() for p in run.student.parameters()]
+    ids = torch.tensor([example.request + example.response])
+    predicted = slice(len(example.request) - 1, -1)
+    with torch.no_grad():
+        q = run.student.eval().logits(run.student(ids))[0, predicted]
+        p = run.teacher.logits(hidden_states(run.teacher, ids))[0, predicted]
+    with force_responses({example.index: example.response}, case["max_new_tokens"], 60, cpu):
+        values = method.step(run, [example], 0)
+    assert float(values["loss"]) == pytest.approx(float(kl(p, q).mean()), rel=1e-4)
+    after = list(run.student.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, after))
