@@ -11,6 +11,7 @@ from data.threads import configure_threads
 configure_threads()  # before torch is imported
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -23,13 +24,13 @@ from tqdm import tqdm
 from data import dist, report
 from data.cli import InputError, check_output_dir, parse_arguments, run_command_line, write_atomic
 from data.dist import print0
+from data.hub import WEIGHTS_FILES, find_model_dir
 from data.models import load_model, open_models, table_sort_key
 from data.options import add_decoding_options, add_precision_option, number_in_range
 from data.paper import BANNED_NGRAM, COSTS, DEMO_SETS, PAPER_COSTS, PAPER_SAMPLING, paper_reported
 from data.prepare import PUBLIC_SETS, find_data_dir
-from data.responses import read_kept, response_path, sha256, weights_hash, write_kept
-from data.rows import check_field, encode_request, is_text_list, read_jsonl, read_rows
-from data.runs import read_record, run_dir, run_kind, run_labels, unique_labels
+from data.rows import check_field, encode_request, is_text_list, read_jsonl, read_rows, text_field
+from data.runs import UNFINISHED, read_record, run_dir, run_kind, run_labels, unique_labels
 from sample import decode_response, sample_all, sampling_batch_size
 
 
@@ -37,8 +38,8 @@ from sample import decode_response, sample_all, sampling_batch_size
 def rouge_l(responses, references):
     """ROUGE-L of each response: rouge-score's F-measure with the stemmer, × 100.
 
-    references: for each response a list of texts, of which the best match counts.
-    Raises InputError if there are not as many responses as lists of references.
+    references: for each response a list of texts, of which the best match counts. Raises InputError
+    if there are not as many responses as lists of references.
     """
     if len(responses) != len(references):
         found = f"{len(responses)} responses for {len(references)} rows of references"
@@ -79,10 +80,9 @@ def evaluate(model, tokenizer, rows, rng_key, bar=None, batch_size=None, **sampl
             responses, _ = sample_all(model, requests, keys, tokenizer.eot_token, **options)
             texts = [decode_response(response, tokenizer) for response in responses]
             scores = rouge_l(texts, [row.references for row in batch])
-            results += [
-                {"index": row.index, "text": text, "rouge_l": score, "shortened": cut}
-                for row, text, score, cut in zip(batch, texts, scores, shortened)
-            ]
+            for row, text, score, cut in zip(batch, texts, scores, shortened):
+                result = {"index": row.index, "text": text, "rouge_l": score, "shortened": cut}
+                results.append(result)
         if bar is not None:
             bar.update(sum(len(batch) for batch in batches[start : start + n_ranks]))
     return sorted(dist.all_gather_list(results), key=lambda result: result["index"])
@@ -90,8 +90,58 @@ def evaluate(model, tokenizer, rows, rng_key, bar=None, batch_size=None, **sampl
 
 def progress_bar(n_rows, label=None):
     """A bar on rank 0's terminal."""
-    disable = None if dist.rank() == 0 else True
+    disable = True if dist.rank() else None
     return tqdm(total=n_rows, desc=label, unit="row", leave=False, disable=disable)
+
+
+# ---- kept responses: on disk, with all that they depend on -----------------------------------
+def response_path(response_dir, label, set_name, seed, ban):
+    """The file of a model's responses, one JSON object per line, that --score can read."""
+    label = label.removesuffix(UNFINISHED).strip("/")
+    suffix = f"-ngram{ban}" if ban else ""
+    return response_dir / label / f"{set_name.strip('/')}-s{seed}{suffix}.jsonl"
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def weights_hash(model):
+    """SHA-256 of a model's weights file; "" if there is no single file."""
+    for name in WEIGHTS_FILES:
+        path = find_model_dir(str(model)) / name
+        if path.is_file():
+            with open(path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+    return ""
+
+
+def write_kept(path, provenance, results):
+    """Keep responses, if `path` is not None; in a .json beside them, provenance and their hash."""
+    if path is None:
+        return
+    text = "".join(json.dumps(result) + "\n" for result in results)
+    provenance = provenance | {"responses": sha256(text.encode())}
+    write_atomic(path, text)
+    write_atomic(path.with_suffix(".json"), json.dumps(provenance, indent=1) + "\n")
+
+
+def read_kept(path, provenance):
+    """The responses that are kept in a file; None if there are none with this provenance."""
+    if path is None or not path.is_file():
+        return None
+    provenance = provenance | {"responses": sha256(path.read_bytes())}
+    try:
+        found = json.loads(path.with_suffix(".json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        found = None
+    found = found if isinstance(found, dict) else {}
+    changed = [name for name in provenance | found if found.get(name) != provenance.get(name)]
+    if not changed:
+        return read_jsonl(path)
+    # print would write into the progress bar.
+    tqdm.write(f"{path}: made with different {', '.join(changed)}; sampling again")
+    return None
 
 
 # ---- many models, data sets and seeds --------------------------------------------------------
@@ -103,7 +153,6 @@ def evaluate_models(
     models: {label: name of a model}. sets: {label: rows}. columns: {column: (set, n)}, where no
     n-gram may repeat (0: no ban); default: a column per set, without a ban. response_dir: where
     responses are kept, and read if they have the same provenance; default: they are not kept.
-    sampling_kwargs: see `evaluate`.
     """
     columns = columns or {name: (name, 0) for name in sets}
     scores = {label: {column: [] for column in columns} for label in models}
@@ -130,10 +179,10 @@ def evaluate_models(
                     results = evaluate(model, tokenizer, rows, key, bar, batch_size, **kwargs)
                     dist.run_on_rank0(write_kept, path, provenance, results)
                 scores[label][column].append(mean_rouge_l(results))
-                n_shortened = sum(result["shortened"] for result in results)
-                if n_shortened and seed == seeds[0] and dist.rank() == 0:
-                    of = f"{n_shortened} of {len(rows)} requests"
-                    bar.write(f"{label} on {column}: {of} were shortened to fit")
+                n = sum(result["shortened"] for result in results)
+                if n and seed == seeds[0] and dist.rank() == 0:
+                    requests = f"{n} of {len(rows)} requests"
+                    bar.write(f"{label} on {column}: {requests} were shortened to fit")
     return scores
 
 
@@ -198,9 +247,8 @@ def plan_columns(sets, public, bans):
     columns, averages = {}, {}
     for name in sets:
         for ban in bans or [BANNED_NGRAM if name in public else 0]:
-            suffix = ""
-            if len(bans) > 1:
-                suffix = f", ban {ban}" if ban else ", no ban"
+            note = f", ban {ban}" if ban else ", no ban"
+            suffix = note if len(bans) > 1 else ""
             columns[name + suffix] = (name, ban)
             averages.setdefault(f"average{suffix}", []).append(name + suffix)
     return columns, averages
@@ -218,8 +266,8 @@ def table_1(args, device):
     sampling = {"max_new_tokens": args.max_new, "temperature": args.temperature}
     sampling |= {"top_k": args.top_k, "top_p": args.top_p, "greedy": args.greedy}
     kwargs = sampling | {"dtype": args.dtype}
-    by_name, kept = {label: model.name for label, model in models.items()}, out / "responses"
-    scores = evaluate_models(by_name, sets, seeds, device, columns, kept, args.batch, **kwargs)
+    names, kept = {label: model.name for label, model in models.items()}, out / "responses"
+    scores = evaluate_models(names, sets, seeds, device, columns, kept, args.batch, **kwargs)
     if dist.rank() > 0:
         return
     settings = {name: getattr(args, name) for name in ("data", "rows", "no_repeat_ngram", "batch")}
@@ -249,22 +297,16 @@ def write_table_1(out, models, columns, averages, scores, reported, settings):
     rivals = {label: m.size for label, m in models.items() if m.kind not in ("teacher", "pretrain")}
     best, seeds = best_and_ties(scores, rivals), settings["seeds"]
     bans = {column: ban for column, (_, ban) in columns.items()}
-    content = {
-        "scores": {label: {c: of_model[c] for c in columns} for label, of_model in scores.items()},
-        "settings": settings,
-        "no_repeat_ngram": bans,
-        "averages": {label: {a: of[a] for a in averages} for label, of in scores.items()},
-        "models": {
-            label: {"name": model.name, "kind": model.kind, "parameters": model.size}
-            for label, model in models.items()
-        },
-        "paper": reported,
-        "best": best,
-        "responses": {label: {} for label in models},
-    }
-    for label, (column, (name, ban)) in itertools.product(models, columns.items()):
-        paths = [response_path(out / "responses", label, name, seed, ban) for seed in seeds]
-        content["responses"][label][column] = [str(path) for path in paths]
+    content = {part: {} for part in ("scores", "averages", "models", "responses")}
+    content |= {"settings": settings, "no_repeat_ngram": bans, "paper": reported, "best": best}
+    for label, m in models.items():
+        content["scores"][label] = {column: scores[label][column] for column in columns}
+        content["averages"][label] = {average: scores[label][average] for average in averages}
+        content["models"][label] = {"name": m.name, "kind": m.kind, "parameters": m.size}
+        paths = content["responses"][label] = {}
+        for column, (name, ban) in columns.items():
+            files = [response_path(out / "responses", label, name, seed, ban) for seed in seeds]
+            paths[column] = [str(path) for path in files]
     table = report.score_table(scores, reported, best)
     banned = ", ".join(f"{column} {ban or 'no'}" for column, ban in bans.items())
     notes = report.legend(table)
@@ -298,8 +340,7 @@ def table_2(names, out):
         costs[label] = {"measured": measured_costs(name, record), "paper": paper}
         order[label] = table_sort_key(kind, record.get("parameters", 0))
     if not costs:
-        example = "evaluate.py --cost out/*/"
-        raise InputError(f"none of the directories has a run.json; name runs, as in: {example}")
+        raise InputError("none of the directories has a run.json; name runs, as in: --cost out/*/")
     costs = {label: costs[label] for label in sorted(costs, key=order.get)}
     fields = [field for field in COSTS if any(field in run["measured"] for run in costs.values())]
     table = [["cost", *(COSTS[field] for field in fields)]]
@@ -332,30 +373,23 @@ def group_runs(models, fields):
         values = tuple(json.dumps(v) if isinstance(v, list | dict) else v for v in values)
         groups.setdefault(values, []).append(label)
 
-    def sort_key(group):
-        """Numbers, then strings, then what is missing."""
-        return [(v is None, isinstance(v, str), 0 if v is None else v) for v in group[0]]
+    def sort_key(values):  # numbers, then strings, then what is missing
+        return [(v is None, isinstance(v, str), 0 if v is None else v) for v in values]
 
-    return dict(sorted(groups.items(), key=sort_key))
+    return {values: groups[values] for values in sorted(groups, key=sort_key)}
 
 
 # ---- the command -----------------------------------------------------------------------------
-def read_field(path, field, allow_list):
-    """The strings in a field of JSON lines, as a list per line."""
-    lines = []
-    for number, line in enumerate(read_jsonl(path), start=1):
-        value = line.get(field)
-        texts = value if allow_list and isinstance(value, list) else [value]
-        expected = "a string or a list of strings" if allow_list else "a string"
-        check_field(is_text_list(texts), f"{path}, line {number}", field, value, expected)
-        lines.append(texts)
-    return lines
-
-
 def print_file_score(args):
     """Print the ROUGE-L of a file of responses, and write it row by row to --json."""
-    responses = [text for [text] in read_field(args.score, "text", allow_list=False)]
-    scores = rouge_l(responses, read_field(args.references, "output", allow_list=True))
+    responses, references, expected = [], [], "a string or a list of strings"
+    for number, line in enumerate(read_jsonl(args.score), start=1):
+        responses.append(text_field(line, "text", f"{args.score}, line {number}"))
+    for number, line in enumerate(read_jsonl(args.references), start=1):
+        location, output = f"{args.references}, line {number}", line.get("output")
+        references.append(output if isinstance(output, list) else [output])
+        check_field(is_text_list(references[-1]), location, "output", output, expected)
+    scores = rouge_l(responses, references)
     mean = statistics.fmean(scores)
     print(f"ROUGE-L {mean:.4f} over {len(scores)} rows")
     if args.json:
@@ -368,16 +402,12 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(prog="evaluate.py", description=description)
     add, positive = parser.add_argument, number_in_range(int, 1, 10**6)
     add("models", nargs="*", metavar="RUN|MODEL", help="directories, official names or hub ids")
-    data = (
-        f"{', '.join(PUBLIC_SETS)}, demo or directories (default: demo for its runs, else public)"
-    )
-    add("--data", nargs="+", metavar="SET|DIR", help=data)
+    help = f"{', '.join(PUBLIC_SETS)}, demo or directories (default: demo for its runs, or public)"
+    add("--data", nargs="+", metavar="SET|DIR", help=help)
     add("--seeds", nargs="+", type=number_in_range(int, 0, 2**32), default=[10, 20, 30, 40, 50])
     add("--rows", type=number_in_range(int, 1, 10**9), help="only the first N rows of each set")
-    ban = (
-        f"no N-gram twice; several: a column each (default: {BANNED_NGRAM} on public sets, else 0)"
-    )
-    add("--no-repeat-ngram", nargs="+", type=number_in_range(int, 0, 100), metavar="N", help=ban)
+    help = f"no N-gram twice; several: a column each (default: {BANNED_NGRAM} on public sets)"
+    add("--no-repeat-ngram", nargs="+", type=number_in_range(int, 0, 100), metavar="N", help=help)
     add("--batch", type=positive, help="rows sampled at once (default: what fits; 64 on a CPU)")
     add("--out", default="out/evaluation", metavar="DIR", help="tables and plots go here")
     add("--samples", type=positive, metavar="N", help="Table 6: all responses to N requests")

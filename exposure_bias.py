@@ -19,6 +19,7 @@ from data.threads import configure_threads
 configure_threads()  # before torch is imported
 
 import argparse
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -46,17 +47,16 @@ BOOTSTRAP_SAMPLES = 1000
 
 @torch.no_grad()
 def kl_by_step(p, q, requests, responses, micro_batch_size=8, dtype="float32"):
-    """KL(p || q) at each generation step, exact over the vocabulary, in nats.
+    """KL(p || q) at each token of each response, exact over the vocabulary, in nats: lists.
 
-    requests and responses are lists of token ids, one of each per response. Returns for each
-    response the KL at each of its tokens, as a list. dtype: see `model.precision`.
+    requests and responses are lists of token ids, one of each per response.
     """
     device = p.wte.weight.device
     examples = [Example(i, x, y) for i, (x, y) in enumerate(zip(requests, responses))]
     results = [None] * len(examples)
     batches = micro_batches(examples, micro_batch_size, device)
-    # disable=None shows the progress bar on a terminal only.
-    for batch in tqdm(batches, desc="scoring", leave=False, disable=True if dist.rank() else None):
+    disable = True if dist.rank() else None  # None: there is a bar if this is a terminal
+    for batch in tqdm(batches, desc="scoring", leave=False, disable=disable):
         positions = batch.response_positions
         with precision(device, dtype):
             p_logits = p.logits(p(batch.ids, output_positions=positions))  # (N, V)
@@ -86,9 +86,9 @@ def sum_by_step(kl_steps):
 def excess_accumulated_error(kl_q, kl_p, weights=None):
     """R(l), ε(l) and ExAccErr(l) in %, for l = 1 ... L: the steps at which both kinds are alive.
 
-    kl_q and kl_p are as `sum_by_step` takes them: KL on responses sampled from the student and from
-    the teacher, to the same requests. weights (..., X) says how often a request counts, with all
-    its responses. Returns three arrays (..., L); NaN where no response that counts is alive.
+    kl_q, kl_p: KL on the student's and on the teacher's responses, as `sum_by_step` takes them.
+    weights: (..., X), how often a request counts, with all its responses. Returns three arrays
+    (..., L); NaN where no response that counts is alive.
     """
     q_sums, q_alive = sum_by_step(kl_q)
     p_sums, p_alive = sum_by_step(kl_p)
@@ -112,8 +112,7 @@ def exposure_curve(kl_q, kl_p, seed, label):
     """
     R, epsilon, ex_acc_err = excess_accumulated_error(kl_q, kl_p)
     if not (epsilon > 0).all():
-        problem = "its distribution is the teacher's own; ExAccErr is undefined, leave it out"
-        raise InputError(f"{label}: {problem}")
+        raise InputError(f"{label}: its distribution is the teacher's own; leave the model out")
     X, L = len(kl_q), len(R)
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(X, np.full(X, 1 / X), BOOTSTRAP_SAMPLES)  # (B, X)
@@ -234,14 +233,12 @@ def main(argv=None):
     runs = {run: dist.run_on_rank0(checkpoints, run) for run in args.along}
     p, tokenizer = load_model(args.teacher, device)
     # Check every student before anything is sampled, which can take hours.
-    kept = [directory for directories in runs.values() for directory in directories.values()]
-    for student in [*args.students, *kept]:
+    for student in itertools.chain(args.students, *(kept.values() for kept in runs.values())):
         check_same_vocabulary(args.teacher, student, tokenizer, find_model(student)[1])
     teacher = Teacher(p, tokenizer, rows, args)
-    # Batch sizes change the speed only.
-    unrecorded = ("out", "batch", "micro_batch")
-    settings = {name: value for name, value in vars(args).items() if name not in unrecorded}
-    settings["requests"] = len(rows)
+    settings = vars(args) | {"requests": len(rows)}
+    for name in ("out", "batch", "micro_batch"):  # batch sizes change the speed only
+        del settings[name]
     if args.students:
         write_figure_3a(teacher, args, settings)
     if args.along:

@@ -130,9 +130,8 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T or K, D)
         # Without a cache the causal mask suffices: rows are right-padded, so padding comes after
         # every real token of its row.
-        y = F.scaled_dot_product_attention(
-            q, k, v, mask, self.dropout if self.training else 0.0, is_causal=mask is None
-        )
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -225,8 +224,6 @@ def head_logits(hidden, head, padded=False, on_gpu=None):
 
 
 # Only the next two functions use PyTorch's private oneDNN operators; elsewhere F.linear serves.
-
-
 def linear(x, weight, bias=None):
     """F.linear, by the packed copy of the weight if there is one: x (..., I) -> (..., O)."""
     packed = getattr(weight, "packed", None)
@@ -265,9 +262,12 @@ def packed_weights(*models):
 
 # Stored as (in, out), the transpose of nn.Linear.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-
 LAYOUT = "a checkpoint directory has config.json and model.safetensors"
+NOT_FINITE = "has values that are not finite; the file is damaged or its training diverged"
 
+# The sizes that config.json must have, with their limits.
+MAX_SIZES = {"n_layer": 1_000}
+MAX_SIZES |= dict.fromkeys(("n_embd", "n_head", "vocab_size", "n_positions"), 1_000_000)
 # What GPT-2 fixes and this code relies on.
 FIXED = {
     "model_type": "gpt2",
@@ -280,9 +280,9 @@ FIXED = {
 }
 
 
-def check(condition, message):
+def check(condition, subject, problem):
     if not condition:
-        raise InputError(message)
+        raise InputError(f"{subject} {problem}")
 
 
 def load(directory, dropout=None):
@@ -299,28 +299,25 @@ def load(directory, dropout=None):
     expected = model.state_dict()
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     head = tensors.pop("lm_head.weight", None)
-    state = {}
+    state, gpt = {}, f"a GPT-2 with {config.n_layer} layers"
     for name, tensor in tensors.items():
         if name.endswith((".attn.bias", ".attn.masked_bias")):
             continue  # the causal mask, stored as a buffer
-        label, shape = f"{path}: tensor '{name}'", tuple(tensor.shape)
-        other = f"a GPT-2 with {config.n_layer} layers; config.json belongs to another model"
-        check(name in expected, f"{label} is not part of {other}")
-        kind = f"{label} is {tensor.dtype}; weights must be floating-point"
-        check(tensor.is_floating_point(), kind)
+        key, shape = f"{path}: tensor '{name}'", tuple(tensor.shape)
+        check(name in expected, key, f"is not part of {gpt}; config.json belongs to another model")
+        check(tensor.is_floating_point(), key, f"is {tensor.dtype}; weights must be floating-point")
         if name.endswith(TRANSPOSED) and tensor.ndim == 2:
             tensor = tensor.T
         fits = tensor.shape == expected[name].shape
-        check(fits, f"{label} has shape {shape}, which does not fit config.json")
+        check(fits, key, f"has shape {shape}, which does not fit config.json")
         state[name] = tensor.float().contiguous()
-        damage = "values that are not finite; the file is damaged or its training diverged"
-        check(torch.isfinite(state[name]).all(), f"{label} has {damage}")
+        check(torch.isfinite(state[name]).all(), key, NOT_FINITE)
     for name in expected:
-        check(name in state, f"{path}: tensor '{name}' is missing; fetch the file again")
+        check(name in state, f"{path}: tensor '{name}'", "is missing; fetch the file again")
     wte = state["wte.weight"]
     tied = head is None or (head.shape == wte.shape and torch.equal(head.float(), wte))
-    differs = "differs from 'wte.weight'; GPT-2's head is its token embedding"
-    check(tied, f"{path}: tensor 'lm_head.weight' {differs}")
+    key = f"{path}: tensor 'lm_head.weight'"
+    check(tied, key, "differs from 'wte.weight'; GPT-2's head is its token embedding")
     model.load_state_dict(state, assign=True)
     return model
 
@@ -328,64 +325,55 @@ def load(directory, dropout=None):
 def read_config(directory, dropout=None):
     """The Config of a checkpoint directory. Raises InputError for a field that is not GPT-2's."""
     path = Path(directory) / "config.json"
-    check(path.exists(), f"{path}: no such file; {LAYOUT}")
+    check(path.exists(), f"{path}:", f"no such file; {LAYOUT}")
     values = read_json(path, "fetch it again")
-    check(isinstance(values, dict), f"{path}: must be a JSON object; fetch it again")
+    check(isinstance(values, dict), f"{path}:", "must be a JSON object; fetch it again")
     for name, limit in MAX_SIZES.items():
-        check(name in values, f"{path}: field '{name}' is missing; this is not a GPT-2")
-        size, kind = values[name], f"an integer from 1 to {limit:,}"
+        field, size = f"{path}: field '{name}'", values.get(name)
+        check(name in values, field, "is missing; this is not a GPT-2")
         valid = type(size) is int and 1 <= size <= limit
-        check(valid, f"{path}: field '{name}' must be {kind}, not {size!r}")
-    sizes = {name: values[name] for name in MAX_SIZES}
-    n_embd, n_head = sizes["n_embd"], sizes["n_head"]
-    check(n_embd % n_head == 0, f"{path}: n_embd {n_embd} can't be divided among n_head {n_head}")
-    n_inner = values.get("n_inner")
-    for name, value in (FIXED | {"n_inner": n_inner and 4 * n_embd}).items():
+        check(valid, field, f"must be an integer from 1 to {limit:,}, not {size!r}")
+    C, H = values["n_embd"], values["n_head"]
+    check(C % H == 0, f"{path}:", f"n_embd {C} can't be divided among n_head {H}")
+    for name, value in (FIXED | {"n_inner": 4 * C}).items():
         found = values.get(name, value)
-        check(found == value, f"{path}: field '{name}' is {found!r}; GPT-2 has {value!r}")
+        valid = found == value or (name == "n_inner" and found is None)
+        check(valid, f"{path}: field '{name}'", f"is {found!r}; GPT-2 has {value!r}")
     rate = values.get("resid_pdrop", 0.1) if dropout is None else dropout
     valid = isinstance(rate, int | float) and 0 <= rate < 1
-    kind = "a rate from 0 to below 1"
-    check(valid, f"{path}: field 'resid_pdrop' must be {kind}, not {rate!r}")
-    return Config(**sizes, dropout=rate)
+    check(valid, f"{path}: field 'resid_pdrop'", f"must be a rate from 0 to below 1, not {rate!r}")
+    return Config(**{name: values[name] for name in MAX_SIZES}, dropout=rate)
 
 
 def read_tensors(directory):
     """The path of a directory's weights and the tensors by name."""
-    path = directory / "model.safetensors"
-    pickled = directory / "pytorch_model.bin"
-    if not path.is_file() and pickled.is_file():
-        path = pickled
-    check(path.is_file(), f"{path}: no such file; {LAYOUT}")
+    path, pickled = directory / "model.safetensors", directory / "pytorch_model.bin"
+    check(path.is_file() or pickled.is_file(), f"{path}:", f"no such file; {LAYOUT}")
+    path = path if path.is_file() else pickled
     try:
         if path != pickled:
             return path, load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files fail in many ways
-        damage = f"is truncated, damaged or not a file of tensors ({type(error).__name__})"
-        raise InputError(f"{path}: {damage}; fetch it again") from error
+        problem = f"is truncated, damaged or not a file of tensors ({type(error).__name__})"
+        raise InputError(f"{path}: {problem}; fetch it again") from error
 
     def is_weight(name, tensor):
-        return (
-            isinstance(name, str)
-            and isinstance(tensor, torch.Tensor)
-            and tensor.layout == torch.strided
-            and tensor.device.type == "cpu"
-        )
+        is_named_tensor = isinstance(name, str) and isinstance(tensor, torch.Tensor)
+        return is_named_tensor and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
 
     valid = isinstance(state, dict) and all(is_weight(*item) for item in state.items())
-    check(valid, f"{path}: must hold a dictionary of tensors, GPT-2's weights by name")
+    check(valid, f"{path}:", "must hold a dictionary of tensors, GPT-2's weights by name")
     return path, state
 
 
 def save(model, directory):
     """Write model.safetensors and config.json as Hugging Face does, each atomically."""
-    directory = Path(directory)
     state = {}
     for name, tensor in model.state_dict().items():
         tensor = tensor.detach().float().cpu()
         state[name] = (tensor.T if name.endswith(TRANSPOSED) else tensor).contiguous()
-    save_tensors(state, directory / "model.safetensors")
+    save_tensors(state, Path(directory) / "model.safetensors")
     sizes = asdict(model.config)
     dropout = sizes.pop("dropout")
     values = {
@@ -400,7 +388,7 @@ def save(model, directory):
         "tie_word_embeddings": True,
         **dict.fromkeys(("bos_token_id", "eos_token_id"), sizes["vocab_size"] - 1),
     }
-    write_atomic(directory / "config.json", json.dumps(values, indent=2) + "\n")
+    write_atomic(Path(directory) / "config.json", json.dumps(values, indent=2) + "\n")
 
 
 def save_tensors(tensors, path):

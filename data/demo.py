@@ -125,9 +125,7 @@ def make_text(rng, tasks, words, longer=False):
     if "correct" in tasks:
         wrong, quality = rng.sample(QUALITIES, 2)
         repair = rng.choice(REPAIRS).split()
-        ending = thing()
-        if longer:
-            ending += place() + place()
+        ending = thing() + (place() + place() if longer else [])
         if rng.random() < 0.5:
             return ["what", "is", "the", wrong, *repair, "the", quality, "of", *ending]
         return ["what", "is", "the", quality, "of", *thing(), *repair, *ending]

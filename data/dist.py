@@ -89,10 +89,7 @@ def all_reduce_sum(tensor):
 
 def all_reduce_max(number):
     """The maximum of an int over all ranks."""
-    if world_size() > 1:
-        number = torch.tensor(number)
-        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-    return int(number)
+    return max(all_gather_list([number]))
 
 
 def all_gather_list(items):

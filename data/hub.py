@@ -15,6 +15,7 @@ from data.cli import InputError, atomic_path
 OFFICIAL_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
 
 def hub_url(repository, file):
@@ -41,19 +42,10 @@ def download(url, path, attempts=3):
             problem = f"the server answers {error.code} {error.reason}"
             if error.code in (401, 403):  # also the hub's answer to an unknown name
                 raise InputError(f"{url}: {problem}; check the name: it is not public") from error
-        except (
-            urllib.error.URLError,
-            http.client.HTTPException,
-            ConnectionError,
-            TimeoutError,
-            EOFError,
-            ValueError,
-        ) as error:
+        except (*NETWORK_ERRORS, EOFError, ValueError) as error:
             problem = getattr(error, "reason", error)
-    raise InputError(
-        f"{url}: download failed {attempts} times ({problem}); check the network, or set "
-        "HF_ENDPOINT to a mirror"
-    )
+    fix = "check the network, or set HF_ENDPOINT to a mirror"
+    raise InputError(f"{url}: download failed {attempts} times ({problem}); {fix}")
 
 
 def _fetch(url, path):
@@ -81,10 +73,8 @@ def find_model_dir(name):
         return directory / "best" if (directory / "best").is_dir() else directory
     repository = f"openai-community/{name}" if name in OFFICIAL_MODELS else name
     if not HUB_ID.fullmatch(repository) or ".." in repository:
-        raise InputError(
-            f"model {name!r}: no such directory; give a checkpoint directory, one of "
-            f"{', '.join(OFFICIAL_MODELS)}, or a hub id owner/name"
-        )
+        names = f"one of {', '.join(OFFICIAL_MODELS)}, or a hub id owner/name"
+        raise InputError(f"model {name!r}: no such directory; give a checkpoint directory, {names}")
     return _find_in_cache(repository) or _download_model(repository, name)
 
 
@@ -97,12 +87,9 @@ def _find_in_cache(repository):
         ref = folder / "refs" / "main"
         revision = ref.read_text(errors="replace").strip() if ref.is_file() else ""
         snapshot = folder / "snapshots" / revision
+        has_weights = any(os.path.isfile(snapshot / file) for file in WEIGHTS_FILES)
         # A revision with a path separator would lead out of the cache.
-        if (
-            re.fullmatch(r"\w+", revision)
-            and (snapshot / "config.json").is_file()
-            and any((snapshot / file).is_file() for file in WEIGHTS_FILES)
-        ):
+        if re.fullmatch(r"\w+", revision) and has_weights and (snapshot / "config.json").is_file():
             return snapshot
     return None
 
@@ -119,9 +106,8 @@ def _download_model(repository, name):
         return directory
     if not any(fetch(file) for file in WEIGHTS_FILES):
         url = hub_url(repository, WEIGHTS_FILES[0])
-        raise InputError(
-            f"model {name!r}: no such directory, and {url} does not exist; check the name"
-        )
+        problem = f"no such directory, and {url} does not exist; check the name"
+        raise InputError(f"model {name!r}: {problem}")
     for file in ("vocab.json", "merges.txt"):
         fetch(file)  # if absent, the tokenizer is GPT-2's
     if not fetch("config.json"):

@@ -49,9 +49,8 @@ def table_sort_key(kind, size):
     """Teachers first, then students by size and method, then models that are not runs."""
     if not kind:
         return (2, 0, 0)
-    methods = list(PRESETS)
-    place = methods.index(kind) if kind in methods else len(methods)
-    return (0 if kind == "teacher" else 1, size, place)
+    # An unknown kind comes last.
+    return (0 if kind == "teacher" else 1, size, [*PRESETS, kind].index(kind))
 
 
 def open_models(names):

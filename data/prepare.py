@@ -138,13 +138,11 @@ def find_data_dir(name):
     prepared first if need be. Under torchrun, call this through `dist.run_on_rank0`."""
     known = (*PUBLIC_SETS, "demo")
     directory = DATA_DIR / name if name in known else Path(name)
-    if name == "demo":
-        if not (directory / "pretrain.jsonl").is_file():
-            demo.write_demo(directory)
-    elif name in PUBLIC_SETS:
-        if not all((directory / f"{split}.jsonl").is_file() for split in PAPER_COUNTS[name]):
-            print(prepare(name), flush=True)
-    elif not os.path.isdir(name):
+    if name == "demo" and not (directory / "pretrain.jsonl").is_file():
+        demo.write_demo(directory)
+    if not all((directory / f"{split}.jsonl").is_file() for split in PAPER_COUNTS.get(name, ())):
+        print(prepare(name), flush=True)
+    if name not in known and not os.path.isdir(name):
         expected = f"train.jsonl, dev.jsonl and test.jsonl, or one of {', '.join(known)}"
         raise InputError(f"data {name!r}: no such directory; give one with {expected}")
     return directory

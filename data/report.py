@@ -5,7 +5,6 @@ import io
 import json
 import statistics
 import textwrap
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -59,10 +58,8 @@ def legend(table):
     """Explanations of the marks that occur in a `score_table`, one line each."""
     lines, scores = [], "".join(cell for row in table[1:] for cell in row[1:])
     if "*" in scores:
-        lines.append(
-            "*: the best of its size in the column, or not worse by more than the standard "
-            "deviation of the difference, √(s₁² + s₂²)"
-        )
+        tie = "not worse by more than the standard deviation of the difference, √(s₁² + s₂²)"
+        lines.append(f"*: the best of its size in the column, or {tie}")
     if "(" in scores:
         sign = "; ≠: ours differs by more than our standard deviation" if "≠" in scores else ""
         lines.append(f"in brackets: the paper's score{sign}")
@@ -104,12 +101,12 @@ def write_group_table(out, fields, groups, scores, title):
         pooled = [score for label in labels for score in scores[label]]
         table.append([*cells, str(len(labels)), format_score(pooled)])
         content.append({"values": cells, "runs": labels, "scores": pooled})
-        bars[cells[0], " ".join([*fields[1:], *cells[1:]]) or "average"] = pooled
+        bars[", ".join(f"{field} {cell}" for field, cell in zip(fields, cells))] = pooled
     stem = f"by-{'-'.join(fields)}"
     note = "scores of a group's runs are pooled: mean ± standard deviation over runs and seeds"
     content = {"fields": fields, "groups": content}
     write_table(out, f"table-{stem}", title, table, [note], content)
-    print(plot_bars(out / f"figure-{stem}.png", bars, {}, title, fields[0]))
+    print(plot_bars(out / f"figure-{stem}.png", bars, {}, title))
 
 
 def write_samples(out, n, set_name, rows, paths):
@@ -118,16 +115,15 @@ def write_samples(out, n, set_name, rows, paths):
     paths: the files of the responses, {label: path}.
     """
     n = min(n, len(rows))
-    texts = {}
-    for label, path in paths.items():
-        texts[label] = {result["index"]: result["text"] for result in read_jsonl(path)}
+    results = {label: read_jsonl(path) for label, path in paths.items()}  # by the row's index
     page = [f"### Table 6: requests of {set_name} and the responses to them"]
     for row in (rows[i * len(rows) // n] for i in range(n)):
         page.append(f"#### {set_name}, row {row.index + 1}")
         parts = {"instruction": row.instruction, "input": row.input, "reference": row.references[0]}
         if not row.input:
             del parts["input"]
-        for name, text in (parts | {label: texts[label][row.index] for label in texts}).items():
+        parts |= {label: results[label][row.index]["text"] for label in results}
+        for name, text in parts.items():
             wrapped = "\n".join(textwrap.fill(line, 120) for line in text.splitlines())
             page.append(f"{name}:\n\n{textwrap.indent(wrapped, '    ')}")
     text = "\n\n".join(page) + "\n"
@@ -139,8 +135,8 @@ def write_samples(out, n, set_name, rows, paths):
 def save_plot(path, draw):
     """Draw a plot with draw(figure), which gets a matplotlib Figure, and write it as a PNG.
 
-    Returns the path or, if matplotlib is not installed or drawing fails, one line with the reason:
-    hours of work must not end with an error in a plot.
+    Returns the path or one line with the reason why there is no plot: hours of work must not end
+    with an error in a plot.
     """
     try:
         from matplotlib.figure import Figure
@@ -161,74 +157,63 @@ def plot_curves(run_dir):
     def draw(figure):
         lines = (run_dir / "metrics.jsonl").read_text().splitlines()
         metrics = [json.loads(line) for line in lines]
-
-        def plot(axes, name, label, marker=None):
+        figure.set_size_inches(10, 4)
+        left, right = figure.subplots(1, 2)
+        curves = {"loss": "loss", "prompt_kd": "prompt: L_kd", "prompt_reg": "prompt: L_reg"}
+        curves |= {"val_loss": "validation loss", "val_rouge_l": "ROUGE-L"}
+        for name, label in curves.items():
+            axes = right if name == "val_rouge_l" else left
+            marker = "o" if name.startswith("val_") else None
             points = [(values["step"], values[name]) for values in metrics if name in values]
             if points:
                 axes.plot(*zip(*points), label=label, linewidth=1, marker=marker)
-
-        figure.set_size_inches(10, 4)
-        left, right = figure.subplots(1, 2)
-        plot(left, "loss", "loss")
-        plot(left, "prompt_kd", "prompt: L_kd")
-        plot(left, "prompt_reg", "prompt: L_reg")
-        plot(left, "val_loss", "validation loss", marker="o")
         left.set(xlabel="optimizer step", ylabel="nats per token", title=run_dir.name)
         left.legend()
-        plot(right, "val_rouge_l", "ROUGE-L", marker="o")
         title = "validation" if right.lines else "no validation by ROUGE-L in this stage"
         right.set(xlabel="optimizer step", ylabel="ROUGE-L", title=title)
 
     return save_plot(run_dir / "curves.png", draw)
 
 
-def plot_bars(path, bars, lines, title, xlabel):
-    """Plot mean scores as grouped bars, with the standard deviation as error bar (see `save_plot`).
+def plot_bars(path, bars, lines, title):
+    """Plot mean scores as bars, with the standard deviation as error bar (see `save_plot`).
 
-    bars: {(group, series): scores}, in order of groups. lines: horizontal lines, {label: score}.
+    bars: {label: scores}, from top to bottom. lines: vertical lines, {label: score}.
     """
     if not bars:
         return "no plot (there is nothing to compare)"
-    all_series = list(dict.fromkeys(series for _, series in bars))
 
     def draw(figure):
-        figure.set_size_inches(min(14, 5 + 0.5 * len(bars)), 4 + 0.125 * len(all_series))
-        axes, handles, positions = figure.subplots(), {}, {}
-        for label, score in lines.items():
-            handles[label] = axes.axhline(score, linestyle="--", linewidth=1, color="black")
-        for i, ((group, series), scores) in enumerate(bars.items()):
-            group_positions = positions.setdefault(group, [])
-            x = i + len(positions)  # with a gap before each group
-            group_positions.append(x)
-            style = {"color": f"C{all_series.index(series) % 10}", "label": series}
-            bar = axes.bar(x, statistics.fmean(scores), yerr=std(scores), capsize=3, **style)
+        figure.set_size_inches(8, 1.5 + 0.3 * len(bars))
+        axes = figure.subplots()
+        for label, scores in bars.items():
+            mean = statistics.fmean(scores)
+            bar = axes.barh(label, mean, xerr=std(scores), capsize=3, color="C0")
             axes.bar_label(bar, fmt="%.1f", padding=2, fontsize=8)
-            handles[series] = bar
-        axes.set_xticks([statistics.fmean(xs) for xs in positions.values()], positions)
-        axes.set(title=textwrap.fill(title, 72), xlabel=xlabel, ylabel="ROUGE-L")
-        axes.margins(y=0.1)
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=2)
+        for label, score in lines.items():
+            axes.axvline(score, linestyle="--", linewidth=1, color="black", label=label)
+        axes.invert_yaxis()
+        axes.set(title=textwrap.fill(title, 72), xlabel="ROUGE-L")
+        if lines:
+            figure.legend(loc="outside lower center")
 
     return save_plot(path, draw)
 
 
 def plot_figure_1(path, scores, models, title):
-    """Plot a bar per student, grouped by size, and a dashed line per teacher.
+    """Plot a bar per student, in order of size, and a dashed line per teacher.
 
     scores: {label: [score per seed]}. models: {label: data.models.Model}.
     """
-
-    bars, lines, n_runs = {}, {}, Counter((model.size, model.kind) for model in models.values())
+    bars, lines = {}, {}
     for label, model in models.items():
         n = model.size
         size = f"{n / 1e6:,.0f} M" if n >= 1e7 else f"{n / 1e3:,.0f} thousand"
         if model.kind == "teacher":
-            lines[f"teacher, {size}"] = statistics.fmean(scores[label])
+            lines[f"{label}, {size}"] = statistics.fmean(scores[label])
         elif model.kind != "pretrain":
-            # A bar is called after its method where that is enough to identify the run.
-            unique = model.kind and n_runs[n, model.kind] == 1
-            bars[size, model.kind if unique else label] = scores[label]
-    return plot_bars(path, bars, lines, title, "parameters of the student")
+            bars[f"{label}, {size}"] = scores[label]
+    return plot_bars(path, bars, lines, title)
 
 
 # ---- exposure bias: Figures 3a and 3b --------------------------------------------------------
@@ -239,11 +224,10 @@ def last_reliable_step(columns):
 
 
 def write_figure(stem, series_name, series, settings, draw):
-    """Write a figure's curves as `stem`.csv and .json, and plot them as .png.
+    """Write a figure's curves as `stem`.csv and .json, and plot them. Returns a line of the files.
 
-    series: {label: {column: values}}, columns of equal length. series_name: what a label is, as
-    "student". draw(figure, series, subtitle): draws on a matplotlib Figure.
-    Returns a line that names the files.
+    series: {label: {column: values}}. series_name: what a label is, as "student". draw(figure,
+    series, subtitle): draws on a matplotlib Figure.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -251,8 +235,8 @@ def write_figure(stem, series_name, series, settings, draw):
     for label, columns in series.items():
         writer.writerows([label, *values] for values in zip(*columns.values()))
     write_atomic(f"{stem}.csv", text.getvalue())
-    content = {"settings": settings, f"{series_name}s": series}
-    write_atomic(f"{stem}.json", json.dumps(content) + "\n")
+    content = json.dumps({"settings": settings, f"{series_name}s": series})
+    write_atomic(f"{stem}.json", content + "\n")
     size = f"{settings['requests']} requests × {settings['samples']} samples"
     subtitle = f"{Path(settings['data']).name}: {size}; bands: 95 %, bootstrap over requests"
     plot = save_plot(f"{stem}.png", lambda figure: draw(figure, series, subtitle))
@@ -281,7 +265,6 @@ def plot_steps(figure, series, subtitle):
 
 def plot_training(figure, series, subtitle):
     """Plot Figure 3b: ExAccErr along training, at one generation step for all runs."""
-    figure.set_size_inches(7, 4.5)
     axes = figure.subplots()
     for label, columns in series.items():
         axes.plot(columns["percent"], columns["ex_acc_err"], label=label, marker="o")

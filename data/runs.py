@@ -21,15 +21,9 @@ from model import save
 from prompt import save_prompt
 
 RUN_FORMAT = 2  # of run.json and the files beside it; raise it when their meaning changes
-RECORD_FIELDS = {  # that are read; an optional one may be null or missing
-    "name": str,
-    "settings": dict,
-    "files": dict | None,
-    "paper": str | None,
-    "parameters": int | None,
-    "hours": float | int | None,
-    "complete": bool | None,
-}
+# The fields of run.json that are read. An optional one may be null or missing.
+RECORD_FIELDS = {"name": str, "settings": dict, "files": dict | None, "paper": str | None}
+RECORD_FIELDS |= {"parameters": int | None, "hours": float | int | None, "complete": bool | None}
 UNFINISHED = " (unfinished)"  # appended to the label of a run that is not complete
 
 
@@ -90,10 +84,8 @@ def read_record(model):
         return {}
     record = read_json(path, fix)
     if not isinstance(record, dict) or record.get("format") != RUN_FORMAT:
-        raise InputError(
-            f"{path}: was made by another version of this project; choose another --out, or remove "
-            f"{directory}"
-        )
+        problem = "was made by another version of this project"
+        raise InputError(f"{path}: {problem}; choose another --out, or remove {directory}")
     for field, kind in RECORD_FIELDS.items():
         if not isinstance(record.get(field), kind):
             raise InputError(f"{path}: field '{field}' is wrong; {fix}")
@@ -161,17 +153,10 @@ class MetricsLog:
 
 def format_metrics(metrics):
     """The metrics that a person follows, in one line."""
-    labels = {
-        "loss": "loss",
-        "lm_loss": "LM loss",
-        "prompt_kd": "L_kd",
-        "prompt_reg": "L_reg",
-        "kl_prompted_bare": "KL(prompted||bare)",
-        "val_loss": "val loss",
-        "val_rouge_l": "val ROUGE-L",
-        "val_bare_loss": "teacher's val loss bare",
-        "val_prompted_loss": "prompted",
-    }
+    labels = {"loss": "loss", "lm_loss": "LM loss", "prompt_kd": "L_kd", "prompt_reg": "L_reg"}
+    labels |= {"kl_prompted_bare": "KL(prompted||bare)"}
+    labels |= {"val_loss": "val loss", "val_rouge_l": "val ROUGE-L"}
+    labels |= {"val_bare_loss": "teacher's val loss bare", "val_prompted_loss": "prompted"}
     digits = {"val_rouge_l": 1}
     shown = [name for name in labels if name in metrics]
     return "  ".join(f"{labels[name]} {metrics[name]:.{digits.get(name, 3)}f}" for name in shown)
@@ -185,10 +170,8 @@ def format_time(seconds):
 def peak_memory(device):
     """Peak memory in GB: allocated and reserved on a GPU (as in Table 2), resident on a CPU."""
     if device.type == "cuda":
-        return {
-            "memory_allocated_gb": torch.cuda.max_memory_allocated() / 1e9,
-            "memory_reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
-        }
+        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        return {"memory_allocated_gb": allocated / 1e9, "memory_reserved_gb": reserved / 1e9}
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return {"memory_resident_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
 
@@ -222,10 +205,8 @@ def checkpoints(run):
     run = Path(run)
     best_step = read_record(run).get("best_step")
     if type(best_step) is not int or best_step <= 0:
-        raise InputError(
-            f"{run / 'run.json'}: has no 'best_step'; give the directory of a complete run of "
-            "train.py --keep 20"
-        )
+        fix = "give the directory of a complete run of train.py --keep 20"
+        raise InputError(f"{run / 'run.json'}: has no 'best_step'; {fix}")
     paths = [path for path in run.glob("kept/step-*") if path.name[5:].isdecimal()]
     if not paths:
         raise InputError(f"{run / 'kept'}: has no checkpoints; train the run with --keep 20")
@@ -239,13 +220,12 @@ def base_label(model):
     """The short name of the model that a run starts from, for naming stages: gpt2-xl for gpt2-xl
     itself and for every stage (pretrain, init, teacher) that was trained from it."""
     directory, record = run_dir(model), read_record(model)
-    if record and record["name"].startswith(("pretrain-", "init-", "teacher-")):
+    if record and run_kind(record) in ("pretrain", "init", "teacher"):
         start = record["settings"].get("student")
         if not isinstance(start, str):
-            raise InputError(
-                f"{directory / 'run.json'}: does not say which model the run started from "
-                f"('student'); remove {directory} and train it again"
-            )
+            problem = "does not say which model the run started from ('student')"
+            fix = f"remove {directory} and train it again"
+            raise InputError(f"{directory / 'run.json'}: {problem}; {fix}")
         if run_dir(start) != directory:  # they are equal if a run of gpt2 was copied to `gpt2`
             return base_label(start)
     return directory.name
@@ -274,12 +254,9 @@ def unique_labels(names):
 
 def run_labels(names):
     """Labels of models as in `unique_labels`, with a mark on runs that are not complete."""
-    labels = unique_labels(names)
-    for i, name in enumerate(names):
-        record = read_record(name) if os.path.exists(name) else {}
-        if record and not record.get("complete"):
-            labels[i] += UNFINISHED
-    return labels
+    records = [read_record(name) if os.path.exists(name) else {} for name in names]
+    marks = [UNFINISHED if record and not record.get("complete") else "" for record in records]
+    return [label + mark for label, mark in zip(unique_labels(names), marks)]
 
 
 def run_kind(record):

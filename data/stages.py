@@ -60,17 +60,12 @@ def plan_steps(s, n_examples):
     rollout_size = min(max(global_batch_size, s.rollout_size or 0), n_examples)
     rollout_steps = s.inner_epochs * (rollout_size // global_batch_size)
     steps_per_epoch = n_examples // rollout_size * rollout_steps
-    return {
-        "total_steps": s.steps or min(steps_per_epoch * s.epochs, s.max_steps or math.inf),
-        "steps_per_epoch": steps_per_epoch,
-        "global_batch_size": global_batch_size,
-        "rollout_size": rollout_size,
-        "rollout_steps": rollout_steps,
-    }
+    steps = {"steps_per_epoch": steps_per_epoch, "rollout_steps": rollout_steps}
+    steps["total_steps"] = s.steps or min(steps_per_epoch * s.epochs, s.max_steps or math.inf)
+    return steps | {"global_batch_size": global_batch_size, "rollout_size": rollout_size}
 
 
 def print_stage(run, directory, n_examples, start_step):
-    """Print what is about to be trained."""
     resuming = f", resuming after step {start_step:,}" if start_step else ""
     print0(
         f"\n{directory}: {run.settings.method}, {run.student.n_parameters():,} parameters, "
@@ -109,11 +104,10 @@ def load_data(s):
     else:
         tokenizer = load_tokenizer(dist.run_on_rank0(find_model_dir, s.student))
     dev_examples = encode_training_rows(dev_rows, tokenizer)
-    if s.method == "pretrain" and text_paths:
+    examples = [] if text_paths else encode_training_rows(rows, tokenizer)
+    documents = [e.request + e.response for e in examples]
+    if text_paths:
         documents = encode_texts(read_texts(text_paths[0], s.max_train_rows), tokenizer)
-    else:
-        examples = encode_training_rows(rows, tokenizer)
-        documents = [e.request + e.response for e in examples]
     if s.method != "pretrain" and len(examples) < len(rows):
         dropped = f"{len(rows) - len(examples)} of {len(rows)} rows"
         print0(f"{train_path}: {dropped} have a request over the limit and are left out")
@@ -124,12 +118,11 @@ def load_data(s):
             return packed_examples(documents, s.block_size, s.seed, epoch)
         return [examples[i] for i in epoch_order(len(examples), s.seed, epoch)]
 
-    problem = None
     if not epoch_examples(0):
         problem = "train.jsonl is too little to train on; give more or shorter rows"
-    elif not dev_examples:
+        raise InputError(f"data {s.data}: {problem}")
+    if not dev_examples:
         problem = "every validation row's request is over the limit; give shorter ones in dev.jsonl"
-    if problem:
         raise InputError(f"data {s.data}: {problem}")
     return StageData(tokenizer, dev_rows, dev_examples, epoch_examples)
 

@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+from contextlib import suppress
 from dataclasses import astuple
 from pickle import PickleError
 
@@ -15,11 +16,8 @@ from data.rows import Example
 
 def save_state(run, directory, progress):
     """Save what resuming needs. progress: step, best score and its step, and hours so far."""
-    state = {
-        "progress": progress,
-        "student": run.student.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-    }
+    state = {"progress": progress, "student": run.student.state_dict()}
+    state["optimizer"] = run.optimizer.state_dict()
     if run.P is not None:
         state |= {"P": run.P.detach(), "prompt_optimizer": run.prompt_optimizer.state_dict()}
     if run.scored_rollout is not None:
@@ -36,10 +34,9 @@ def write_state(path, state):
             torch.save(state, file)
     except (RuntimeError, OSError) as error:
         # torch.save raises RuntimeError while it handles the OSError of a full disk.
-        raise InputError(
-            f"{path}: can't be written ({error.__context__ or error}); free some disk space and "
-            "run the same command again to resume"
-        ) from error
+        cause = error.__context__ or error
+        fix = "free some disk space and run the same command again to resume"
+        raise InputError(f"{path}: can't be written ({cause}); {fix}") from error
     for old in list_states(path.parent)[2:]:
         old.unlink()
 
@@ -53,13 +50,10 @@ def find_newest_state(directory):
     """The newest undamaged state, None if there is none. Damaged ones are reported and renamed."""
     paths = list_states(directory / "state")
     for path in paths:
-        try:
+        with suppress(Exception):  # zipfile raises many kinds of errors
             # torch.load does not check the checksums.
-            damaged = zipfile.ZipFile(path).testzip() is not None
-        except Exception:  # zipfile raises many kinds of errors
-            damaged = True
-        if not damaged:
-            return path
+            if zipfile.ZipFile(path).testzip() is None:
+                return path
         os.replace(path, path.with_suffix(".damaged"))
         fallback = "this stage starts from scratch" if path == paths[-1] else "trying an older one"
         print0(f"{path}: is damaged; {fallback}")
@@ -82,6 +76,5 @@ def load_state(run, directory):
             run.scored_rollout = [Example(*row) for row in state["rollout"]]
         return state["progress"]
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, PickleError) as error:
-        raise InputError(
-            f"{path}: is not a state of this run; remove {path.parent} to start from scratch"
-        ) from error
+        fix = f"remove {path.parent} to start from scratch"
+        raise InputError(f"{path}: is not a state of this run; {fix}") from error

@@ -27,10 +27,9 @@ def load_tokenizer(directory=None):
         try:
             return tiktoken.get_encoding("gpt2")
         except Exception as error:  # tiktoken lets its HTTP client's errors through
-            raise InputError(
-                f"tokenizer 'gpt2': can't be downloaded ({type(error).__name__}); set "
-                "TIKTOKEN_CACHE_DIR to a directory that has it"
-            ) from error
+            problem = f"tokenizer 'gpt2': can't be downloaded ({type(error).__name__})"
+            fix = "set TIKTOKEN_CACHE_DIR to a directory that has it"
+            raise InputError(f"{problem}; {fix}") from error
     vocab_path, merges_path = Path(directory) / "vocab.json", Path(directory) / "merges.txt"
     hint = "fetch vocab.json and merges.txt again"
     vocab = read_json(vocab_path, hint)
@@ -63,10 +62,8 @@ def check_same_vocabulary(teacher, student, teacher_tokenizer, student_tokenizer
     tokenizers = teacher_tokenizer, student_tokenizer
     teacher_vocab, student_vocab = (t.decode_tokens_bytes(range(t.n_vocab)) for t in tokenizers)
     if teacher_vocab != student_vocab:
-        raise InputError(
-            f"teacher {teacher} and student {student} have different tokenizers; a KL over the "
-            "vocabulary needs one for both"
-        )
+        problem = f"teacher {teacher} and student {student} have different tokenizers"
+        raise InputError(f"{problem}; a KL over the vocabulary needs one for both")
 
 
 @functools.lru_cache(maxsize=4)

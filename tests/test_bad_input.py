@@ -15,6 +15,7 @@ import signal
 import struct
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -1517,12 +1518,16 @@ def full(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.fixture
-def file_size_limit():
-    """A function that limits the size of files until the end of the test, as a quota does."""
+@contextmanager
+def file_size_limit(size):
+    """Limits the size of files, as a quota does. Not for longer than the block: what pytest prints
+    may go to a file, too."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("command, name", FULL.values(), ids=FULL)
@@ -1534,11 +1539,12 @@ def test_a_full_disk(refused, bad, monkeypatch, command, name):
 
 
 @pytest.mark.parametrize("command, name", FULL.values(), ids=FULL)
-def test_a_file_that_the_system_does_not_let_grow(refused, bad, file_size_limit, command, name):
+def test_a_file_that_the_system_does_not_let_grow(refused, bad, command, name):
     if command.startswith("data.prepare"):
         (bad / "train.jsonl").unlink()  # as in `put`
-    file_size_limit(0)
-    has(refused(command), "File too large", name)
+    with file_size_limit(0):
+        line = refused(command)
+    has(line, "File too large", name)
 
 
 @pytest.mark.parametrize(
@@ -1552,13 +1558,10 @@ def test_an_impossible_file_of_results(refused, bad, make):
 
 
 @pytest.mark.parametrize("limit, name", [(1000, "model.safetensors"), (100, "config.json")])
-def test_a_checkpoint_that_does_not_fit_on_the_disk(
-    tmp_path, monkeypatch, file_size_limit, limit, name
-):
+def test_a_checkpoint_that_does_not_fit_on_the_disk(tmp_path, monkeypatch, limit, name):
     if name == "config.json":
         monkeypatch.setattr("model.save_tensors", lambda *_: None)
-    file_size_limit(limit)
-    with pytest.raises((OSError, InputError), match=name):
+    with file_size_limit(limit), pytest.raises((OSError, InputError), match=name):
         save(tiny_model(), tmp_path)
     assert snapshot(tmp_path) == {}
 

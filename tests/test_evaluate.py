@@ -930,9 +930,9 @@ def test_by_two_fields_has_a_bar_for_each_pair(tmp_path, group_by, monkeypatch):
     monkeypatch.setattr("data.report.plot_bars", plot_bars)
     _, printed = group_by("reg_weight", "prompt_init")
     assert plotted[-1] == {
-        ("0.0", "prompt_init text"): [3, 5],
-        ("1.0", "prompt_init random"): [4, 6],
-        ("1.0", "prompt_init text"): [1, 3, 2, 4],
+        "reg_weight 0.0, prompt_init text": [3, 5],
+        "reg_weight 1.0, prompt_init random": [4, 6],
+        "reg_weight 1.0, prompt_init text": [1, 3, 2, 4],
     }
     assert str(tmp_path / "out" / "figure-by-reg_weight-prompt_init.png") in printed
     groups, _ = group_by("name")
@@ -968,21 +968,25 @@ def test_figure_1_has_a_bar_per_method_and_size_and_the_teacher_as_a_line(
     call(*runs, "--data", one_row_set(tmp_path), "--out", tmp_path / "out")
     [axes] = drawn[0].axes
     bars = [container for container in axes.containers if hasattr(container, "patches")]
-    heights = {bar.get_label(): [patch.get_height() for patch in bar.patches] for bar in bars}
-    assert heights == {"gkd-b-s10": [10], "gkd-b-lr1-s10": [12], "kd": [6], "gkd": [8]}
-    for bar, n in zip(sorted(bars, key=lambda bar: bar.patches[0].get_height()), [3, 4, 5, 6]):
-        [[(_, low), (_, high)]] = bar.errorbar.lines[2][0].get_segments()
+    ticks = [label.get_text() for label in axes.get_yticklabels()]
+    widths = dict(zip(ticks, (bar.patches[0].get_width() for bar in bars), strict=True))
+    small_size, size = (
+        f"{model.n_parameters() / 1e3:.0f} thousand" for model in (tiny_model(small), talker())
+    )
+    assert widths == {
+        f"gkd-b-s10, {small_size}": 10,
+        f"gkd-b-lr1-s10, {small_size}": 12,
+        f"kd-a-s10, {size}": 6,
+        f"gkd-a-s10, {size}": 8,
+    }
+    for bar, n in zip(bars, [5, 6, 3, 4]):
+        [[(low, _), (high, _)]] = bar.errorbar.lines[2][0].get_segments()
         assert high - low == pytest.approx(2 * n * math.sqrt(2))
-    sizes = [tiny_model(small).n_parameters(), talker().n_parameters()]
-    ticks = [label.get_text() for label in axes.get_xticklabels()]
-    assert ticks == [f"{size / 1e3:.0f} thousand" for size in sizes]
     [line] = [line for line in axes.lines if line.get_linestyle() == "--"]
-    assert list(line.get_ydata()) == [2, 2]
+    assert list(line.get_xdata()) == [2, 2]
     [legend] = drawn[0].legends
-    labels = {text.get_text() for text in legend.get_texts()}
-    assert labels == {*heights, f"teacher, {sizes[1] / 1e3:.0f} thousand"}
-    assert axes.get_ylabel() == "ROUGE-L"
-    assert axes.get_xlabel()
+    assert [text.get_text() for text in legend.get_texts()] == [f"teacher-c, {size}"]
+    assert axes.get_xlabel() == "ROUGE-L"
     assert "near" in axes.get_title()
 
 
@@ -991,7 +995,7 @@ def test_without_matplotlib_everything_else_works(world, tmp_path, monkeypatch, 
     _, printed = run(world, tmp_path)
     assert "no plot (ModuleNotFoundError" in printed
     assert not list(tmp_path.glob("*.png"))
-    line = plot_bars(tmp_path / "none.png", {("a", "b"): [1.0]}, {}, "title", "x")
+    line = plot_bars(tmp_path / "none.png", {"a": [1.0]}, {}, "title")
     assert line.startswith("no plot (ModuleNotFoundError")
 
 
@@ -1005,7 +1009,7 @@ def test_an_error_while_drawing_is_one_line(tmp_path, plots):
     (tmp_path / "metrics.jsonl").write_text("{")
     assert plot_curves(tmp_path).startswith("no plot (JSONDecodeError: ")
     assert not list(tmp_path.glob("*.png"))
-    nothing_to_compare = plot_bars(tmp_path / "a.png", {}, {}, "title", "x")
+    nothing_to_compare = plot_bars(tmp_path / "a.png", {}, {}, "title")
     assert nothing_to_compare == "no plot (there is nothing to compare)"
 
 
