@@ -112,7 +112,7 @@ def exposure_curve(kl_q, kl_p, seed, label):
     """
     R, epsilon, ex_acc_err = excess_accumulated_error(kl_q, kl_p)
     if not (epsilon > 0).all():
-        raise InputError(f"{label}: its distribution is the teacher's own; leave the model out")
+        raise InputError(f"{label}: its distribution is the teacher's own; leave it out")
     X, L = len(kl_q), len(R)
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(X, np.full(X, 1 / X), BOOTSTRAP_SAMPLES)  # (B, X)

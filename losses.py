@@ -37,8 +37,8 @@ class _KL(torch.autograd.Function):
         d KL / d b_logits = b - a
         d KL / d a_logits = a ⊙ (log a - log b - KL)
 
-    The gradient through a softmax a is a ⊙ (g - Σ_v a_v g_v). With g = log a - log b + 1 the sum
-    is KL + 1, so the 1 cancels.
+    A softmax a turns a gradient u into a ⊙ (u - Σ_v a_v u_v). For u = d KL / d a = log a - log b
+    + 1 the sum is KL + 1, so the 1 cancels.
     """
 
     @staticmethod

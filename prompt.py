@@ -14,8 +14,8 @@ def hidden_states(model, ids, P=None, output_positions=None):
     """Hidden states (B, S, C) of ids (B, S): for p(y | P, x), or for p(y | x) if P is None.
 
     P: (prompt_length, C), in front of every row at positions 0 to prompt_length - 1, so that ids
-    move right; its own states are cut off. output_positions: (row, position) in ids of N tokens,
-    two tensors (N,). Then only their states are returned, (N, C). The model adds prompt_length to
+    move right; its own states are cut off. output_positions: two tensors (N,), rows and positions
+    in ids; if given, only the states there are returned, (N, C). The model adds prompt_length to
     these positions, so they mean the same tokens with and without P.
     """
     hidden = model(ids, prefix=P, output_positions=output_positions)
@@ -38,8 +38,8 @@ def response_hidden(model, batch, P=None):
 def freeze(teacher, dtype="float32"):
     """Make a teacher p: no gradients to its weights, no dropout.
 
-    In bfloat16 only the matrices of the blocks are converted, which halves their memory. Inside
-    bfloat16 autocast that changes no result: it would convert them at each use. Embeddings, head
+    In bfloat16 only the linear layers of the blocks are converted, which halves their memory.
+    bfloat16 autocast would convert them at each use anyway, so no result changes. Embeddings, head
     and LayerNorm stay float32.
     """
     if dtype == "bfloat16":

@@ -160,8 +160,8 @@ class Decoder:
         n_positions = min(m.config.n_positions for m in self.models)
         if longest + max_new_tokens > n_positions:
             raise InputError(
-                f"a request of {longest} tokens and {max_new_tokens} new ones exceed the model's "
-                f"{n_positions} positions; shorten them"
+                f"{longest} tokens of prompt and request and {max_new_tokens} new ones exceed the "
+                f"model's {n_positions} positions; shorten them"
             )
         size = (len(lengths), longest + max_new_tokens)
         dtype = torch.bfloat16 if dtype == "bfloat16" else model.wte.weight.dtype
@@ -202,7 +202,7 @@ def cut_responses(text, log_probs, requests, n_new, eos_token_id):
 def row_uniforms(n_tokens, *key):
     """The uniform numbers in [0, 1) that select a row's tokens, one per token.
 
-    key: (seed, stage, step or data set, row index). So the random numbers do not depend on ranks,
+    key: such as (seed, "rollout", step, row index), so the numbers do not depend on ranks,
     batch size or resuming. Samples may differ where another batch size rounds a logit differently.
     """
     entropy = [part if isinstance(part, int) else zlib.crc32(part.encode()) for part in key]
@@ -251,7 +251,7 @@ def sample_all(
 
 def sampling_batch_size(models, n_rows, max_new_tokens, dtype, max_request=MAX_REQUEST):
     """How many of n rows to sample at once: on a GPU, as many as fit in CACHE_SHARE of its total
-    memory. Not of what is free: then a resumed run has the same batch size and rounding."""
+    memory. The total, not what is free, so a resumed run has the same batch size and rounding."""
     device = models[0].wte.weight.device
     if device.type == "cpu":
         return CPU_BATCH_SIZE

@@ -186,8 +186,8 @@ def promptkd_step(run, examples, t):
     batches, n_tokens = split_global_batch(run, sampled)
 
     # Tune the prompt, so that the teacher becomes student-friendly. Gradient to P only.
-    prompt_metrics = prompt_backward(run, L_P, batches, n_tokens)
-    prompt_metrics |= {"prompt_grad_norm": clip_and_step(run.prompt_optimizer), "lambda": lam}
+    prompt_metrics = prompt_backward(run, L_P, batches, n_tokens) | {"lambda": lam}
+    prompt_metrics["prompt_grad_norm"] = clip_and_step(run.prompt_optimizer)  # updates P
     record_time(run, "prompt")
 
     # Distil from the teacher with the prompt just updated. Gradient to θ only.
@@ -242,14 +242,14 @@ def minillm_step(run, examples, t):
     batch_size, compare_with = run.global_batch_size, [(run.teacher, None)]
     if t % run.rollout_steps == 0:
         run.scored_rollout = minillm_rollout(run, examples, t)
-    # Several inner epochs go over the same rollout, each in another order.
+    # Several epochs over each rollout, numbered across rollouts, each in another order.
     inner_epoch, k = divmod(t, len(run.scored_rollout) // batch_size)
     order = epoch_order(len(run.scored_rollout), run.settings.seed, inner_epoch)
     examples = [run.scored_rollout[i] for i in order[k * batch_size : (k + 1) * batch_size]]
 
     def L_theta(batch, span, q, p):
         scores = [score for e in batch.examples for score in e.scores][span]
-        scores = torch.tensor(scores, dtype=torch.float64, device=run.device).float()
+        scores = torch.tensor(scores, dtype=q.dtype, device=run.device)
         log_q, w, R = scores.view(-1, 3).T  # (n,) each
         return losses.minillm_loss(q, p, batch.targets[span], log_q, w, R)
 
