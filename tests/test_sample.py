@@ -242,7 +242,7 @@ def test_all_positions_can_be_used_and_more_are_an_error(model):
     request = [1] * 50  # 50 + 14 = 64 positions
     [response], _ = sample(model, [request], None, 99, MAX_NEW_TOKENS)
     assert response == plain_sample(model, request, None)[0]
-    message = "50 tokens and 15 new ones exceed the model's 64 positions"
+    message = "50 tokens of prompt and request and 15 new ones exceed the model's 64 positions"
     with pytest.raises(InputError, match=message):
         sample(model, [request], None, EOS, MAX_NEW_TOKENS + 1)
     with pytest.raises(InputError, match="51 tokens"):
@@ -327,7 +327,7 @@ def test_a_mixture_has_the_positions_of_the_model_with_fewer(n_student, n_teache
     mix = (teacher, 0.2)
     [response], _ = sample(student, [request], u, 99, MAX_NEW_TOKENS, teacher_mix=mix)
     assert response == plain_mixed_sample(student, *mix, request, u[0], eos_token_id=99)[0]
-    message = "17 tokens and 14 new ones exceed the model's 30 positions"
+    message = "17 tokens of prompt and request and 14 new ones exceed the model's 30 positions"
     with pytest.raises(InputError, match=message):
         sample(student, [[*request, 1]], u, 99, MAX_NEW_TOKENS, teacher_mix=mix)
 
