@@ -19,17 +19,18 @@ import statistics
 from pathlib import Path
 
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenize import tokenize
 from tqdm import tqdm
 
-from data import dist, report
-from data.cli import InputError, check_output_dir, parse_arguments, run_command_line, write_atomic
+from data import cli, dist, report
+from data.cli import InputError, write_atomic
 from data.dist import print0
-from data.hub import WEIGHTS_FILES, find_model_dir
+from data.hub import model_hash
 from data.models import load_model, open_models, table_sort_key
 from data.options import add_decoding_options, add_precision_option, number_in_range
 from data.paper import BANNED_NGRAM, COSTS, DEMO_SETS, PAPER_COSTS, PAPER_SAMPLING, paper_reported
 from data.prepare import PUBLIC_SETS, find_data_dir
-from data.rows import check_field, encode_request, is_text_list, read_jsonl, read_rows, text_field
+from data.rows import encode_request, read_jsonl, read_rows, references_field, text_field
 from data.runs import UNFINISHED, read_record, run_dir, run_kind, run_labels, unique_labels
 from sample import decode_response, sample_all, sampling_batch_size
 
@@ -49,6 +50,13 @@ def rouge_l(responses, references):
         100 * max(scorer.score(text, response)["rougeL"].fmeasure for text in texts)
         for response, texts in zip(responses, references)
     ]
+
+
+def print_unscorable(label, references):
+    """Print how many of a data set's rows ROUGE-L can't score, if there are any."""
+    if n := sum(not any(tokenize(text, None) for text in texts) for texts in references):
+        problem = f"{n} of {len(references)} rows have no reference that ROUGE-L can score"
+        print0(f"{label}: {problem} (it drops all but a-z and 0-9); they score 0")
 
 
 def mean_rouge_l(results):
@@ -106,16 +114,6 @@ def sha256(content):
     return hashlib.sha256(content).hexdigest()
 
 
-def weights_hash(model):
-    """SHA-256 of a model's weights file; "" if there is no single file."""
-    for name in WEIGHTS_FILES:
-        path = find_model_dir(str(model)) / name
-        if path.is_file():
-            with open(path, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-    return ""
-
-
 def write_kept(path, provenance, results):
     """Keep responses, if `path` is not None; in a .json beside them, provenance and their hash."""
     if path is None:
@@ -132,13 +130,12 @@ def read_kept(path, provenance):
         return None
     provenance = provenance | {"responses": sha256(path.read_bytes())}
     try:
-        found = json.loads(path.with_suffix(".json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        found = None
-    found = found if isinstance(found, dict) else {}
+        found = dict(json.loads(path.with_suffix(".json").read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        found = {}
     changed = [name for name in provenance | found if found.get(name) != provenance.get(name)]
     if not changed:
-        return read_jsonl(path)
+        return [result for _, result in read_jsonl(path)]
     # print would write into the progress bar.
     tqdm.write(f"{path}: made with different {', '.join(changed)}; sampling again")
     return None
@@ -157,16 +154,17 @@ def evaluate_models(
     columns = columns or {name: (name, 0) for name in sets}
     scores = {label: {column: [] for column in columns} for label in models}
     set_hashes = {name: sha256(repr(rows).encode()) for name, rows in sets.items()}
+    fix = "run evaluate.py with a lower --batch, or use a smaller model"
     n_rows = len(models) * len(seeds) * sum(len(sets[name]) for name, _ in columns.values())
     with progress_bar(n_rows) as bar:
         for label, name in models.items():
             model = None  # loaded when responses are missing
-            weights = dist.run_on_rank0(weights_hash, name) if response_dir else None
+            identity = dist.run_on_rank0(model_hash, name) if response_dir else None
             for column, seed in itertools.product(columns, seeds):
                 set_name, ban = columns[column]
                 rows, kwargs = sets[set_name], {"no_repeat_ngram": ban, **sampling_kwargs}
-                provenance = {"weights": weights, "rows": len(rows), "data": set_hashes[set_name]}
-                provenance |= {"seed": seed, **kwargs}
+                provenance = {"model": identity, "data": set_hashes[set_name], "seed": seed}
+                provenance |= kwargs
                 path = response_dir and response_path(response_dir, label, set_name, seed, ban)
                 results = dist.run_on_rank0(read_kept, path, provenance)
                 if results is not None:
@@ -176,7 +174,8 @@ def evaluate_models(
                         model, tokenizer = load_model(name, device)
                     bar.set_description(f"{label} on {column}, seed {seed}")
                     key = (seed, "evaluate", set_name.rsplit("/")[-1])
-                    results = evaluate(model, tokenizer, rows, key, bar, batch_size, **kwargs)
+                    with cli.explain_out_of_memory(f"{label} on {column}", fix):
+                        results = evaluate(model, tokenizer, rows, key, bar, batch_size, **kwargs)
                     dist.run_on_rank0(write_kept, path, provenance, results)
                 scores[label][column].append(mean_rouge_l(results))
                 n = sum(result["shortened"] for result in results)
@@ -261,23 +260,21 @@ def table_1(args, device):
     data = {model.record["settings"].get("data") for model in models.values() if model.record}
     names = args.data or (["demo"] if data == {"demo"} else list(PUBLIC_SETS))
     sets = open_sets(names, args.rows)
+    for label, rows in sets.items():
+        print_unscorable(label, [row.references for row in rows])
     public = [name for name in sets if name in PUBLIC_SETS and name in names]
     columns, averages = plan_columns(sets, public, list(dict.fromkeys(args.no_repeat_ngram or [])))
-    sampling = {"max_new_tokens": args.max_new, "temperature": args.temperature}
-    sampling |= {"top_k": args.top_k, "top_p": args.top_p, "greedy": args.greedy}
-    kwargs = sampling | {"dtype": args.dtype}
+    options = {name: getattr(args, name) for name in (*PAPER_SAMPLING, "dtype")}
     names, kept = {label: model.name for label, model in models.items()}, out / "responses"
-    scores = evaluate_models(names, sets, seeds, device, columns, kept, args.batch, **kwargs)
+    scores = evaluate_models(names, sets, seeds, device, columns, kept, args.batch, **options)
     if dist.rank() > 0:
         return
-    settings = {name: getattr(args, name) for name in ("data", "rows", "no_repeat_ngram", "batch")}
-    settings |= {"seeds": seeds, **kwargs}
     n_rows, reported = {name: len(sets[name]) for name in public}, {}
-    for label, model in models.items():
-        if sampling == PAPER_SAMPLING:
+    if PAPER_SAMPLING.items() <= options.items():
+        for label, model in models.items():
             reported[label] = paper_reported(model.paper, columns, n_rows, averages)
     scores = add_averages(scores, averages)
-    write_table_1(out, models, columns, averages, scores, reported, settings)
+    write_table_1(out, models, columns, averages, scores, reported, vars(args) | {"seeds": seeds})
 
     average, averaged = next(iter(averages.items()))
     means = {label: of_model[average] for label, of_model in scores.items()}
@@ -319,10 +316,11 @@ def write_table_1(out, models, columns, averages, scores, reported, settings):
 def measured_costs(name, record):
     """A run's peak memory (GB), from its metrics.jsonl, and its hours: {field of COSTS: value}."""
     path = run_dir(name) / "metrics.jsonl"
-    lines = read_jsonl(path) if path.is_file() and path.stat().st_size else []
+    has_steps = path.is_file() and path.stat().st_size > 0
+    steps = [step for _, step in read_jsonl(path)] if has_steps else []
     costs = {}
     for field in COSTS:
-        values = [s[field] for s in (record, *lines) if isinstance(s.get(field), float | int)]
+        values = [s[field] for s in (record, *steps) if isinstance(s.get(field), float | int)]
         costs |= {field: max(values)} if values else {}
     return costs
 
@@ -335,10 +333,9 @@ def table_2(names, out):
         if not record:
             print0(f"{name}: has no run.json, left out")
             continue
-        kind, in_paper = run_kind(record), record.get("paper", "").endswith(" base")
-        paper = dict(zip(COSTS, PAPER_COSTS.get(kind, ()) if in_paper else ()))
+        paper = dict(zip(COSTS, PAPER_COSTS.get(record.get("paper"), ())))
         costs[label] = {"measured": measured_costs(name, record), "paper": paper}
-        order[label] = table_sort_key(kind, record.get("parameters", 0))
+        order[label] = table_sort_key(run_kind(record), record.get("parameters", 0))
     if not costs:
         raise InputError("none of the directories has a run.json; name runs, as in: --cost out/*/")
     costs = {label: costs[label] for label in sorted(costs, key=order.get)}
@@ -382,14 +379,11 @@ def group_runs(models, fields):
 # ---- the command -----------------------------------------------------------------------------
 def print_file_score(args):
     """Print the ROUGE-L of a file of responses, and write it row by row to --json."""
-    responses, references, expected = [], [], "a string or a list of strings"
-    for number, line in enumerate(read_jsonl(args.score), start=1):
-        responses.append(text_field(line, "text", f"{args.score}, line {number}"))
-    for number, line in enumerate(read_jsonl(args.references), start=1):
-        location, output = f"{args.references}, line {number}", line.get("output")
-        references.append(output if isinstance(output, list) else [output])
-        check_field(is_text_list(references[-1]), location, "output", output, expected)
+    responses = [text_field(line, "text", location) for location, line in read_jsonl(args.score)]
+    rows = read_jsonl(args.references)
+    references = [references_field(line, location) for location, line in rows]
     scores = rouge_l(responses, references)
+    print_unscorable(args.references, references)
     mean = statistics.fmean(scores)
     print(f"ROUGE-L {mean:.4f} over {len(scores)} rows")
     if args.json:
@@ -418,7 +412,7 @@ def parse_args(argv):
     add("--json", metavar="FILE", help="with --score: the scores of all rows go here")
     add_decoding_options(parser)
     add_precision_option(parser)
-    args = parse_arguments(parser, argv)
+    args = cli.parse_arguments(parser, argv)
     if bool(args.score) != bool(args.references) or (args.score and args.models):
         raise InputError("--score RESPONSES.jsonl goes with --references TEST.jsonl without models")
     if args.score:
@@ -429,7 +423,7 @@ def parse_args(argv):
         raise InputError("name at least one run or model, as in: evaluate.py gpt2 --data dolly")
     if args.by and len(args.by) > 2:
         raise InputError(f"--by takes one or two fields, not {len(args.by)}")
-    check_output_dir(args.out)
+    cli.check_output_dir(args.out)
     return args
 
 
@@ -447,4 +441,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_command_line(main)
+    cli.run_command_line(main)

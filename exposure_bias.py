@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import dist
-from data.cli import InputError, check_output_dir, parse_arguments, run_command_line
+from data import cli, dist
+from data.cli import InputError
 from data.dist import print0
 from data.models import find_model, load_model
 from data.options import add_precision_option, number_in_range
@@ -218,7 +218,7 @@ def parse_args(argv):
     add("--micro-batch", type=positive, default=8, help="responses scored at once (default 8)")
     add("--out", default="out/exposure_bias", metavar="DIR", help="tables and plots go here")
     add_precision_option(parser, "float32")
-    args = parse_arguments(parser, argv)
+    args = cli.parse_arguments(parser, argv)
     if not args.students and not args.along:
         raise InputError("name --students RUN|MODEL... for Figure 3a, or --along RUN... for 3b")
     return args
@@ -226,7 +226,7 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    check_output_dir(args.out)
+    cli.check_output_dir(args.out)
     device, args.dtype = dist.init_process(args.dtype or "float32")
     path = dist.run_on_rank0(find_data_dir, args.data) / "test.jsonl"
     rows = read_rows(path, args.rows, needs_output=False)
@@ -235,16 +235,18 @@ def main(argv=None):
     # Check every student before anything is sampled, which can take hours.
     for student in itertools.chain(args.students, *(kept.values() for kept in runs.values())):
         check_same_vocabulary(args.teacher, student, tokenizer, find_model(student)[1])
-    teacher = Teacher(p, tokenizer, rows, args)
     settings = vars(args) | {"requests": len(rows)}
     for name in ("out", "batch", "micro_batch"):  # batch sizes change the speed only
         del settings[name]
-    if args.students:
-        write_figure_3a(teacher, args, settings)
-    if args.along:
-        write_figure_3b(teacher, runs, args, settings)
+    fix = "lower --batch or --micro-batch, or use smaller models"
+    with cli.explain_out_of_memory(f"students of {args.teacher} on {args.data}", fix):
+        teacher = Teacher(p, tokenizer, rows, args)
+        if args.students:
+            write_figure_3a(teacher, args, settings)
+        if args.along:
+            write_figure_3b(teacher, runs, args, settings)
     dist.shutdown()
 
 
 if __name__ == "__main__":
-    run_command_line(main)
+    cli.run_command_line(main)

@@ -7,16 +7,16 @@ import json
 import math
 import platform
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from data.cli import InputError, atomic_path, read_json, write_atomic
+from data.cli import InputError, read_json, write_atomic
+from data.hub import weights_files
+from data.tensors import read_tensors, save_tensors
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,14 @@ class GPT(nn.Module):
         prefix: a soft prompt (prompt_length, C) in front of every row; None: prompt_length is 0.
         cache: a KVCache with the tokens before `ids`; the new tokens are added to it.
         output_positions: row and position in `ids` of N tokens, two tensors (N,). Then only their
-        states are returned, (N, C), and the last layer's MLP skips all others.
+        states are returned, (N, C), and the last layer's MLP skips all others. A last token beyond
+        the model's positions is not read: it is only predicted.
         """
+        prompt_length = 0 if prefix is None else len(prefix)
+        if output_positions is not None:
+            rows, columns = output_positions
+            output_positions = (rows, columns + prompt_length)
+            ids = ids[:, : self.config.n_positions - prompt_length]
         x = self.wte(ids)  # (B, T, C)
         if prefix is not None:
             # (B, prompt_length + T, C)
@@ -62,9 +68,6 @@ class GPT(nn.Module):
         else:
             positions, mask = cache.extend(x.shape[1])
         x = self.drop(x + self.wpe(positions))
-        if output_positions is not None and prefix is not None:
-            rows, columns = output_positions
-            output_positions = (rows, columns + len(prefix))
         for layer, block in enumerate(self.h):
             x = block(x, mask, cache, layer, output_positions if block is self.h[-1] else None)
         return self.ln_f(x)
@@ -262,12 +265,15 @@ def packed_weights(*models):
 
 # Stored as (in, out), the transpose of nn.Linear.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-LAYOUT = "a checkpoint directory has config.json and model.safetensors"
-NOT_FINITE = "has values that are not finite; the file is damaged or its training diverged"
+# Parts of tensor names that DDP and DeepSpeed, torch.compile, FSDP, TRL and transformers add.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+WRAPPERS |= {"pretrained_model", "transformer"}
+# Why a model may have other tensors: TRL's value heads, reward models, adapters of peft.
+ALONE = "save the language model alone: no value head or classifier, LoRA merged (merge_and_unload)"
 
 # The sizes that config.json must have, with their limits.
-MAX_SIZES = {"n_layer": 1_000}
-MAX_SIZES |= dict.fromkeys(("n_embd", "n_head", "vocab_size", "n_positions"), 1_000_000)
+MAX_SIZES = {"n_layer": 1_000, "n_embd": 10**6, "n_head": 10**6}
+MAX_SIZES |= {"vocab_size": 10**6, "n_positions": 10**6}
 # What GPT-2 fixes and this code relies on.
 FIXED = {
     "model_type": "gpt2",
@@ -285,37 +291,43 @@ def check(condition, subject, problem):
         raise InputError(f"{subject} {problem}")
 
 
-def load(directory, dropout=None):
+def load(directory, dropout=None, vocab_size=None):
     """The model of a Hugging Face GPT-2 directory, float32, on the CPU.
 
-    Reads config.json with model.safetensors or pytorch_model.bin, tensor names with and without
-    `transformer.`, and files with the buffers `attn.bias` or with `lm_head.weight`.
-    dropout: replaces the configuration's own. Raises InputError with the file and the tensor.
+    Reads config.json and the weights: one file or shards with an index, safetensors or pickles,
+    tensor names with the prefixes of WRAPPERS, the buffers `attn.bias`, and `lm_head.weight`.
+    dropout: replaces the configuration's own. vocab_size: how many rows of the token embedding to
+    keep; by default all. Raises InputError with the file and the tensor.
     """
-    config = read_config(directory, dropout)
-    path, tensors = read_tensors(Path(directory))
+    stored = read_config(directory, dropout)
+    config = stored if vocab_size is None else replace(stored, vocab_size=vocab_size)
     with torch.device("meta"):  # no memory and no random numbers: all weights are replaced
-        model = GPT(config)
-    expected = model.state_dict()
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    head = tensors.pop("lm_head.weight", None)
-    state, gpt = {}, f"a GPT-2 with {config.n_layer} layers"
-    for name, tensor in tensors.items():
+        model, expected = GPT(config), GPT(stored).state_dict()
+    expected["lm_head.weight"] = expected["wte.weight"]
+    state = {}
+    for path, stored_name, tensor in read_tensors(directory):
+        name = ".".join(part for part in stored_name.split(".") if part not in WRAPPERS)
         if name.endswith((".attn.bias", ".attn.masked_bias")):
             continue  # the causal mask, stored as a buffer
-        key, shape = f"{path}: tensor '{name}'", tuple(tensor.shape)
-        check(name in expected, key, f"is not part of {gpt}; config.json belongs to another model")
+        key, shape = f"{path}: tensor '{stored_name}'", tuple(tensor.shape)
+        problem = f"is not part of a GPT-2 with {config.n_layer} layers"
+        check(name in expected, key, f"{problem}; give the model's own config.json, and {ALONE}")
+        check(name not in state, key, f"is stored twice; keep one tensor for '{name}'")
         check(tensor.is_floating_point(), key, f"is {tensor.dtype}; weights must be floating-point")
         if name.endswith(TRANSPOSED) and tensor.ndim == 2:
             tensor = tensor.T
         fits = tensor.shape == expected[name].shape
         check(fits, key, f"has shape {shape}, which does not fit config.json")
+        if name in ("wte.weight", "lm_head.weight") and len(tensor) > config.vocab_size:
+            tensor = tensor[: config.vocab_size].clone()  # frees the other rows
         state[name] = tensor.float().contiguous()
-        check(torch.isfinite(state[name]).all(), key, NOT_FINITE)
-    for name in expected:
-        check(name in state, f"{path}: tensor '{name}'", "is missing; fetch the file again")
-    wte = state["wte.weight"]
-    tied = head is None or (head.shape == wte.shape and torch.equal(head.float(), wte))
+        problem = "has values that are not finite; the file is damaged or its training diverged"
+        check(torch.isfinite(state[name]).all(), key, problem)
+    path = weights_files(directory)[0]  # the index, if there are shards
+    head = state.pop("lm_head.weight", None)
+    for name in model.state_dict():
+        check(name in state, f"{path}: tensor '{name}'", "is missing; fetch the weights again")
+    tied = head is None or torch.equal(head, state["wte.weight"])
     key = f"{path}: tensor 'lm_head.weight'"
     check(tied, key, "differs from 'wte.weight'; GPT-2's head is its token embedding")
     model.load_state_dict(state, assign=True)
@@ -325,14 +337,14 @@ def load(directory, dropout=None):
 def read_config(directory, dropout=None):
     """The Config of a checkpoint directory. Raises InputError for a field that is not GPT-2's."""
     path = Path(directory) / "config.json"
-    check(path.exists(), f"{path}:", f"no such file; {LAYOUT}")
+    layout = "a checkpoint directory has config.json and model.safetensors"
+    check(path.exists(), f"{path}:", f"no such file; {layout}")
     values = read_json(path, "fetch it again")
-    check(isinstance(values, dict), f"{path}:", "must be a JSON object; fetch it again")
     for name, limit in MAX_SIZES.items():
-        field, size = f"{path}: field '{name}'", values.get(name)
-        check(name in values, field, "is missing; this is not a GPT-2")
+        size = values.get(name)
         valid = type(size) is int and 1 <= size <= limit
-        check(valid, field, f"must be an integer from 1 to {limit:,}, not {size!r}")
+        problem = f"must be an integer from 1 to {limit:,}, not {size!r}"
+        check(valid, f"{path}: field '{name}'", problem)
     C, H = values["n_embd"], values["n_head"]
     check(C % H == 0, f"{path}:", f"n_embd {C} can't be divided among n_head {H}")
     for name, value in (FIXED | {"n_inner": 4 * C}).items():
@@ -345,30 +357,11 @@ def read_config(directory, dropout=None):
     return Config(**{name: values[name] for name in MAX_SIZES}, dropout=rate)
 
 
-def read_tensors(directory):
-    """The path of a directory's weights and the tensors by name."""
-    path, pickled = directory / "model.safetensors", directory / "pytorch_model.bin"
-    check(path.is_file() or pickled.is_file(), f"{path}:", f"no such file; {LAYOUT}")
-    path = path if path.is_file() else pickled
-    try:
-        if path != pickled:
-            return path, load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files fail in many ways
-        problem = f"is truncated, damaged or not a file of tensors ({type(error).__name__})"
-        raise InputError(f"{path}: {problem}; fetch it again") from error
+def save(model, directory, eos_token_id=None):
+    """Write model.safetensors and config.json as Hugging Face does, each atomically.
 
-    def is_weight(name, tensor):
-        is_named_tensor = isinstance(name, str) and isinstance(tensor, torch.Tensor)
-        return is_named_tensor and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
-
-    valid = isinstance(state, dict) and all(is_weight(*item) for item in state.items())
-    check(valid, f"{path}:", "must hold a dictionary of tensors, GPT-2's weights by name")
-    return path, state
-
-
-def save(model, directory):
-    """Write model.safetensors and config.json as Hugging Face does, each atomically."""
+    eos_token_id: the id of the tokenizer's end-of-text; by default the last one.
+    """
     state = {}
     for name, tensor in model.state_dict().items():
         tensor = tensor.detach().float().cpu()
@@ -376,6 +369,7 @@ def save(model, directory):
     save_tensors(state, Path(directory) / "model.safetensors")
     sizes = asdict(model.config)
     dropout = sizes.pop("dropout")
+    eos_token_id = sizes["vocab_size"] - 1 if eos_token_id is None else eos_token_id
     values = {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
@@ -386,15 +380,6 @@ def save(model, directory):
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout),
         "initializer_range": 0.02,
         "tie_word_embeddings": True,
-        **dict.fromkeys(("bos_token_id", "eos_token_id"), sizes["vocab_size"] - 1),
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), eos_token_id),
     }
     write_atomic(Path(directory) / "config.json", json.dumps(values, indent=2) + "\n")
-
-
-def save_tensors(tensors, path):
-    """Write a safetensors file atomically. Raises InputError or OSError, as for a full disk."""
-    try:
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise InputError(f"{path}: can't be written ({error}); free some disk space") from error

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from data.cli import InputError
-from model import save_tensors
+from data.tensors import load_tensors, save_tensors
 
 
 def hidden_states(model, ids, P=None, output_positions=None):
@@ -82,7 +81,7 @@ def load_prompt(path, width):
         path = path / "prompt.safetensors"
     hint = "a PromptKD run keeps its prompt in best/prompt.safetensors"
     try:
-        P = load_file(path).get("prompt")
+        P = load_tensors(path).get("prompt")
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; {hint}") from error
     except (SafetensorError, OSError, ValueError) as error:

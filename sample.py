@@ -15,19 +15,10 @@ import torch
 from tqdm import tqdm
 
 from data import dist
+from data import rows as data_rows
 from data.cli import InputError, parse_arguments, run_command_line
 from data.models import load_model
 from data.options import add_decoding_options, add_precision_option, number_in_range
-from data.rows import (
-    MAX_NEW_TOKENS,
-    MAX_REQUEST,
-    Row,
-    count_complete_lines,
-    encode_request,
-    encode_training_rows,
-    pad,
-    read_rows,
-)
 from model import KVCache, packed_weights, precision
 from prompt import load_prompt
 
@@ -43,7 +34,7 @@ def sample(
     requests,
     uniforms,
     eos_token_id,
-    max_new_tokens=MAX_NEW_TOKENS,
+    max_new_tokens=data_rows.MAX_NEW_TOKENS,
     temperature=1.0,
     top_k=0,
     top_p=1.0,
@@ -64,7 +55,7 @@ def sample(
     exceed the model's positions.
     """
     device = model.wte.weight.device
-    ids, lengths = pad(requests, device)  # (B, S), (B,)
+    ids, lengths = data_rows.pad(requests, device)  # (B, S), (B,)
     n_prompt = 0 if P is None else len(P)
     decoder = Decoder(model, teacher_mix, n_prompt + lengths, max_new_tokens, dtype)
     text = torch.nn.functional.pad(ids, (0, max_new_tokens))  # (B, S + max_new_tokens)
@@ -158,12 +149,11 @@ class Decoder:
         self.lengths = lengths  # (B,), of prompt and request
         longest = int(lengths.max())
         n_positions = min(m.config.n_positions for m in self.models)
-        if longest + max_new_tokens > n_positions:
-            raise InputError(
-                f"{longest} tokens of prompt and request and {max_new_tokens} new ones exceed the "
-                f"model's {n_positions} positions; shorten them"
-            )
-        size = (len(lengths), longest + max_new_tokens)
+        max_seq_len = longest + max_new_tokens - 1  # the last new token is never read
+        if max_seq_len > n_positions:
+            problem = f"{longest} tokens of prompt and request and {max_new_tokens} new ones exceed"
+            raise InputError(f"{problem} the model's {n_positions} positions; shorten them")
+        size = (len(lengths), max_seq_len)
         dtype = torch.bfloat16 if dtype == "bfloat16" else model.wte.weight.dtype
         self.caches = [KVCache(m.config, *size, lengths.device, dtype) for m in self.models]
 
@@ -205,8 +195,8 @@ def row_uniforms(n_tokens, *key):
     key: such as (seed, "rollout", step, row index), so the numbers do not depend on ranks,
     batch size or resuming. Samples may differ where another batch size rounds a logit differently.
     """
-    entropy = [part if isinstance(part, int) else zlib.crc32(part.encode()) for part in key]
-    return np.random.default_rng(entropy).random(n_tokens, dtype=np.float32)
+    seeds = [k if isinstance(k, int) else zlib.crc32(k.encode(errors="surrogatepass")) for k in key]
+    return np.random.default_rng(seeds).random(n_tokens, dtype=np.float32)
 
 
 def sample_all(
@@ -214,12 +204,10 @@ def sample_all(
     requests,
     rng_keys,
     eos_token_id,
-    max_new_tokens=MAX_NEW_TOKENS,
+    max_new_tokens=data_rows.MAX_NEW_TOKENS,
     batch_size=None,
     greedy=False,
     label=None,
-    teacher_mix=None,
-    dtype="float32",
     **sampling_kwargs,
 ):
     """`sample` for any number of requests, in batches of similar length.
@@ -229,11 +217,11 @@ def sample_all(
     """
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i]))
     if batch_size is None:
-        P = sampling_kwargs.get("P")
+        P, teacher_mix = (sampling_kwargs.get(name) for name in ("P", "teacher_mix"))
         longest = max(map(len, requests), default=0) + (0 if P is None else len(P))
         models = [model] if teacher_mix is None else [model, teacher_mix[0]]
+        dtype = sampling_kwargs.get("dtype", "float32")
         batch_size = sampling_batch_size(models, len(requests), max_new_tokens, dtype, longest)
-    sampling_kwargs |= {"teacher_mix": teacher_mix, "dtype": dtype}
     responses, log_probs = [None] * len(requests), [None] * len(requests)
     disable = None if label and dist.rank() == 0 else True  # None: shown on a terminal only
     with tqdm(total=len(requests), desc=label, unit="row", leave=False, disable=disable) as bar:
@@ -249,7 +237,7 @@ def sample_all(
     return responses, log_probs
 
 
-def sampling_batch_size(models, n_rows, max_new_tokens, dtype, max_request=MAX_REQUEST):
+def sampling_batch_size(models, n_rows, max_new_tokens, dtype, max_request=data_rows.MAX_REQUEST):
     """How many of n rows to sample at once: on a GPU, as many as fit in CACHE_SHARE of its total
     memory. The total, not what is free, so a resumed run has the same batch size and rounding."""
     device = models[0].wte.weight.device
@@ -268,10 +256,10 @@ def sample_to_file(model, tokenizer, rows, key, path, max_new_tokens, dtype="flo
     interrupted run resumes; `path` exists only when it is complete.
     """
     partial = path.with_name(f"{path.name}.partial")
-    examples = encode_training_rows(rows, tokenizer)
+    examples = data_rows.encode_training_rows(rows, tokenizer)
     n, eos_token_id = len(examples), tokenizer.eot_token
     batch_size = dist.world_size() * sampling_batch_size([model], n, max_new_tokens, dtype)
-    n_done = dist.run_on_rank0(count_complete_lines, partial)
+    n_done = dist.run_on_rank0(data_rows.count_complete_lines, partial)
     disable = None if dist.rank() == 0 else True
     with tqdm(total=n, initial=n_done, desc="sampling", unit="row", disable=disable) as bar:
         for start in range(n_done, n, batch_size):
@@ -322,25 +310,25 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     device, dtype = dist.init_process(args.dtype)
-    rows = [Row(0, args.instruction, args.input, ())]
+    rows = [data_rows.Row(0, args.instruction, args.input, ())]
     if args.file is not None:
-        rows = read_rows(args.file, needs_output=False)
+        rows = data_rows.read_rows(args.file, needs_output=False)
     model, tokenizer = load_model(args.model, device)
     P = None if args.prompt is None else load_prompt(args.prompt, model.config.n_embd).to(device)
-    requests, shortened = zip(*(encode_request(row, tokenizer) for row in rows))
+    requests, shortened = zip(*(data_rows.encode_request(row, tokenizer) for row in rows))
     if any(shortened):
         print(f"{sum(shortened)} of {len(rows)} requests were shortened to fit", file=sys.stderr)
     rng_keys = [(args.seed, "sample", row.index) for row in rows]
-    names = ("greedy", "temperature", "top_k", "top_p", "no_repeat_ngram")
-    options = {name: getattr(args, name) for name in names} | {"P": P, "dtype": dtype}
-    options |= {"max_new_tokens": args.max_new, "label": "sampling"}
+    names = ("max_new_tokens", "greedy", "temperature", "top_k", "top_p", "no_repeat_ngram")
+    options = {name: getattr(args, name) for name in names}
+    options |= {"P": P, "dtype": dtype, "label": "sampling"}
     responses, log_probs = sample_all(model, requests, rng_keys, tokenizer.eot_token, **options)
     for row, response, log_p in zip(rows, responses, log_probs):
         text = decode_response(response, tokenizer)
         if args.json:
-            finished = response[-1] == tokenizer.eot_token
             record = {"instruction": row.instruction, "input": row.input, "text": text}
-            record |= {"ids": response, "log_probs": log_p, "finished": finished}
+            record |= {"ids": response, "log_probs": log_p}
+            record["finished"] = response[-1] == tokenizer.eot_token
             print(json.dumps(record))
         else:
             print(text if len(rows) == 1 else f"### {row.instruction}\n{text}\n")

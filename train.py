@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import losses
-from data import dist, options, report, runs, stages
+from data import dist, options, runs, stages
 from data.cli import InputError, check_output_dir, run_command_line
 from data.dist import print0
 from data.models import load_model
@@ -33,7 +33,13 @@ from data.rows import Example, epoch_order, micro_batches
 from data.runs import Settings, format_time
 from data.states import load_state, save_state
 from data.tokenizer import check_same_vocabulary
-from data.validation import check_prompt, show_demo, validate
+from data.validation import (
+    check_prompt,
+    check_references,
+    checkpoint_score,
+    show_demo,
+    validate,
+)
 from model import GPT, precision
 from prompt import freeze, hidden_states, initial_prompt, response_hidden
 from sample import sample_all
@@ -384,8 +390,7 @@ def train_loop(run, data, progress, directory, keep, save_every):
             if is_eval_step:
                 metrics |= validate(run, data.dev_rows, data.dev_examples)
                 stages.check_finite(directory, metrics)
-                by_rouge_l = s.metric_for_best == "rouge_l"
-                score = metrics["val_rouge_l"] if by_rouge_l else -metrics["val_loss"]
+                score = checkpoint_score(s, metrics)
                 if progress["best"] is None or score > progress["best"]:
                     progress |= {"best": score, "best_step": step}
             # `keep` checkpoints, evenly spaced: of 6 steps and keep=4 after steps 2, 3, 5 and 6.
@@ -420,33 +425,25 @@ def run_stage(name, s, out, micro_batch_size, device, paper=None, keep=0, save_e
     save_every: steps between saved states, besides those at validations.
     """
     directory = Path(out) / name
-    description = {"name": name, "paper": paper, "settings": asdict(s)}
-    record = dist.run_on_rank0(runs.open_run, directory, description, stages.data_files(s))
-    if record.get("complete"):
-        print0(f"{directory}: complete, skipped")
-        return str(directory)
-    runs.reset_peak_memory(device)
-    data = stages.load_data(s)
-    examples = data.epoch_examples(0)
-    steps = stages.plan_steps(s, len(examples))
-    run = build(s, steps, data.tokenizer, micro_batch_size, device)
-    stages.check_positions(run, [*examples, *data.dev_examples])
-    dist.run_on_rank0(runs.write_record, directory, record)
-    progress = load_state(run, directory)
-    if progress["step"] and progress["best_step"] == progress["step"]:
-        runs.save_checkpoint(run, directory / "best")  # see train_loop
-    stages.print_stage(run, directory, len(examples), progress["step"])
-    train_loop(run, data, progress, directory, keep, save_every)
-    record |= {"parameters": run.student.n_parameters(), "total_steps": run.total_steps}
-    record |= {"ranks": dist.world_size(), "device": device.type}
-    if run.P is not None:
-        record["prompt_length"] = len(run.P)
-    record |= {"best": abs(progress["best"]), "best_step": progress["best_step"]}
-    record["hours"] = progress["hours"]
-    plot = dist.run_on_rank0(report.plot_curves, directory)
-    dist.run_on_rank0(runs.finish_run, directory, record)
-    took, best = format_time(3600 * record["hours"]), f"{s.metric_for_best} {record['best']:.2f}"
-    print0(f"{directory}: done in {took}, best {best}; {plot}")
+    with stages.open_stage(directory, asdict(s), stages.data_files(s), paper) as record:
+        if record.get("complete"):
+            print0(f"{directory}: complete, skipped")
+            return str(directory)
+        with stages.explain_memory(directory, micro_batch_size):
+            runs.reset_peak_memory(device)
+            data = stages.load_data(s)
+            examples = data.epoch_examples(0)
+            steps = stages.plan_steps(s, len(examples))
+            run = build(s, steps, data.tokenizer, micro_batch_size, device)
+            stages.check_positions(run, [*examples, *data.dev_examples])
+            dist.run_on_rank0(runs.write_record, directory, record)
+            progress = load_state(run, directory)
+            if progress["step"] and progress["best_step"] == progress["step"]:
+                runs.save_checkpoint(run, directory / "best")  # see train_loop
+            stages.print_stage(run, directory, len(examples), progress["step"])
+            check_references(s, data.dev_rows)
+            train_loop(run, data, progress, directory, keep, save_every)
+        stages.finish_stage(run, directory, record, progress)
     return str(directory)
 
 

@@ -1,13 +1,17 @@
 """What every command needs: one-line errors, the command line, atomic writes."""
 
 import errno
+import io
 import json
 import os
+import re
 import secrets
 import signal
 import sys
+import threading
 import time
-from contextlib import contextmanager
+import traceback
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -17,42 +21,60 @@ class InputError(Exception):
     """The user's input is wrong. The message is one line: what is wrong, and how to fix it."""
 
 
+# The signals that end a run: from the keyboard, by `kill`, from a terminal that closes, and what
+# clusters send some time before they end a job. Windows has the first two only.
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR")  # by which PyTorch's processes join
+
+
+def is_launched():
+    """Whether a launcher started this process as one of several ranks: torchrun, or any that sets
+    RANK_VARIABLES. Their values may be wrong: see `dist.check_launcher`."""
+    rank, size, address = (os.environ.get(name, "").strip() for name in RANK_VARIABLES)
+    is_one_of_several = rank and address and size not in ("", "1")
+    return bool(is_one_of_several) or torch.distributed.is_torchelastic_launched()
+
+
+def launched_rank():
+    """This process's rank as its launcher set it, 0 without a launcher."""
+    rank = os.environ.get("RANK", "").strip()
+    return int(rank) if is_launched() and rank.isdecimal() else 0
+
+
 def run_command_line(main):
-    """Run a command. An InputError or OSError ends it with one line and exit status 2; SIGINT and
-    SIGTERM end it with one line and exit status 128 + signal."""
-    # A model's text may contain characters that the terminal can't show.
-    sys.stdout.reconfigure(errors="backslashreplace")
-    status, launched = 0, torch.distributed.is_torchelastic_launched()
-    # SIGTERM raises, so that temporary files are removed. Not under torchrun: a rank that waits for
-    # a peer inside a collective would never return to Python and run the handler.
-    previous = signal.signal(signal.SIGTERM, signal.SIG_DFL if launched else _interrupt)
+    """Run a command. An InputError or OSError ends it with one line and exit status 2; a signal of
+    STOP_SIGNALS ends it with one line and exit status 128 + signal."""
+    sys.stdout, sys.stderr = _open_stream(sys.stdout), _open_stream(sys.stderr)
+    status, launched = 0, is_launched()
+    # The signals raise, so that temporary files are removed. Not under a launcher: a rank that
+    # waits for a peer inside a collective would never return to Python and run the handler.
+    handler = signal.SIG_DFL if launched else _interrupt
+    name, fix = Path(sys.argv[0]).name, "use a smaller model or more memory"
     try:
-        main()
+        with handle_signals(handler), explain_out_of_memory(name, fix):
+            main()
         sys.stdout.flush()  # raises here if it is a file on a full disk
     except (InputError, OSError) as error:
         # Under torchrun all ranks tend to fail with the same error. Rank 0 reports it and exits
         # first, which ends the others. A rank that is still here later has an error of its own.
-        if int(os.environ.get("RANK", 0)) > 0:
+        if launched_rank() > 0:
             time.sleep(5)
         # One write, so that lines of several ranks don't mix.
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         status = 2
     except KeyboardInterrupt as error:
-        print("interrupted", file=sys.stderr)
+        sys.stderr.write("interrupted\n")
         status = 128 + (error.args or (signal.SIGINT,))[0]
     except SystemExit as error:
         status = error.code
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    if launched:
+    try:
         sys.stdout.flush()
+    except OSError:
+        sys.stdout = None  # or Python flushes again at exit and prints a second error
+    if launched:
         # Don't wait for a peer, nor for gloo's threads, whose destruction can abort the process.
         os._exit(status or 0)
     if status:
-        try:
-            sys.stdout.flush()
-        except OSError:
-            sys.stdout = None  # or Python flushes again at exit and prints a second error
         sys.exit(status)
 
 
@@ -60,22 +82,101 @@ def _interrupt(number, frame):
     raise KeyboardInterrupt(number)
 
 
+@contextmanager
+def handle_signals(handler):
+    """Handle STOP_SIGNALS in the block. One that is ignored, as nohup does SIGHUP, stays so."""
+    # Python allows it in the main thread only. A notebook may run its cells in another one.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    with ExitStack() as restore:
+        for name in STOP_SIGNALS if in_main_thread else ():
+            number = getattr(signal, name, None)
+            # Shells ignore SIGINT for the background jobs of a script, where `kill -INT` is meant.
+            if number and (name == "SIGINT" or signal.getsignal(number) is not signal.SIG_IGN):
+                restore.callback(signal.signal, number, signal.signal(number, handler))
+        yield
+
+
+class _Output(io.FileIO):
+    """A terminal or a pipe. Once it is closed, or nobody reads it any more, it refuses every write,
+    which is no reason to end a run."""
+
+    def write(self, content):
+        try:
+            return super().write(content)
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EPIPE):
+                raise
+            return len(content)
+
+
+def _open_stream(stream):
+    """Standard output or error in a form that outlives its reader. A notebook's stays as it is."""
+    if stream is None:  # closed before the start
+        return open(os.devnull, "w", encoding="utf-8")
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    # A model's text may contain characters that the terminal can't show.
+    stream.reconfigure(errors="backslashreplace")
+    if os.name != "posix" or stream.seekable():
+        return stream
+    buffer = io.BufferedWriter(_Output(os.dup(stream.fileno()), "w"))
+    return io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=True)
+
+
+# Errors for lack of memory: of Python, of PyTorch's allocators for a CPU, a GPU and shared memory,
+# of C++, of CUDA's libraries, of oneDNN, of the C library.
+OUT_OF_MEMORY = re.compile(
+    r"MemoryError|out of memory|not enough memory|unable to mmap|(can't|cannot|could not) allocate"
+    r"|bad_alloc|_ALLOC_FAILED|failed to map segment"
+    r"|could not create a (memory( object)?|primitive)$",
+    re.IGNORECASE,
+)
+
+
+def _is_out_of_memory(error):
+    text = getattr(error, "strerror", None) or error  # an OSError without the name of its file
+    found = OUT_OF_MEMORY.search(f"{type(error).__name__}: {text}")
+    return found and not isinstance(error, InputError)
+
+
+@contextmanager
+def explain_out_of_memory(location, fix):
+    """Turn an error for lack of memory, of a CPU or a GPU, into an InputError.
+
+    location: what the memory was needed for. fix: what to lower. The innermost of several contexts
+    reports the error.
+    """
+    try:
+        yield
+    except Exception as error:
+        # An error for lack of memory may be the reason for another one, as in reading a file.
+        reason = error
+        while reason is not None and not _is_out_of_memory(reason):
+            hidden = reason.__suppress_context__
+            reason = reason.__cause__ or (None if hidden else reason.__context__)
+        if reason is None:
+            raise
+        # The frames hold the tensors that took the memory. The message needs a little of it.
+        traceback.clear_frames(reason.__traceback__)
+        raise InputError(f"{location}: out of memory; {fix}") from None
+
+
 def parse_arguments(parser, argv):
-    """Parse a command line. Under torchrun only rank 0 prints usage errors."""
+    """Parse a command line. Of several ranks only rank 0 prints usage errors."""
 
     def raise_error(message):
         raise InputError(message)
 
-    if int(os.environ.get("RANK", 0)) > 0:
+    if launched_rank() > 0:
         parser.error = raise_error
     return parser.parse_args(argv)
 
 
-def check_output_dir(path):
+def check_output_dir(path, option="--out", fix="choose another"):
     """Raise InputError if `path` can't be created or written to, before hours of work are lost."""
     existing = next(p for p in (Path(path), *Path(path).absolute().parents) if os.path.lexists(p))
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"--out {path}: {existing} is not a writable directory; choose another")
+        raise InputError(f"{option} {path}: {existing} is not a writable directory; {fix}")
 
 
 @contextmanager
@@ -90,7 +191,7 @@ def atomic_path(path):
     try:
         yield temporary
         with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+            _fsync(file)
         os.replace(temporary, path)
     except OSError as error:
         if error.errno and not error.filename:  # as with "No space left on device"
@@ -100,17 +201,41 @@ def atomic_path(path):
         temporary.unlink(missing_ok=True)
 
 
+def _fsync(file):
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        # Some network file systems have no fsync. Any other error means that data may be lost.
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+
+
 def write_atomic(path, content):
     """Write text or bytes to `path` atomically (see `atomic_path`)."""
     if isinstance(content, str):
-        content = content.encode("utf-8", "surrogatepass")
+        content = content.encode("utf-8", "backslashreplace")
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
 
 
+def check_lfs_pointer(path):
+    """Raise InputError if git-lfs has left a pointer in a file's place."""
+    start = b"version https://git-lfs.github.com/spec/"
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            if file.read(len(start)) == start:
+                fix = "run `git lfs pull`"
+                raise InputError(f"{path}: is a git-lfs pointer, not the file itself; {fix}")
+
+
 def read_json(path, hint):
-    """Parse a JSON file. Raises InputError with the file and `hint`, the fix, if that fails."""
+    """Read a file with a JSON object. Raises InputError with the file and `hint`, the fix, if that
+    fails."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        check_lfs_pointer(path)
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: can't be read as JSON ({error}); {hint}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: must be a JSON object; {hint}")
+    return content

@@ -45,23 +45,16 @@ PLACES = ["near", "behind", "under", "beside"]
 SLIP = regex.compile(rf"the (?:\w+ ){{1,3}}(?:{'|'.join(REPAIRS)}) ")
 
 
-# --- Tasks
-def do_task(task, words):
-    """What a task makes of the words of a text."""
-    if task == "sort":
-        return sorted(words)
-    if task == "adjectives":
-        return [word for word in words if word not in OPPOSITE]
-    if task == "animals":
-        return [word for word in words if word in ALL_WORDS.animals]
-    if task == "others":
-        return [word for word in words if word not in ALL_WORDS.animals]
-    if task == "opposite":
-        return [OPPOSITE.get(word, word) for word in words]
-    if task == "past":
-        return [PAST.get(word, word) for word in words]
-    return SLIP.sub("", " ".join(words)).split()  # "correct"
-
+# --- Tasks: what each makes of the words of a text
+TASKS = {
+    "sort": sorted,
+    "adjectives": lambda words: [word for word in words if word not in OPPOSITE],
+    "animals": lambda words: [word for word in words if word in ALL_WORDS.animals],
+    "others": lambda words: [word for word in words if word not in ALL_WORDS.animals],
+    "opposite": lambda words: [OPPOSITE.get(word, word) for word in words],
+    "past": lambda words: [PAST.get(word, word) for word in words],
+    "correct": lambda words: SLIP.sub("", " ".join(words)).split(),
+}
 
 # Each task's wordings: of training and all other sets, in addition to them of pre-training, and of
 # the test set "wording" only.
@@ -156,11 +149,11 @@ def make_rows(
     `pair_share` asks for two tasks in turn; a quarter has the text in the instruction."""
     rows = []
     while len(rows) < n:
-        tasks = rng.choice(pairs if rng.random() < pair_share else [*TRAIN_WORDINGS]).split("+")
+        tasks = rng.choice(pairs if rng.random() < pair_share else [*TASKS]).split("+")
         output = make_text(rng, tasks, words, longer)
         text, request = join(output), make_request(rng, tasks, wordings)
         for task in tasks:
-            output = do_task(task, output)
+            output = TASKS[task](output)
         row = {"instruction": f"{request}.", "input": text, "output": join(output)}
         if rng.random() < 0.25:
             row |= {"instruction": f"{request}: {text}", "input": ""}
@@ -218,7 +211,7 @@ def make_lesson(rng, used):
     used.add(lines[0])
     for task in rng.sample(group, min(3, len(group))):
         request = make_request(rng, [task], PRETRAIN_WORDINGS) + "."
-        lines += [request, join(do_task(task, text))]
+        lines += [request, join(TASKS[task](text))]
     return "\n".join(lines)
 
 

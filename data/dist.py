@@ -1,47 +1,47 @@
-"""Data-parallel ranks under torchrun. Without torchrun there is one, and nothing communicates."""
+"""Data-parallel ranks under a launcher. Without one there is one rank, and nothing communicates."""
 
+import functools
 import os
 import signal
+import socket
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from data.cli import InputError
+from data.cli import RANK_VARIABLES, InputError, handle_signals, is_launched
 
 DTYPES = ("float32", "bfloat16")  # of the matrix products in a model's blocks
+JOIN_TIMEOUT = timedelta(minutes=10)  # for the other ranks
+# Where launchers say how many processes they started: srun, Open MPI, MPICH and Intel MPI, MVAPICH
+# 2 and 3, jsrun, Flux, Horovod. SLURM_NTASKS is no such place: sbatch and salloc set it, too.
+PROCESS_COUNTS = """SLURM_STEP_NUM_TASKS OMPI_COMM_WORLD_SIZE PMI_SIZE MV2_COMM_WORLD_SIZE
+MVP_COMM_WORLD_SIZE JSM_NAMESPACE_SIZE FLUX_JOB_SIZE HOROVOD_SIZE""".split()
+INTERACTIVE_STEP = "4294967290"  # SLURM_STEP_ID of the shell that salloc opens
+LAUNCH_FIX = "start one process per rank with torchrun --nproc_per_node=N"
 
 
 def init_process(dtype=None):
-    """Join the other ranks if torchrun started this process, and print what it runs on.
+    """Join the other ranks if a launcher started this process, and print what it runs on.
 
     Returns this rank's device and the dtype of its matrix products: `dtype` if given, else bfloat16
-    on a GPU with native support, else float32.
+    on a GPU with native support, else float32. Raises InputError if the launcher's variables are
+    wrong, if the other ranks can't be joined, or if there are more ranks than GPUs.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    check_launcher()
     gpu = torch.cuda.is_available()
+    if is_launched() and not torch.distributed.is_initialized():
+        join_ranks("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    gpu_index, n_local_ranks = place_rank(rank(), all_gather_list([process_location()]))
     if gpu:
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(gpu_index)
         torch.set_float32_matmul_precision("high")
-    if torch.distributed.is_torchelastic_launched() and not torch.distributed.is_initialized():
-        store, global_rank, size = next(torch.distributed.rendezvous("env://"))
-        if size == local_world_size:
-            # On one machine, torchrun's store still holds the addresses of the attempt before a
-            # restart (--max-restarts).
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-            store = torch.distributed.PrefixStore(f"attempt {attempt}", store)
-        # gloo for Python objects. It notices at once when a peer exits. The timeout is for one that
-        # hangs, and longer than rank 0 takes to download GPT-2 XL while the others wait.
-        backend, timeout = "cpu:gloo,cuda:nccl" if gpu else "gloo", timedelta(hours=2)
-        torch.distributed.init_process_group(
-            backend, store=store, rank=global_rank, world_size=size, timeout=timeout
-        )
-    if not gpu and world_size() > 1:
+    elif world_size() > 1:
         # Processes with more threads than cores between them run ten times slower.
-        cores = (os.cpu_count() or 1) // local_world_size
+        cores = (os.cpu_count() or 1) // n_local_ranks
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores)))
     if dtype is None:
         native = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -53,7 +53,83 @@ def init_process(dtype=None):
             hint = "check nvidia-smi, the driver and CUDA_VISIBLE_DEVICES"
             problem = f"this PyTorch is built for GPUs ({built}) but can use none"
             sys.stderr.write(f"warning: {problem}; {hint}\n")
-    return torch.device("cuda", local_rank) if gpu else torch.device("cpu"), dtype
+    return torch.device("cuda", gpu_index) if gpu else torch.device("cpu"), dtype
+
+
+def check_launcher():
+    """Raise InputError if this process is one of several that can't join each other, so that each
+    would run alone."""
+    if torch.distributed.is_torchelastic_launched():
+        return
+    rank, size, address = (os.environ.get(name, "").strip() for name in RANK_VARIABLES)
+    if rank not in ("", "0") or size not in ("", "1"):
+        are_numbers = rank.isdecimal() and size.isdecimal()
+        if not (address and are_numbers and int(rank) < int(size)):
+            found = f"RANK is {rank!r}, WORLD_SIZE {size!r}, MASTER_ADDR {address!r}"
+            fix = f"set all three, with RANK from 0 to WORLD_SIZE - 1, or {LAUNCH_FIX}"
+            raise InputError(f"{found}: they don't make this process a rank; {fix}")
+        return
+    # A person's shell inside a SLURM job starts one process, whatever the tasks of its step.
+    is_shell = os.environ.get("SLURM_STEP_ID") == INTERACTIVE_STEP or os.isatty(0)
+    if is_shell and "SLURM_JOB_ID" in os.environ:
+        return
+    for name in PROCESS_COUNTS:
+        n = os.environ.get(name, "")
+        if n.isdecimal() and int(n) > 1:
+            problem = f"{name} is {n}: each of these processes would run alone"
+            raise InputError(f"{problem}; {LAUNCH_FIX}, or unset {name} if there is only one")
+
+
+def join_ranks(backend):
+    """Join the other ranks. Raises InputError if that fails, as when a rank never comes."""
+    os.environ["MASTER_PORT"] = os.environ.get("MASTER_PORT", "").strip() or "29500"
+    # gloo for Python objects. It notices at once when a peer exits. The timeout is for one that
+    # hangs, and longer than rank 0 takes to download GPT-2 XL while the others wait.
+    timeout = timedelta(hours=2)
+    try:
+        store, rank, size = next(torch.distributed.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        if not torch.distributed.is_torchelastic_launched():
+            if store.add(f"rank {rank}", 1) > 1:
+                raise InputError(f"two processes have RANK {rank}; give each its own")
+        elif os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+            # On one machine, torchrun's store still holds the addresses of the attempt before a
+            # restart (--max-restarts).
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+            store = torch.distributed.PrefixStore(f"attempt {attempt}", store)
+        store.set_timeout(timeout)
+        torch.distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=timeout
+        )
+    except (RuntimeError, OSError, ValueError) as error:  # ValueError: for the port
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).partition("\n")[0]
+        fix = "check MASTER_ADDR and MASTER_PORT, and that every rank has started"
+        raise InputError(f"{address}: can't join the other ranks ({reason}); {fix}") from error
+
+
+def process_location():
+    """Where this process runs: its host, what selects its GPUs, and the GPUs that it can see."""
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = map(torch.cuda.get_device_properties, range(n_gpus))
+    # SLURM may show each task another GPU as number 0. UUIDs tell them apart.
+    uuids = tuple(str(gpu.uuid) for gpu in gpus)
+    return socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES"), uuids
+
+
+def place_rank(rank, locations):
+    """The index of a rank's GPU, and how many ranks its host has. Ranks that see the same GPUs take
+    them in turn. Raises InputError if these are fewer than the ranks.
+
+    locations: of `process_location`, in the order of ranks.
+    """
+    any_gpu = any(gpus for *_, gpus in locations)
+    for (host, _, gpus), n in Counter(locations).items():
+        if any_gpu and n > len(gpus):
+            problem = f"{n} ranks need a GPU each, and they see {len(gpus)}"
+            fix = "start one rank per GPU; check --nproc_per_node and CUDA_VISIBLE_DEVICES"
+            raise InputError(f"{host}: {problem}; {fix}")
+    hosts = [host for host, *_ in locations]
+    return locations[:rank].count(locations[rank]), hosts.count(hosts[rank])
 
 
 def shutdown():
@@ -70,9 +146,16 @@ def world_size():
 
 
 def print0(*values):
-    """Print on rank 0."""
     if rank() == 0:
         print(*values, flush=True)
+
+
+@functools.cache
+def print_once(message):
+    """Print to standard error on rank 0, once in a process. Standard output may be for a model's
+    responses."""
+    if rank() == 0:
+        print(message, file=sys.stderr, flush=True)
 
 
 def shard(items):
@@ -102,7 +185,7 @@ def all_gather_list(items):
 
 
 def wrap_in_ddp(model, device):
-    """The model under DistributedDataParallel; without torchrun the model itself."""
+    """The model under DistributedDataParallel; without a launcher the model itself."""
     if not torch.distributed.is_initialized():
         return model
     device_ids = [device] if device.type == "cuda" else None
@@ -119,28 +202,25 @@ def run_on_rank0(function, *arguments):
     """Run a function on rank 0 while the others wait. All ranks return its result, and all raise
     InputError if it raises InputError or OSError. The ranks must share a file system."""
     result = [None, None]  # value, error message
+    cause = None
     if rank() == 0:
         try:
             result[0] = function(*arguments)
         except (InputError, OSError) as error:
             result[1] = str(error)
+            cause = error
     if world_size() > 1:
         torch.distributed.broadcast_object_list(result, src=0)
     if result[1] is not None:
-        raise InputError(result[1])
+        raise InputError(result[1]) from cause
     return result[0]
 
 
 @contextmanager
 def defer_signals():
-    """Defer SIGINT and SIGTERM to the end of the block. Yields the list of those received."""
-    received, previous = [], {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, lambda number, frame: received.append(number))
-    try:
+    """Defer the signals that end a run to the end of the block. Yields those received, a list."""
+    received = []
+    with handle_signals(lambda number, frame: received.append(number)):
         yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     for number in received:
         signal.raise_signal(number)

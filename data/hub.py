@@ -1,21 +1,109 @@
-"""Finding a model by name: a directory, the Hugging Face cache, or a download."""
+"""Finding a model by name (a directory, the Hugging Face cache, a download), its files, its hash.
 
+The environment variables mean what they mean to Hugging Face's own library, huggingface_hub.
+"""
+
+import hashlib
 import http.client
 import os
 import re
+import shutil
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from tqdm import tqdm
 
-from data.cli import InputError, atomic_path
+from data import dist
+from data.cli import InputError, atomic_path, read_json
+from data.tokenizer import TOKENIZER_FILES
 
 OFFICIAL_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
+WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")  # the first that exists
+WEIGHTS_FILES += ("pytorch_model.bin", "pytorch_model.bin.index.json")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
+NETWORK_ERRORS += (EOFError, ValueError)  # cut off; a wrong address
+TRUE = ("1", "ON", "YES", "TRUE")  # values of the hub library's variables
+NO_ACCESS = "check the name; if it is private or gated, set HF_TOKEN to a token that may read it"
+
+
+def weights_files(directory):
+    """The paths of a model's weights, [] if it has none. Sharded weights: the index, the shards.
+
+    Raises InputError if the index is damaged or a shard is missing.
+    """
+    paths = [Path(directory) / file for file in WEIGHTS_FILES]
+    files = list(filter(Path.is_file, paths))[:1]
+    files += [path.with_name(name) for path in files for name in _shard_names(path)]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file}: no such file, but {files[0].name} names it; fetch it again")
+    return files
+
+
+def _shard_names(path):
+    """The names of the shards in an index, [] for a file that is not an index."""
+    if path.suffix != ".json":
+        return []
+    content = read_json(path, "fetch it again")
+    try:
+        names = sorted(set(content["weight_map"].values()))
+    except (TypeError, KeyError, AttributeError):
+        names = []
+    # A path could lead out of the directory.
+    is_name = re.compile(r"[\w.-]+\.(safetensors|bin)").fullmatch
+    if not names or not all(is_name(str(name)) for name in names):
+        raise InputError(f"{path}: its 'weight_map' must name files beside it; fetch it again")
+    return names
+
+
+def file_hash(path):
+    """SHA-256 of a file in hexadecimal. If it takes over a second, a terminal shows a bar."""
+    digest, options = hashlib.sha256(), {"delay": 1, "disable": None, "leave": False}
+    options |= {"total": os.path.getsize(path), "desc": f"hashing {os.path.basename(path)}"}
+    with open(path, "rb") as file, tqdm.wrapattr(file, "read", **options) as reader:
+        while block := reader.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def model_hash(name):
+    """SHA-256 in hexadecimal of a model by its name: of its configuration, weights and tokenizer.
+    Under torchrun, call it with dist.run_on_rank0."""
+    directory = find_model_dir(name)
+    files = [directory / "config.json", *weights_files(directory)]
+    files += [directory / file for file in TOKENIZER_FILES]
+    lines = [f"{path.name} {file_hash(path)}\n" for path in files if path.is_file()]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _path_in(variables, default):
+    """The path in the first of these environment variables that is set, even to "",
+    with ~ and other variables expanded."""
+    path = next((os.environ[name] for name in variables if name in os.environ), default)
+    return os.path.expandvars(os.path.expanduser(path))
+
+
+def hub_path(name):
+    """The path of "hub", the Hugging Face cache, or of "token", a file."""
+    home = os.path.join(_path_in(["XDG_CACHE_HOME"], "~/.cache"), "huggingface")
+    default = os.path.join(_path_in(["HF_HOME"], home), name)
+    variables = {"hub": ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"), "token": ("HF_TOKEN_PATH",)}
+    return Path(_path_in(variables[name], default))
+
+
+def _find_token():
+    """The user's token for the hub, None if there is none."""
+    if os.environ.get("HF_HUB_DISABLE_IMPLICIT_TOKEN", "").upper() in TRUE:
+        return None
+    texts = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
+    with suppress(OSError):  # there is no such file, or it can't be read
+        texts.append(hub_path("token").read_text(encoding="utf-8", errors="replace"))
+    return next((token for token in ("".join(text.split()) for text in texts) if token), None)
 
 
 def hub_url(repository, file):
@@ -24,14 +112,19 @@ def hub_url(repository, file):
     return f"{endpoint}/{repository}/resolve/main/{file}"
 
 
-def download(url, path, attempts=3):
-    """Download `url` to `path` atomically, from the start again if the transfer breaks off.
+def download(url, path):
+    """Download a `hub_url` to `path` atomically, from the start again if the transfer breaks off.
 
-    Returns False if the server has no such file (404). Raises InputError if the download fails.
+    Returns False if the server has no such file (404). Raises InputError if the download fails or
+    the environment forbids it.
     """
-    for attempt in range(attempts):
-        if attempt > 0:
-            time.sleep(attempt)
+    variables = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    offline = next((name for name in variables if os.environ.get(name)), None)
+    if offline and os.environ[offline].upper() in TRUE:
+        problem = f"is not downloaded yet, and {offline}={os.environ[offline]} forbids that"
+        raise InputError(f"{url}: {problem}; unset it, or put the file at {path} yourself")
+    for delay in (0, 1, 2):
+        time.sleep(delay)
         try:
             with atomic_path(path) as temporary:
                 _fetch(url, temporary)
@@ -40,23 +133,38 @@ def download(url, path, attempts=3):
             if error.code == 404:
                 return False
             problem = f"the server answers {error.code} {error.reason}"
-            if error.code in (401, 403):  # also the hub's answer to an unknown name
-                raise InputError(f"{url}: {problem}; check the name: it is not public") from error
-        except (*NETWORK_ERRORS, EOFError, ValueError) as error:
+            # 401 is also the hub's answer to an unknown name, and to a token that has expired.
+            if error.code in (400, 401, 403):
+                raise InputError(f"{url}: {problem}; {NO_ACCESS}") from error
+        except NETWORK_ERRORS as error:
             problem = getattr(error, "reason", error)
     fix = "check the network, or set HF_ENDPOINT to a mirror"
-    raise InputError(f"{url}: download failed {attempts} times ({problem}); {fix}")
+    raise InputError(f"{url}: download failed 3 times ({problem}); {fix}")
+
+
+class _RedirectHandler(urllib.request.HTTPRedirectHandler):
+    """Sends the token again to the host that it was meant for, as when a repository was renamed,
+    and never to another: the hub keeps large files on hosts that must not see it."""
+
+    def redirect_request(self, request, *arguments):
+        redirected = super().redirect_request(request, *arguments)
+        token = request.get_header("Authorization")
+        if token and urlsplit(redirected.full_url)[:2] == urlsplit(request.full_url)[:2]:
+            redirected.add_unredirected_header("Authorization", token)
+        return redirected
 
 
 def _fetch(url, path):
-    with urllib.request.urlopen(url, timeout=60) as response, open(path, "wb") as file:
-        length = response.headers.get("Content-Length")
-        size = None if length is None else int(length)
+    request = urllib.request.Request(url)
+    if token := _find_token():
+        # In bytes, so that the server judges a token with characters that no token has.
+        request.add_unredirected_header("Authorization", f"Bearer {token}".encode(errors="replace"))
+    opener = urllib.request.build_opener(_RedirectHandler)
+    with opener.open(request, timeout=60) as response, open(path, "wb") as file:
+        size = getattr(response, "length", None)  # None: the server does not say
         name = url.rsplit("/", 1)[-1]
-        with tqdm(total=size, unit="B", unit_scale=True, desc=name, disable=None) as bar:
-            while block := response.read(1 << 20):
-                file.write(block)
-                bar.update(len(block))
+        with tqdm.wrapattr(response, "read", total=size, desc=name, disable=None) as reader:
+            shutil.copyfileobj(reader, file)
         if size is not None and file.tell() != size:
             raise EOFError(f"cut off after {file.tell():,} of {size:,} bytes")
 
@@ -68,49 +176,74 @@ def find_model_dir(name):
 
     Under torchrun, call it with dist.run_on_rank0. Raises InputError if there is no such model.
     """
-    directory = Path(name)
     if os.path.isdir(name):
-        return directory / "best" if (directory / "best").is_dir() else directory
+        best = Path(name) / "best"
+        directory = best if best.is_dir() else Path(name)
+        if name in OFFICIAL_MODELS:
+            problem = f"model {name!r}: the folder {name} here hides the official model"
+            message = f"{problem}; rename it or give openai-community/{name}"
+            if not (directory / "config.json").is_file():
+                raise InputError(message)
+            dist.print_once(f"warning: {message}")
+        return directory
     repository = f"openai-community/{name}" if name in OFFICIAL_MODELS else name
     if not HUB_ID.fullmatch(repository) or ".." in repository:
         names = f"one of {', '.join(OFFICIAL_MODELS)}, or a hub id owner/name"
         raise InputError(f"model {name!r}: no such directory; give a checkpoint directory, {names}")
-    return _find_in_cache(repository) or _download_model(repository, name)
-
-
-def _find_in_cache(repository):
-    """The model's snapshot in the Hugging Face cache, None if there is no complete one."""
-    hf_home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    cache = Path(os.environ.get("HF_HUB_CACHE", hf_home / "hub"))
-    for name in (repository, repository.removeprefix("openai-community/")):
-        folder = cache / f"models--{name.replace('/', '--')}"
-        ref = folder / "refs" / "main"
-        revision = ref.read_text(errors="replace").strip() if ref.is_file() else ""
-        snapshot = folder / "snapshots" / revision
-        has_weights = any(os.path.isfile(snapshot / file) for file in WEIGHTS_FILES)
-        # A revision with a path separator would lead out of the cache.
-        if re.fullmatch(r"\w+", revision) and has_weights and (snapshot / "config.json").is_file():
+    problem = f"the Hugging Face cache {hub_path('hub')} does not have it"
+    for snapshot in _snapshots(repository):
+        missing = _missing_files(snapshot, repository)
+        if not missing:
             return snapshot
-    return None
-
-
-def _download_model(repository, name):
+        problem = f"{snapshot} has no {missing[0]}"
     directory = Path(torch.hub.get_dir()) / "promptkd" / repository
+    if (directory / "config.json").is_file():  # downloaded last
+        return directory
+    try:
+        _download_model(repository, directory)
+    except InputError as error:
+        raise InputError(f"model {name!r}: no such directory; {problem}; {error}") from error
+    except OSError as error:
+        fix = "free some disk space, or set TORCH_HOME to a directory elsewhere"
+        raise InputError(f"model {name!r}: can't be downloaded ({error}); {fix}") from error
+    return directory
+
+
+def _snapshots(repository):
+    """Yield where a model's main revision is in the Hugging Face cache, if it is there."""
+    for name in (repository, repository.removeprefix("openai-community/")):
+        folder = hub_path("hub") / f"models--{name.replace('/', '--')}"
+        with suppress(OSError, ValueError):
+            revision = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+            # A revision with a path separator would lead out of the cache.
+            if re.fullmatch(r"\w+", revision):
+                yield folder / "snapshots" / revision
+
+
+def _missing_files(snapshot, repository):
+    """The names of files without which a snapshot is not a complete model."""
+    files = {path.name for path in snapshot.glob("*") if path.is_file()}
+    weights = next((file for file in WEIGHTS_FILES if file in files), WEIGHTS_FILES[0])
+    needed = ["config.json", weights, *_shard_names(snapshot / weights)]
+    # transformers leaves a snapshot without the tokenizer if it loads only the model. GPT-2's would
+    # be the wrong one, except for the official models.
+    is_official = repository.removeprefix("openai-community/") in OFFICIAL_MODELS
+    if not is_official and not files >= {"vocab.json", "merges.txt"}:
+        needed.append("tokenizer.json")
+    return [file for file in needed if file not in files]
+
+
+def _download_model(repository, directory):
+    """Download what is missing of a model to its directory."""
 
     def fetch(file):
         path = directory / file
         return path.is_file() or download(hub_url(repository, file), path)
 
-    # config.json is downloaded last: where it is, the model is complete.
-    if (directory / "config.json").is_file():
-        return directory
-    if not any(fetch(file) for file in WEIGHTS_FILES):
-        url = hub_url(repository, WEIGHTS_FILES[0])
-        problem = f"no such directory, and {url} does not exist; check the name"
-        raise InputError(f"model {name!r}: {problem}")
-    for file in ("vocab.json", "merges.txt"):
-        fetch(file)  # if absent, the tokenizer is GPT-2's
-    if not fetch("config.json"):
-        url = hub_url(repository, "config.json")
-        raise InputError(f"model {name!r}: {url} does not exist; it is not a Hugging Face model")
-    return directory
+    weights = next((file for file in WEIGHTS_FILES if fetch(file)), WEIGHTS_FILES[0])
+    shards = _shard_names(directory / weights)
+    # config.json is last: where it is, the model is complete.
+    for file in (weights, *shards, *TOKENIZER_FILES, "config.json"):
+        # A repository without a tokenizer has GPT-2's.
+        if not fetch(file) and file not in TOKENIZER_FILES:
+            raise InputError(f"{hub_url(repository, file)} does not exist; {NO_ACCESS}")

@@ -1,37 +1,86 @@
-"""Models by name."""
+"""Models by name: their files and tokenizers, sizes, and default settings."""
 
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from data import dist
-from data.cli import InputError
+from data.cli import InputError, explain_out_of_memory
 from data.dist import print0
 from data.hub import find_model_dir
-from data.paper import PRESETS, PUBLISHED
+from data.paper import COMMON, DEMO, PRESETS, PRETRAIN, PUBLISHED, SIZES
 from data.runs import read_record, run_kind, run_labels
-from data.tokenizer import load_tokenizer
-from model import GPT, load, read_config
+from data.tokenizer import load_tokenizer, read_tokenizer, tokenizer_file_names
+from model import GPT, Config, load, read_config
+
+# Embedding rows beyond the tokenizer's tokens. Where there are more, it is another model's.
+MAX_PADDING = 1024
 
 
 def find_model(name):
-    """The directory and the tokenizer of a model by its name (see `data.hub.find_model_dir`).
+    """The directory and the tokenizer of a model by its name (see `data.hub.find_model_dir`), and
+    what its embedding has after the tokenizer's tokens, a list of strings.
 
     Weights are not read. Raises InputError if the tokenizer does not fit the model.
     """
     directory = dist.run_on_rank0(find_model_dir, str(name))
-    config, tokenizer = read_config(directory), load_tokenizer(directory)
-    if config.vocab_size != tokenizer.n_vocab:
-        sizes = f"the model has {config.vocab_size} tokens and its tokenizer {tokenizer.n_vocab}"
-        raise InputError(f"{directory}: {sizes}; put the model's vocab.json and merges.txt there")
-    return directory, tokenizer
+    n_rows = read_config(directory).vocab_size
+    tokenizer, added_tokens = read_tokenizer(directory)
+    n_padding = n_rows - tokenizer.n_vocab - len(added_tokens)
+    if n_rows < tokenizer.n_vocab or n_padding > MAX_PADDING:
+        sizes = f"the model has {n_rows} tokens and its tokenizer {tokenizer.n_vocab}"
+        fix = "put the model's vocab.json and merges.txt, or its tokenizer.json, there"
+        raise InputError(f"{directory}: {sizes}; {fix}")
+    dropped = [f"added token {token!r}" for token in added_tokens]
+    if n_padding > 0:
+        dropped.append(f"{n_padding:,} rows of padding")
+    return directory, tokenizer, dropped
 
 
 def load_model(name, device, dropout=None):
-    """A model by its name, on the device and in evaluation mode, with its tokenizer."""
-    directory, tokenizer = find_model(name)
-    return load(directory, dropout).to(device).eval(), tokenizer
+    """A model by its name, on the device and in evaluation mode, with its tokenizer. Embedding rows
+    after the tokenizer's tokens are dropped and reported."""
+    directory, tokenizer, dropped = find_model(name)
+    with explain_out_of_memory(f"loading {name}", "use a smaller model, or free some memory"):
+        model = load(directory, dropout, tokenizer.n_vocab).to(device).eval()
+    if dropped:
+        rows = f"embedding rows after the tokenizer's {tokenizer.n_vocab:,} tokens are dropped"
+        dist.print_once(f"{directory}: {rows}: {', '.join(dropped)}")
+    return model, tokenizer
+
+
+def count_parameters(name):
+    """The number of parameters of a model by its name, as it is loaded."""
+    directory = dist.run_on_rank0(find_model_dir, str(name))
+    config, n_tokens = read_config(directory), Config.vocab_size
+    if tokenizer_file_names(directory):  # else it is GPT-2's, which need not be downloaded here
+        n_tokens = load_tokenizer(directory).n_vocab
+    with torch.device("meta"):
+        model = GPT(replace(config, vocab_size=min(n_tokens, config.vocab_size)))
+    return model.n_parameters()
+
+
+def preset(kind, name, demo=False):
+    """The settings that a stage of a kind has by default, for a model by its name.
+
+    Outside the demo they are the paper's for the GPT-2 nearest in parameter count. For pretrain,
+    which the paper does not have, `name` is a shape.
+    """
+    if kind == "pretrain":
+        return DEMO.get(name, PRETRAIN) if demo else PRETRAIN
+    if demo:
+        return DEMO[kind]
+    n_parameters = count_parameters(name)
+    size = min(SIZES, key=lambda size: abs(math.log(n_parameters / SIZES[size])))
+    if abs(n_parameters / SIZES[size] - 1) > 0.05:
+        note = f"its {kind} stage uses the preset of GPT-2 {size}"
+        print0(f"{name} has {n_parameters:,} parameters; {note}")
+    global_batch_size, lr, epochs = dict(zip(SIZES, PRESETS[kind]))[size]
+    values = {"global_batch_size": global_batch_size, "lr": lr, "epochs": epochs}
+    values |= {"prompt_lr": lr} if kind == "promptkd" else {}
+    return values | COMMON.get(kind, {})
 
 
 @dataclass(frozen=True)
@@ -68,8 +117,7 @@ def open_models(names):
         fix = "name a run with best/, or a checkpoint directory with config.json"
         raise InputError(f"none of the directories has a model; {fix}")
     for label, name in zip(run_labels(found), found):
-        with torch.device("meta"):
-            size = GPT(read_config(dist.run_on_rank0(find_model_dir, name))).n_parameters()
+        size = count_parameters(name)
         record = read_record(name)
         kind = run_kind(record) if record else ""
         models[label] = Model(name, size, kind, record.get("paper", PUBLISHED.get(name)), record)

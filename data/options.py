@@ -41,7 +41,7 @@ def add_decoding_options(parser):
     option = parser.add_argument
     help = f"maximum number of tokens of a response (default {MAX_NEW_TOKENS})"
     length = number_in_range(int, 1, 100_000)
-    option("--max-new", type=length, default=MAX_NEW_TOKENS, metavar="N", help=help)
+    option("--max-new", dest="max_new_tokens", type=length, default=MAX_NEW_TOKENS, help=help)
     option("--temperature", type=number_in_range(float, 0, 100, low_open=True), default=1.0)
     help = "sample from the K most likely tokens (0: all)"
     option("--top-k", type=number_in_range(int, 0, 10**6), default=0, help=help)
@@ -55,15 +55,14 @@ def parse_train_args(argv, methods):
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Train a student by PromptKD or a method that the paper compares it with, and "
-        "the stages that it needs. Without options: the demo.",
+        "the stages that it needs. Without options: the demo. MODEL: gpt2, a directory, a hub id.",
     )
     positive, rate = number_in_range(int, 1, 10**9), number_in_range(float, 0, 10, low_open=True)
     directions = ("reverse", "forward")
 
     option = parser.add_argument
     option("--method", choices=sorted(methods), default="promptkd")
-    help = "pre-trained student: gpt2, a directory, a hub id, ... (default: the demo's)"
-    option("--student", metavar="MODEL", help=help)
+    option("--student", metavar="MODEL", help="pre-trained student (default: the demo's)")
     option("--teacher", metavar="MODEL", help="pre-trained teacher (default gpt2-xl)")
     option("--sft-teacher", metavar="MODEL", help="a fine-tuned teacher; its stage is skipped")
     option("--init", metavar="MODEL", help="a fine-tuned student; its stage is skipped")
@@ -109,41 +108,32 @@ def check_options(args, method):
     for name, value in vars(args).items():
         if value == "":
             raise InputError(f"--{name.replace('_', '-')} is empty; give a value or leave it out")
-    used = {*method.options, "shape" if method.start == "shape" else "student"}
+    starts = {"shape": "shape", "pretrained": "student", "init": "init" if args.init else "student"}
+    used = {*method.options, starts[method.start]}
     if method.needs_teacher:
         used.add("sft_teacher" if args.sft_teacher else "teacher")
-    if method.start == "init" and args.init:
-        used = used - {"student"} | {"init"}
     for name in ("shape", "init", "student", "sft_teacher", "teacher", "lm_data", *PROMPT_OPTIONS):
         if getattr(args, name) is not None and name not in used:
-            option = f"--{name.replace('_', '-')}"
-            raise InputError(f"{option} has no effect here (method {args.method}); leave it out")
+            problem = f"has no effect here (method {args.method})"
+            raise InputError(f"--{name.replace('_', '-')} {problem}; leave it out")
     if method.start == "shape":
         parse_shape(args.shape)
-    if args.data is None:
-        has_model = args.student or args.teacher or args.init or args.sft_teacher
-        args.data = "dolly" if has_model else "demo"
-    if args.micro_batch is None:
-        args.micro_batch = 32 if args.data == "demo" else 8
+    has_model = args.student or args.teacher or args.init or args.sft_teacher
+    args.data = args.data or ("dolly" if has_model else "demo")
+    args.micro_batch = args.micro_batch or (32 if args.data == "demo" else 8)
 
 
 def parse_shape(shape, vocab_size=1, dropout=0.0):
-    """The Config of a shape such as "6x256x8": layers, width, heads.
-
-    Raises InputError if it is None, not a shape, or too large.
-    """
-    if shape is None:
-        raise InputError("--method pretrain needs --shape LAYERSxWIDTHxHEADS, as in 6x256x8")
+    """The Config of a shape such as "6x256x8": layers, width, heads. Raises InputError if it is
+    None, not a shape, or too large."""
     try:
-        n_layer, n_embd, n_head = (int(n) for n in shape.split("x"))
+        n_layer, n_embd, n_head = (int(n) for n in (shape or "").split("x"))
         is_valid = min(n_layer, n_embd, n_head) > 0 and n_embd % n_head == 0
+        is_valid = is_valid and n_layer <= 1000 and 12 * n_layer * n_embd**2 <= 10**10
     except ValueError:
         is_valid = False
-    problem = None
     if not is_valid:
-        problem = "must be LAYERSxWIDTHxHEADS with a width that the heads divide"
-    elif n_layer > 1000 or 12 * n_layer * n_embd**2 > 10**10:
-        problem = "has more than 1,000 layers or 10 billion parameters; give a smaller one"
-    if problem:
-        raise InputError(f"--shape {shape}: {problem}, as in 6x256x8")
+        expected = "LAYERSxWIDTHxHEADS, as in 6x256x8: the heads divide the width, and there are"
+        limits = "at most 1,000 layers and 10 billion parameters"
+        raise InputError(f"--method pretrain needs --shape {expected} {limits}")
     return Config(n_layer, n_embd, n_head, vocab_size, dropout=dropout)

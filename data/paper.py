@@ -1,15 +1,10 @@
 """The numbers of the paper: presets (Appendix A), Tables 1 and 2, set sizes; the demo's presets."""
 
-import math
+import os
 import statistics
 
-import torch
-
-from data import dist
-from data.dist import print0
-from data.hub import OFFICIAL_MODELS, find_model_dir
+from data.hub import OFFICIAL_MODELS
 from data.runs import read_record
-from model import GPT, read_config
 
 SIZES = {"base": 124e6, "medium": 355e6, "large": 774e6, "xl": 1_558e6}  # GPT-2's parameter counts
 
@@ -65,32 +60,6 @@ DEMO = {
 }
 
 
-def preset(kind, name, demo=False):
-    """The settings that a stage of a kind has by default, for a model by its name.
-
-    Outside the demo they are the paper's for the GPT-2 nearest in parameter count. For pretrain,
-    which the paper does not have, `name` is a shape.
-    """
-    if kind == "pretrain":
-        return DEMO.get(name, PRETRAIN) if demo else PRETRAIN
-    if demo:
-        return DEMO[kind]
-    with torch.device("meta"):
-        n_parameters = GPT(read_config(dist.run_on_rank0(find_model_dir, name))).n_parameters()
-
-    def distance(size):
-        return abs(math.log(n_parameters / SIZES[size]))
-
-    size = min(SIZES, key=distance)
-    if abs(n_parameters / SIZES[size] - 1) > 0.05:
-        note = f"its {kind} stage uses the preset of GPT-2 {size}"
-        print0(f"{name} has {n_parameters:,} parameters; {note}")
-    global_batch_size, lr, epochs = dict(zip(SIZES, PRESETS[kind]))[size]
-    values = {"global_batch_size": global_batch_size, "lr": lr, "epochs": epochs}
-    values |= {"prompt_lr": lr} if kind == "promptkd" else {}
-    return values | COMMON.get(kind, {})
-
-
 def paper_row(kind, s, overrides, from_init):
     """Which of the paper's runs a stage with Settings `s` is, as "promptkd base"; None if anything
     differs from the paper.
@@ -102,7 +71,8 @@ def paper_row(kind, s, overrides, from_init):
     if from_init:
         size = {f"init {size}": size for size in SIZES}.get(start_row)
     else:
-        size = dict(zip(OFFICIAL_MODELS, SIZES)).get(s.student)
+        official = not os.path.isdir(s.student) and s.student.removeprefix("openai-community/")
+        size = dict(zip(OFFICIAL_MODELS, SIZES)).get(official)
     other_data = s.data != "dolly" or s.max_train_rows or s.max_dev_rows
     other_teacher = s.teacher and teacher_row != "teacher xl"
     other_options = set(overrides) != ({"lm_data"} if kind == "minillm" else set())
@@ -146,12 +116,12 @@ COSTS = {"memory_allocated_gb": "allocated, GB", "memory_reserved_gb": "reserved
 COSTS |= {"hours": "hours", "memory_resident_gb": "resident, GB"}
 # Table 2: GB allocated, GB reserved and hours, from GPT-2 XL to base on 8 RTX 3090
 PAPER_COSTS = {
-    "sft": (2.36, 2.75, 0.43),
-    "kd": (5.91, 6.45, 0.85),
-    "seqkd": (5.91, 6.45, 0.86),
-    "minillm": (12.63, 21.45, 7.59),
-    "gkd": (6.23, 6.93, 8.48),
-    "promptkd": (13.47, 14.40, 9.78),
+    "sft base": (2.36, 2.75, 0.43),
+    "kd base": (5.91, 6.45, 0.85),
+    "seqkd base": (5.91, 6.45, 0.86),
+    "minillm base": (12.63, 21.45, 7.59),
+    "gkd base": (6.23, 6.93, 8.48),
+    "promptkd base": (13.47, 14.40, 9.78),
 }
 
 

@@ -1,4 +1,4 @@
-"""Prepare public data sets, each as JSON lines in data/<set>/.
+"""Prepare public data sets, each as JSON lines in data/<set>/, or in $PROMPTKD_DATA_DIR/<set>/.
 
 python -m data.prepare dolly self_inst vicuna sinst uinst [--source DIR]
 """
@@ -11,14 +11,14 @@ import shutil
 from pathlib import Path
 
 from data import demo
-from data.cli import InputError, run_command_line, write_atomic
+from data.cli import InputError, check_output_dir, run_command_line, write_atomic
 from data.hub import download, hub_url
 from data.paper import PAPER_SETS
 from data.rows import Row, read_jsonl, read_rows, text_field
 
 DATA_DIR = Path(__file__).parent
 RAW_DOLLY = "databricks-dolly-15k"  # the original release; its split is not the paper's
-UINST_FILE_ROWS = 23_916  # MiniLLM's file; the paper takes the first 10,000 rows
+WAY_OUT = "set the variable PROMPTKD_DATA_DIR to a writable directory"
 
 # Repository and files on the hub. 11_ has the rows with references of 11 words or more.
 PUBLIC_SETS = {
@@ -33,13 +33,20 @@ PAPER_COUNTS = {name: {"test": n_rows} for name, n_rows in PAPER_SETS.items()}
 PAPER_COUNTS["dolly"] = {"train": 11_435, "dev": 1_000, "test": 500}
 
 
+def prepared_dir(name):
+    """The directory of a set that `prepare` writes: data/<set>/, or below PROMPTKD_DATA_DIR."""
+    value = os.path.expandvars(os.environ.get("PROMPTKD_DATA_DIR", ""))
+    return Path(os.path.expanduser(value) or DATA_DIR) / name
+
+
 def prepare(name, source=None, target=None):
-    """Write the files of a set to `target` (default data/<set>/). Returns a line for the user.
+    """Write the files of a set to `target` (default: `prepared_dir`). Returns a line for the user.
 
     source: a directory with the set's files, laid out as `_read_dolly` or `_read_test_set` says;
     None for the hub. Raises InputError, and writes nothing, if a file is missing or malformed.
     """
-    target, expected = Path(target or DATA_DIR / name), PAPER_COUNTS[name]
+    target, expected = Path(target or prepared_dir(name)), PAPER_COUNTS[name]
+    check_output_dir(target, "data", WAY_OUT)
     directory = _download(name, target / "download") if source is None else Path(source)
     try:
         read = _read_dolly if name == "dolly" else _read_test_set
@@ -99,13 +106,11 @@ def _read_dolly(name, source):
 
 
 def _split_raw(path):
-    """Split the original release (instruction, context, response, category) at random, with as many
-    dev and test rows as the paper."""
+    """Split the original release at random, with as many dev and test rows as the paper."""
     rows = []
-    for index, value in enumerate(read_jsonl(path)):
-        fields = ("instruction", "context", "response")
-        *request, response = (text_field(value, f, f"{path}, line {index + 1}") for f in fields)
-        rows.append(Row(index, *request, (response,)))
+    for index, (location, value) in enumerate(read_jsonl(path)):
+        texts = [text_field(value, f, location) for f in ("instruction", "context", "response")]
+        rows.append(Row(index, *texts[:2], references=(texts[2],)))
     random.Random(10).shuffle(rows)
     return {"train": rows[1500:], "dev": rows[:1000], "test": rows[1000:1500]}
 
@@ -124,12 +129,10 @@ def _read_test_set(name, source):
     if path is None:
         missing = f"{hub_file}, valid.jsonl or test.jsonl of {name}, nor a folder {name} with it"
         raise InputError(f"{source}: has no {missing}; name their folder")
-    rows, limit, note = read_rows(path), PAPER_COUNTS[name]["test"], ""
-    if name == "uinst" and len(rows) > limit:
-        note = f", the first of {len(rows):,}"
-        if len(rows) != UINST_FILE_ROWS:
-            note += f"; the paper's file has {UINST_FILE_ROWS:,}"
-        rows = rows[:limit]
+    rows, note = read_rows(path), ""
+    limit = PAPER_COUNTS[name]["test"]
+    if name == "uinst" and len(rows) > limit:  # MiniLLM's file has 23,916
+        rows, note = rows[:limit], f", the first of {len(rows):,}"
     return {"test": rows}, note
 
 
@@ -137,8 +140,9 @@ def find_data_dir(name):
     """The directory of a data set: `name` itself, or that of one of PUBLIC_SETS or "demo", which is
     prepared first if need be. Under torchrun, call this through `dist.run_on_rank0`."""
     known = (*PUBLIC_SETS, "demo")
-    directory = DATA_DIR / name if name in known else Path(name)
+    directory = prepared_dir(name) if name in known else Path(name)
     if name == "demo" and not (directory / "pretrain.jsonl").is_file():
+        check_output_dir(directory, "data", WAY_OUT)
         demo.write_demo(directory)
     if not all((directory / f"{split}.jsonl").is_file() for split in PAPER_COUNTS.get(name, ())):
         print(prepare(name), flush=True)
@@ -149,7 +153,7 @@ def find_data_dir(name):
 
 
 def main(argv=None):
-    description = f"Prepare public data sets under data/: {', '.join(PUBLIC_SETS)}."
+    description = f"Prepare data sets in data/ or $PROMPTKD_DATA_DIR: {', '.join(PUBLIC_SETS)}."
     parser = argparse.ArgumentParser(prog="python -m data.prepare", description=description)
     parser.add_argument("sets", nargs="+", choices=PUBLIC_SETS, metavar="SET")
     parser.add_argument("--source", metavar="DIR", help="read the files here, not from the hub")

@@ -5,12 +5,13 @@ import io
 import json
 import statistics
 import textwrap
-from pathlib import Path
+import warnings
 
 import numpy as np
 
 from data.cli import write_atomic
 from data.rows import read_jsonl
+from data.runs import printable, unique_labels
 
 # Lowest share of responses alive at which a generation step is reliable (Figures 3a and 3b)
 MIN_ALIVE = 0.1
@@ -56,28 +57,26 @@ def score_table(scores, reported=None, best=None):
 
 def legend(table):
     """Explanations of the marks that occur in a `score_table`, one line each."""
-    lines, scores = [], "".join(cell for row in table[1:] for cell in row[1:])
-    if "*" in scores:
-        tie = "not worse by more than the standard deviation of the difference, √(s₁² + s₂²)"
-        lines.append(f"*: the best of its size in the column, or {tie}")
-    if "(" in scores:
-        sign = "; ≠: ours differs by more than our standard deviation" if "≠" in scores else ""
-        lines.append(f"in brackets: the paper's score{sign}")
-    return lines
+    scores = "".join(cell for row in table[1:] for cell in row[1:])
+    tie = "not worse by more than the standard deviation of the difference, √(s₁² + s₂²)"
+    sign = "; ≠: ours differs by more than our standard deviation" if "≠" in scores else ""
+    lines = {"*": f"*: the best of its size in the column, or {tie}"}
+    lines["("] = f"in brackets: the paper's score{sign}"
+    return [line for mark, line in lines.items() if mark in scores]
 
 
 def format_table(table, markdown=False):
     """Rows of cells, the header first, as aligned text or as a Markdown table."""
     if markdown:
-        rule = [":--", *["--:"] * (len(table[0]) - 1)]
         escaped = [[cell.strip().replace("|", "\\|") for cell in row] for row in table]
+        rule = [":--", *["--:"] * (len(table[0]) - 1)]
         rows = [escaped[0], rule, *escaped[1:]]
         return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    widths = [max(map(len, column)) for column in zip(*table)]
     lines = []
-    for row in table:
-        numbers = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
-        lines.append("  ".join([row[0].ljust(widths[0]), *numbers]).rstrip())
+    for label, *cells in table:
+        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+        lines.append("  ".join([label.ljust(widths[0]), *cells]).rstrip())
     return "\n".join(lines)
 
 
@@ -97,7 +96,7 @@ def write_group_table(out, fields, groups, scores, title):
     """
     table, content, bars = [[*fields, "runs", "ROUGE-L"]], [], {}
     for values, labels in groups.items():
-        cells = ["-" if value is None else str(value) for value in values]
+        cells = ["-" if value is None else printable(str(value)) for value in values]
         pooled = [score for label in labels for score in scores[label]]
         table.append([*cells, str(len(labels)), format_score(pooled)])
         content.append({"values": cells, "runs": labels, "scores": pooled})
@@ -115,7 +114,7 @@ def write_samples(out, n, set_name, rows, paths):
     paths: the files of the responses, {label: path}.
     """
     n = min(n, len(rows))
-    results = {label: read_jsonl(path) for label, path in paths.items()}  # by the row's index
+    results = {label: [result for _, result in read_jsonl(path)] for label, path in paths.items()}
     page = [f"### Table 6: requests of {set_name} and the responses to them"]
     for row in (rows[i * len(rows) // n] for i in range(n)):
         page.append(f"#### {set_name}, row {row.index + 1}")
@@ -139,15 +138,19 @@ def save_plot(path, draw):
     with an error in a plot.
     """
     try:
+        import matplotlib
         from matplotlib.figure import Figure
 
-        figure = Figure(layout="constrained")
-        draw(figure)
-        image = io.BytesIO()
-        figure.savefig(image, dpi=150)
+        # Names are drawn as they are: a `$` in one begins no formula.
+        plain = {"text.parse_math": False, "text.usetex": False}
+        with matplotlib.rc_context(plain), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one for each character that the font lacks
+            figure, image = Figure(layout="constrained"), io.BytesIO()
+            draw(figure)
+            figure.savefig(image, dpi=150)
         write_atomic(path, image.getvalue())
     except Exception as error:
-        return f"no plot ({type(error).__name__}: {' '.join(str(error).split())})"
+        return f"no plot ({type(error).__name__}: {textwrap.shorten(str(error), 200)})"
     return str(path)
 
 
@@ -155,8 +158,7 @@ def plot_curves(run_dir):
     """Plot a run's losses and validation ROUGE-L over its steps as curves.png (see `save_plot`)."""
 
     def draw(figure):
-        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-        metrics = [json.loads(line) for line in lines]
+        metrics = [values for _, values in read_jsonl(run_dir / "metrics.jsonl")]
         figure.set_size_inches(10, 4)
         left, right = figure.subplots(1, 2)
         curves = {"loss": "loss", "prompt_kd": "prompt: L_kd", "prompt_reg": "prompt: L_reg"}
@@ -167,7 +169,8 @@ def plot_curves(run_dir):
             points = [(values["step"], values[name]) for values in metrics if name in values]
             if points:
                 axes.plot(*zip(*points), label=label, linewidth=1, marker=marker)
-        left.set(xlabel="optimizer step", ylabel="nats per token", title=run_dir.name)
+        [title] = unique_labels([run_dir])
+        left.set(xlabel="optimizer step", ylabel="nats per token", title=title)
         left.legend()
         title = "validation" if right.lines else "no validation by ROUGE-L in this stage"
         right.set(xlabel="optimizer step", ylabel="ROUGE-L", title=title)
@@ -191,7 +194,8 @@ def plot_bars(path, bars, lines, title):
             bar = axes.barh(label, mean, xerr=std(scores), capsize=3, color="C0")
             axes.bar_label(bar, fmt="%.1f", padding=2, fontsize=8)
         for label, score in lines.items():
-            axes.axvline(score, linestyle="--", linewidth=1, color="black", label=label)
+            # A legend leaves out labels that begin with an underscore, hence the space.
+            axes.axvline(score, linestyle="--", linewidth=1, color="black", label=f" {label}")
         axes.invert_yaxis()
         axes.set(title=textwrap.fill(title, 72), xlabel="ROUGE-L")
         if lines:
@@ -238,8 +242,10 @@ def write_figure(stem, series_name, series, settings, draw):
     content = json.dumps({"settings": settings, f"{series_name}s": series})
     write_atomic(f"{stem}.json", content + "\n")
     size = f"{settings['requests']} requests × {settings['samples']} samples"
-    subtitle = f"{Path(settings['data']).name}: {size}; bands: 95 %, bootstrap over requests"
-    plot = save_plot(f"{stem}.png", lambda figure: draw(figure, series, subtitle))
+    [data] = unique_labels([settings["data"]])
+    subtitle = f"{data}: {size}; bands: 95 %, bootstrap over requests"
+    curves = {f" {label}": columns for label, columns in series.items()}  # as in plot_bars
+    plot = save_plot(f"{stem}.png", lambda figure: draw(figure, curves, subtitle))
     return f"also in {stem}.csv and .json; {plot}"
 
 

@@ -1,49 +1,75 @@
-"""JSON lines -> Row -> the template's request -> Example in token ids -> padded Batch."""
+"""Text files -> Row -> the template's request -> Example in token ids -> padded Batch."""
 
-import codecs
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data.cli import InputError
+from data.cli import InputError, check_lfs_pointer, write_atomic
 
 MAX_REQUEST = 256  # tokens of a request
 MAX_NEW_TOKENS = 256  # tokens of a sampled response
 MAX_LENGTH = 512  # tokens of a training row: request, response and end-of-text
 
+# How files that hold no UTF-8 text begin, and what to do with them
+COMPRESSED = rb"\x1f\x8b|\x28\xb5\x2f\xfd|BZh[1-9]1AY|\xfd7zXZ|PK\x03\x04"
+NOT_TEXT = {
+    COMPRESSED: "is compressed (with gzip, zstd, bzip2, xz or zip); decompress it",
+    rb"PAR1": "is a Parquet file; write its rows as JSON, one object per line",
+    rb"\xff\xfe|\xfe\xff|[^\n]*\0": "is UTF-16 or no text at all; convert it to UTF-8",
+}
+# A brace or bracket, and after it what prose does not have there: a quote, or the line's end
+JSON_START = re.compile(r'\s*(\{\s*("|$)|\[\s*([{"]|$))')
 
-def read_jsonl(path):
-    """The objects of a JSON-lines file. Raises InputError with file and line if one is bad."""
+
+def check_text_file(path):
+    """Return a path as a Path. Raises InputError if it is not a file, or if its first bytes show
+    that it holds no UTF-8 text."""
     path = Path(path)
     if not path.is_file():
         problem = "is a directory, not a file" if path.is_dir() else "no such file"
         raise InputError(f"{path}: {problem}")
+    check_lfs_pointer(path)
+    with path.open("rb") as file:
+        start = file.read(64)
+    for signature, problem in NOT_TEXT.items():
+        if re.match(signature, start):
+            raise InputError(f"{path}: {problem}")
+    return path
+
+
+def read_jsonl(path):
+    """The objects of a JSON-lines file, each with its location: [("PATH, line N", object)].
+
+    Blank lines are skipped and counted, so that N is the file's own number. Raises InputError with
+    file and line if a line is not an object, and if there is none.
+    """
+    path, rows = check_text_file(path), []
     with path.open("rb") as file:  # bytes, so that a line that is not UTF-8 has its number
-        if file.read(3) != codecs.BOM_UTF8:
-            file.seek(0)
-        lines = enumerate(file, start=1)
-        objects = [_parse_object(line, f"{path}, line {number}") for number, line in lines]
-    if not objects:
+        for number, line in enumerate(file, start=1):
+            location = f"{path}, line {number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{location}: is not UTF-8; convert the file to UTF-8") from error
+            if text.strip():
+                rows.append((location, _parse_object(text, location)))
+    if not rows:
         raise InputError(f"{path}: has no rows")
-    return objects
+    return rows
 
 
-def _parse_object(line, location):
+def _parse_object(text, location):
+    problem = "is not a JSON object"
     try:
-        value = json.loads(line.decode("utf-8")) if line.strip() else None
+        value = json.loads(text)
         if isinstance(value, dict):
             return value
-        problem = "is empty" if value is None else "is not a JSON object"
-    except UnicodeDecodeError as error:
-        raise InputError(f"{location}: is not UTF-8; convert the file to UTF-8") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         problem = f"is not JSON ({error})"
-    except RecursionError:
-        problem = "is nested too deeply"
     raise InputError(f"{location}: {problem}; expected one object per line")
 
 
@@ -58,51 +84,70 @@ def text_field(value, field, location):
     return text
 
 
+def references_field(value, location, required=True):
+    """The references of an object, a tuple: its `output`, which is a string or a list of them."""
+    output = value.get("output")
+    texts = [output] if isinstance(output, str) else output
+    valid = isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)
+    valid = valid or (output is None and not required)
+    check_field(valid, location, "output", output, "a string or a list of strings")
+    return tuple(texts or ())
+
+
+def corpus_format(path):
+    """How a corpus is stored: "JSON lines" if the first line that is not blank begins as JSON, or
+    if the file has the name of JSON; else "plain text".
+
+    JSON of another layout, such as one array of objects, counts as JSON lines as well: `read_jsonl`
+    refuses it, and it is never taken for prose.
+    """
+    path = check_text_file(path)
+    with path.open(encoding="utf-8-sig", errors="replace", newline="\n") as file:
+        line = next((line for line in file if line.strip()), "")
+    has_name = path.suffix.lower() in (".jsonl", ".ndjson", ".json")
+    return "JSON lines" if has_name or JSON_START.match(line) else "plain text"
+
+
 def read_texts(path, limit=None):
-    """The first texts of a corpus: `text` of each .jsonl object, else what blank lines separate."""
-    path = Path(path)
-    if path.suffix != ".jsonl" and path.is_file():
-        try:
-            documents = re.split(r"\n\s*\n", path.read_text(encoding="utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: is not UTF-8; convert the file to UTF-8") from error
-        return [text for text in documents if text.strip()][:limit]
-    objects = enumerate(read_jsonl(path)[:limit], start=1)
-    return [text_field(value, "text", f"{path}, line {number}") for number, value in objects]
+    """The first texts of a corpus: the field `text` of JSON lines, or what blank lines separate in
+    plain text (see `corpus_format`)."""
+    if corpus_format(path) == "JSON lines":
+        rows = read_jsonl(path)[:limit]
+        return [text_field(value, "text", location) for location, value in rows]
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8; convert the file to UTF-8") from error
+    return [part for part in re.split(r"\n\s*\n", text) if part.strip()][:limit]
 
 
 @dataclass(frozen=True)
 class Row:
     """One row of a data set."""
 
-    index: int  # position in the file, part of the seed of the row's random numbers
+    index: int  # position among the file's rows, part of the seed of the row's random numbers
     instruction: str
     input: str  # may be empty
     references: tuple  # of str; training uses the first
     ids: tuple | None = None  # the tokens of a sampled response (SeqKD)
+    # File and line, for messages. Not in repr, which tells whether kept responses fit the rows.
+    location: str = field(default="data", repr=False, compare=False)
 
 
 def read_rows(path, limit=None, needs_output=True):
     """The first `limit` rows of a file. Raises InputError if a field of any row is malformed."""
     rows = []
-    for index, value in enumerate(read_jsonl(path)):
-        location = f"{path}, line {index + 1}"
+    for index, (location, value) in enumerate(read_jsonl(path)):
         instruction = text_field(value, "instruction", location)
-        input, output, ids = (value.get(field) for field in ("input", "output", "ids"))
+        input, ids = value.get("input"), value.get("ids")
         check_field(isinstance(input, str | None), location, "input", input, "a string or absent")
-        references = [output] if isinstance(output, str) else output
-        valid = is_text_list(references) or (output is None and not needs_output)
-        check_field(valid, location, "output", output, "a string or a list of strings")
+        references = references_field(value, location, needs_output)
         if ids is not None:
             valid = isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)
             check_field(valid, location, "ids", ids, "a list of token ids")
             ids = tuple(ids)
-        rows.append(Row(index, instruction, input or "", tuple(references or ()), ids))
+        rows.append(Row(index, instruction, input or "", references, ids, location))
     return rows[:limit]
-
-
-def is_text_list(value):
-    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
 def fill_template(instruction, input=""):
@@ -140,7 +185,7 @@ def encode_training_rows(rows, tokenizer):
             response = [*tokenizer.encode_ordinary(row.references[0]), tokenizer.eot_token]
         elif max(response, default=0) >= tokenizer.n_vocab:
             problem = f"has a token beyond the tokenizer's {tokenizer.n_vocab}; leave 'ids' out"
-            raise InputError(f"data, row {row.index + 1}: 'ids' {problem}")
+            raise InputError(f"{row.location}: 'ids' {problem}")
         examples.append(Example(row.index, request, list(response[: MAX_LENGTH - len(request)])))
     return examples
 
@@ -215,8 +260,7 @@ def packed_examples(documents, block_size, seed, epoch=0):
 
 def count_complete_lines(path):
     """The number of lines in a file that is being written; creates it, cuts off a partial line."""
-    path.touch()
-    with open(path, "rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
+    content = path.read_bytes() if path.is_file() else b""
+    # Written again, because not every file system can truncate a file.
+    write_atomic(path, content[: content.rfind(b"\n") + 1])
     return content.count(b"\n")

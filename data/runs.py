@@ -1,29 +1,37 @@
 """A run's directory: run.json, metrics.jsonl, checkpoints, and the names of runs."""
 
-import hashlib
 import json
 import os
 import platform
-import resource
 import shutil
 import sys
 import zlib
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+try:
+    import fcntl
+    import resource
+except ImportError:  # on Windows
+    fcntl = resource = None
+
 from data import dist
 from data.cli import InputError, read_json, write_atomic
+from data.dist import print0
 from data.rows import MAX_NEW_TOKENS
 from data.tokenizer import tokenizer_files
 from model import save
 from prompt import save_prompt
 
-RUN_FORMAT = 2  # of run.json and the files beside it; raise it when their meaning changes
+RUN_FORMAT = 3  # of run.json and the files beside it; raise it when their meaning changes
 # The fields of run.json that are read. An optional one may be null or missing.
-RECORD_FIELDS = {"name": str, "settings": dict, "files": dict | None, "paper": str | None}
-RECORD_FIELDS |= {"parameters": int | None, "hours": float | int | None, "complete": bool | None}
+RECORD_FIELDS = {"name": str, "settings": dict, "inputs": dict | None}
+RECORD_FIELDS |= {"base": str | None, "paper": str | None, "parameters": int | None}
+RECORD_FIELDS |= {"hours": float | int | None, "complete": bool | None}
+LOCATIONS = {"data", "responses", "lm_data"}  # settings that say where inputs are
 UNFINISHED = " (unfinished)"  # appended to the label of a run that is not complete
 
 
@@ -83,7 +91,7 @@ def read_record(model):
     if not path.is_file():
         return {}
     record = read_json(path, fix)
-    if not isinstance(record, dict) or record.get("format") != RUN_FORMAT:
+    if record.get("format") != RUN_FORMAT:
         problem = "was made by another version of this project"
         raise InputError(f"{path}: {problem}; choose another --out, or remove {directory}")
     for field, kind in RECORD_FIELDS.items():
@@ -92,31 +100,88 @@ def read_record(model):
     return {field: value for field, value in record.items() if value is not None}
 
 
-def open_run(directory, description, files):
-    """A stage's record: what run.json holds or, if the stage is new, what it will hold.
+@contextmanager
+def open_run(directory, description, inputs):
+    """Open a stage's run on all ranks. Yields its record: what run.json holds or, if the stage is
+    new, what it will hold. No other process can open the run meanwhile, unless it is complete.
 
-    description: the stage's name, settings and so on. files: the data files that it reads. Raises
-    InputError if run.json has other settings or the content of a data file has changed.
+    description: the stage's name, settings and so on. inputs: the SHA-256 of all that it reads,
+    {name: hash}. Raises InputError if run.json has other settings, if an input has changed, or if
+    another process holds the run.
     """
-    hashes = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()}
+    is_complete = dist.run_on_rank0(read_record, directory).get("complete")
+    with nullcontext() if is_complete else _lock(directory):
+        yield dist.run_on_rank0(_check_run, directory, description, inputs)
+
+
+def _check_run(directory, description, inputs):
     record = read_record(directory)
     if not record:
         versions = {"python": platform.python_version(), "torch": torch.__version__}
-        return {"format": RUN_FORMAT, **description, "files": hashes, "versions": versions}
+        return {"format": RUN_FORMAT, **description, "inputs": inputs, "versions": versions}
     fix = "choose another --out, or remove it"
+    # Content counts and not its name: a directory has many spellings, and --out may be moved.
+    compared = set(description["settings"]) - LOCATIONS - set(inputs)
     for name, value in description["settings"].items():
         found = record["settings"].get(name)
-        if found != value:
+        if name in compared and found != value:
             if name == "dtype" and found in dist.DTYPES:
                 fix = f"give --dtype {found}, {fix}"
             raise InputError(f"{directory}: was made with {name} {found!r}, not {value!r}; {fix}")
-    for name, value in hashes.items():
-        if record.get("files", {}).get(name) != value:
-            data = record["settings"]["data"]
-            raise InputError(f"{directory}: {name} of {data} has changed since it was made; {fix}")
+    for name, value in inputs.items():
+        if record.get("inputs", {}).get(name) != value:
+            source = description["settings"].get(name) or description["settings"]["data"]
+            problem = f"{name} ({source}) is not what it was made with"
+            raise InputError(f"{directory}: {problem}: its content has changed; {fix}")
     if record.get("complete"):
         shutil.rmtree(directory / "state", ignore_errors=True)  # if finish_run was interrupted
     return description | record
+
+
+@contextmanager
+def _lock(directory):
+    """Keep other processes out of a run. The system releases the lock of a process that dies."""
+    path, locks = directory / "state" / "lock", []
+
+    def acquire():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if fcntl is None:
+                raise OSError("this system has no flock")
+            lock = open(path, "ab+", buffering=0)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            holder = lock.read().decode() or "another process"
+            fix = "wait for it to end, or choose another --out"
+            raise InputError(f"{directory}: {holder} is working on it; {fix}") from error
+        except OSError as error:  # the file system has no locks
+            fix = "start no second process with this --out"
+            print0(f"warning: {path}: can't be locked ({error.strerror or error}); {fix}")
+            return
+        locks.append(lock)
+        with suppress(OSError):  # the file system may be full
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()}".encode())
+
+    try:
+        dist.run_on_rank0(acquire)
+        yield
+    finally:
+        for lock in locks:
+            # Remove the lock, and the directories if the run left nothing in them.
+            for remove in (path.unlink, path.parent.rmdir, directory.rmdir):
+                with suppress(OSError):
+                    remove()
+            lock.close()
+
+
+def recorded_name(name, out):
+    """How run.json names a model or a data set: inside --out relative to it, else as given."""
+    if not name or not os.path.exists(name):
+        return name
+    path, out = run_dir(name), Path(out).resolve()
+    return path.relative_to(out).as_posix() if path.is_relative_to(out) else name
 
 
 def write_record(directory, record):
@@ -139,7 +204,9 @@ class MetricsLog:
     def __init__(self, path, start_step):
         self.path = path
         if dist.rank() == 0:
-            lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+            lines = []
+            if path.is_file():
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             # The last line may have been cut short.
             whole = [line for line in lines if start_step and line.endswith("\n")]
             kept = [line for line in whole if json.loads(line)["step"] <= start_step]
@@ -147,7 +214,7 @@ class MetricsLog:
 
     def write(self, metrics):
         if dist.rank() == 0:
-            with open(self.path, "a") as file:
+            with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
 
 
@@ -168,10 +235,13 @@ def format_time(seconds):
 
 
 def peak_memory(device):
-    """Peak memory in GB: allocated and reserved on a GPU (as in Table 2), resident on a CPU."""
+    """Peak memory in GB: allocated and reserved on a GPU (as in Table 2), resident on a CPU.
+    {} on a CPU under Windows, which does not say."""
     if device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         return {"memory_allocated_gb": allocated / 1e9, "memory_reserved_gb": reserved / 1e9}
+    if resource is None:
+        return {}
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return {"memory_resident_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
 
@@ -187,7 +257,7 @@ def save_checkpoint(run, directory):
     """Save the student, its tokenizer and, in PromptKD, the soft prompt as a Hugging Face model."""
 
     def write():
-        save(run.student, directory)
+        save(run.student, directory, run.tokenizer.eot_token)
         for file, text in zip(("vocab.json", "merges.txt"), tokenizer_files(run.tokenizer)):
             write_atomic(directory / file, text)
         if run.P is not None:
@@ -219,16 +289,9 @@ def checkpoints(run):
 def base_label(model):
     """The short name of the model that a run starts from, for naming stages: gpt2-xl for gpt2-xl
     itself and for every stage (pretrain, init, teacher) that was trained from it."""
-    directory, record = run_dir(model), read_record(model)
-    if record and run_kind(record) in ("pretrain", "init", "teacher"):
-        start = record["settings"].get("student")
-        if not isinstance(start, str):
-            problem = "does not say which model the run started from ('student')"
-            fix = f"remove {directory} and train it again"
-            raise InputError(f"{directory / 'run.json'}: {problem}; {fix}")
-        if run_dir(start) != directory:  # they are equal if a run of gpt2 was copied to `gpt2`
-            return base_label(start)
-    return directory.name
+    record, name = read_record(model), run_dir(model).name
+    is_base = record and run_kind(record) in ("pretrain", "init", "teacher")
+    return record.get("base", name) if is_base else name
 
 
 def override_suffix(option, value):
@@ -249,7 +312,13 @@ def unique_labels(names):
     depth = 1
     while len({p[-depth:] for p in parts}) < len(set(parts)):
         depth += 1
-    return ["/".join(p[-depth:]) for p in parts]
+    return [printable("/".join(p[-depth:])) for p in parts]
+
+
+def printable(name):
+    """A name on one line of valid text. A file's name may have newlines, and bytes that are not
+    UTF-8, which Python reads as lone surrogates."""
+    return " ".join(name.splitlines()).encode("utf-8", "backslashreplace").decode()
 
 
 def run_labels(names):

@@ -1,24 +1,31 @@
 """What a stage is called, what it trains on, and the checks before and during it."""
 
 import math
-import shutil
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from data import dist
-from data.cli import InputError
+from data import dist, report, runs
+from data.cli import InputError, explain_out_of_memory, write_atomic
 from data.demo import TOKENIZER_DIR
 from data.dist import print0
-from data.hub import find_model_dir
-from data.models import find_model, load_model
+from data.hub import file_hash, find_model_dir, model_hash
+from data.models import find_model, load_model, preset
 from data.options import OVERRIDES
-from data.paper import DEMO, paper_row, preset
+from data.paper import DEMO, paper_row
 from data.prepare import find_data_dir
-from data.rows import encode_training_rows, epoch_order, packed_examples, read_rows, read_texts
-from data.runs import Settings, base_label, finish_run, open_run, override_suffix, write_record
+from data.rows import (
+    corpus_format,
+    encode_training_rows,
+    epoch_order,
+    packed_examples,
+    read_rows,
+    read_texts,
+)
+from data.runs import LOCATIONS, Settings, base_label, finish_run, format_time, override_suffix
 from data.tokenizer import check_same_vocabulary, load_tokenizer
 from prompt import freeze
 from sample import sample_to_file
@@ -26,7 +33,7 @@ from sample import sample_to_file
 
 def data_label(args):
     """What a run's name says of its data: nothing for all of dolly."""
-    label = "" if args.data == "dolly" else f"-{Path(args.data).name}"
+    label = "" if args.data == "dolly" else f"-{Path(os.path.abspath(args.data)).name}"
     return f"{label}-{args.train_rows}rows" if args.train_rows else label
 
 
@@ -95,6 +102,29 @@ def data_files(s):
     return [*files, texts] if s.method == "pretrain" and texts.is_file() else files
 
 
+def open_stage(directory, settings, files, paper=None):
+    """Open a stage's run (see `data.runs.open_run`).
+
+    settings: a dict. files: the paths of its data files. paper: which of the paper's runs it is.
+    """
+
+    def hash_inputs():
+        hashes = {path.name: file_hash(path) for path in files if path.is_file()}
+        if settings.get("lm_data"):
+            hashes["lm_data"] = file_hash(settings["lm_data"])
+        fields = () if settings["method"] == "pretrain" else ("student", "teacher")
+        models = {field: settings[field] for field in fields if settings.get(field)}
+        return hashes | {field: model_hash(model) for field, model in models.items()}
+
+    inputs = dist.run_on_rank0(hash_inputs)
+    recorded = dict(settings)
+    for field in (LOCATIONS | set(inputs)) & set(settings):
+        recorded[field] = runs.recorded_name(settings[field], directory.parent)
+    description = {"name": directory.name, "base": base_label(settings["student"])}
+    description |= {"paper": paper, "settings": recorded}
+    return runs.open_run(directory, description, inputs)
+
+
 def load_data(s):
     """The StageData for Settings `s`. Raises InputError if nothing is left to train on."""
     train_path, dev_path, *text_paths = data_files(s)
@@ -107,7 +137,7 @@ def load_data(s):
     examples = [] if text_paths else encode_training_rows(rows, tokenizer)
     documents = [e.request + e.response for e in examples]
     if text_paths:
-        documents = encode_texts(read_texts(text_paths[0], s.max_train_rows), tokenizer)
+        documents = encode_texts(read_corpus(text_paths[0], s.max_train_rows), tokenizer)
     if s.method != "pretrain" and len(examples) < len(rows):
         dropped = f"{len(rows) - len(examples)} of {len(rows)} rows"
         print0(f"{train_path}: {dropped} have a request over the limit and are left out")
@@ -127,6 +157,13 @@ def load_data(s):
     return StageData(tokenizer, dev_rows, dev_examples, epoch_examples)
 
 
+def read_corpus(path, limit=None):
+    """The first texts of a corpus. Reports how many there are and how they were read."""
+    texts = read_texts(path, limit)
+    print0(f"{path}: {len(texts):,} documents, read as {corpus_format(path)}")
+    return texts
+
+
 def encode_texts(texts, tokenizer):
     return [[*tokenizer.encode_ordinary(text), tokenizer.eot_token] for text in texts]
 
@@ -134,7 +171,7 @@ def encode_texts(texts, tokenizer):
 def read_lm_blocks(s, tokenizer, n_rows):
     """Blocks of MiniLLM's plain text: at least `n_rows`, or as many as the text gives."""
     documents, n_tokens = [], 0
-    for text in read_texts(s.lm_data):
+    for text in read_corpus(s.lm_data):
         documents += encode_texts([text], tokenizer)
         n_tokens += len(documents[-1])
         if n_tokens > n_rows * s.block_size:
@@ -148,6 +185,7 @@ def read_lm_blocks(s, tokenizer, n_rows):
 def check_positions(run, examples):
     """Raise InputError if a row is longer than a model can read."""
     longest = max(len(e.request) + len(e.response) for e in [*examples, *(run.lm_blocks or [])])
+    longest -= 1  # a row's last token is only predicted
     longest += 0 if run.P is None else len(run.P)
     for name, model in (("student", run.student), ("teacher", run.teacher)):
         if model is not None and longest > model.config.n_positions:
@@ -164,6 +202,28 @@ def check_finite(directory, metrics):
         options = "--prompt-lr or --lr" if phase == "prompt" else "--lr"
         found = f"{bad} at step {metrics['step']}, {phase} phase"
         raise InputError(f"{directory}: {found}; the training has diverged: lower {options}")
+
+
+def explain_memory(directory, micro_batch_size):
+    """A context in which a lack of memory is reported as an InputError that says what to lower."""
+    lower = "a smaller --micro-batch" if micro_batch_size > 1 else "smaller models or more memory"
+    fix = f"run the same command with {lower}; what was saved is resumed"
+    return explain_out_of_memory(f"{directory}: micro-batch of {micro_batch_size} rows", fix)
+
+
+def finish_stage(run, directory, record, progress):
+    """Complete a stage, and draw its curves."""
+    record |= {"parameters": run.student.n_parameters(), "total_steps": run.total_steps}
+    record |= {"ranks": dist.world_size(), "device": run.device.type}
+    if run.P is not None:
+        record["prompt_length"] = len(run.P)
+    record |= {"best": abs(progress["best"][0]), "best_step": progress["best_step"]}
+    record["hours"] = progress["hours"]
+    dist.run_on_rank0(finish_run, directory, record)
+    plot = dist.run_on_rank0(report.plot_curves, directory)  # last: drawing may fail
+    took = format_time(3600 * record["hours"])
+    best = f"{run.settings.metric_for_best} {record['best']:.2f}"
+    print0(f"{directory}: done in {took}, best {best}; {plot}")
 
 
 def check_later_inputs(args, data_dir, teacher, student):
@@ -192,15 +252,22 @@ def sample_responses(directory, s, device):
 
     The directory becomes a data set like the one that the requests come from. Returns it.
     """
-    start, source = time.perf_counter(), dist.run_on_rank0(find_data_dir, s["data"])
-    description = {"name": directory.name, "settings": s}
-    record = dist.run_on_rank0(open_run, directory, description, [source / "train.jsonl"])
-    if record.get("complete"):
-        print0(f"{directory}: complete, skipped")
-        return str(directory)
+    source = dist.run_on_rank0(find_data_dir, s["data"])
+    with open_stage(directory, s, [source / "train.jsonl"]) as record:
+        if record.get("complete"):
+            print0(f"{directory}: complete, skipped")
+        else:
+            fix = "use a smaller teacher or more memory; what was sampled is kept"
+            with explain_out_of_memory(directory, fix):
+                _sample_responses(directory, s, device, source, record)
+    return str(directory)
+
+
+def _sample_responses(directory, s, device, source, record):
+    start = time.perf_counter()
     model, tokenizer = load_model(s["student"], device)
     path, rows = directory / "train.jsonl", read_rows(source / "train.jsonl", s["max_train_rows"])
-    dist.run_on_rank0(write_record, directory, record)
+    dist.run_on_rank0(runs.write_record, directory, record)
     print0(f"\n{directory}: sampling the responses of {s['student']} to {len(rows):,} requests")
     if not dist.run_on_rank0(path.is_file):
         model, key = freeze(model, s["dtype"]), (s["seed"], "responses")
@@ -209,8 +276,7 @@ def sample_responses(directory, s, device):
     def finish():
         for name in ("dev.jsonl", "test.jsonl"):
             if (source / name).is_file():
-                shutil.copyfile(source / name, directory / name)
+                write_atomic(directory / name, (source / name).read_bytes())
         finish_run(directory, record | {"hours": (time.perf_counter() - start) / 3600})
 
     dist.run_on_rank0(finish)
-    return str(directory)

@@ -2,7 +2,6 @@
 
 import os
 import zipfile
-from contextlib import suppress
 from dataclasses import astuple
 from pickle import PickleError
 
@@ -50,10 +49,14 @@ def find_newest_state(directory):
     """The newest undamaged state, None if there is none. Damaged ones are reported and renamed."""
     paths = list_states(directory / "state")
     for path in paths:
-        with suppress(Exception):  # zipfile raises many kinds of errors
+        try:
             # torch.load does not check the checksums.
             if zipfile.ZipFile(path).testzip() is None:
                 return path
+        except MemoryError:
+            raise  # it says nothing of the file
+        except Exception:  # zipfile raises many kinds of errors
+            pass
         os.replace(path, path.with_suffix(".damaged"))
         fallback = "this stage starts from scratch" if path == paths[-1] else "trying an older one"
         print0(f"{path}: is damaged; {fallback}")

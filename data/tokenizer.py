@@ -2,14 +2,24 @@
 
 import functools
 import json
+import os
+import re
+from itertools import zip_longest
 from pathlib import Path
 
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from data.cli import InputError, read_json
+from data.cli import InputError, check_lfs_pointer, read_json
 
 END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILES += ("vocab.json", "merges.txt", "added_tokens.json")
+# Names of tokenizer files of any kind, also of those that can't be read.
+ANY_TOKENIZER_FILE = re.compile(
+    r"(tokenizer|vocab|merges|encoder\.json|(added|special)_tokens|s\w*piece).*|.*\.(spm|tiktoken)"
+)
+HINT = "fetch tokenizer.json, or vocab.json and merges.txt, again"
 
 # GPT-2 writes each byte as one printable character, in the order of the first 256 token ids.
 _PRINTABLE = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
@@ -17,44 +27,166 @@ _REST = [byte for byte in range(256) if byte not in _PRINTABLE]
 BYTE_ENCODER = {b: chr(b) for b in _PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(_REST)}
 BYTE_DECODER = {character: byte for byte, character in BYTE_ENCODER.items()}
 
+# How a tokenizer.json may say that a text is divided into words as GPT-2 does it.
+PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SPLIT = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
+PRE_TOKENIZERS = [[BYTE_LEVEL | {"use_regex": True}], [BYTE_LEVEL]]  # older files: no use_regex
+PRE_TOKENIZERS += [[SPLIT, BYTE_LEVEL | {"use_regex": False}]]
+SPECIAL_TOKEN = re.compile(r"[<\[].+[>\]]")  # as <pad> and [PAD], which need no merge
+
 
 def load_tokenizer(directory=None):
-    """The tokenizer of a directory with `vocab.json` and `merges.txt`; without them GPT-2's own.
+    """The tokenizer of a directory (see `read_tokenizer`)."""
+    return read_tokenizer(directory)[0]
 
-    Raises InputError if the two files contradict each other or GPT-2's can't be downloaded.
+
+def read_tokenizer(directory=None):
+    """The tokenizer of a directory and the names of the added tokens that it is read without: those
+    after the last of the bytes, the merges and end-of-text.
+
+    Reads `tokenizer.json`, else `vocab.json` and `merges.txt`. Without a tokenizer file of any kind
+    it is GPT-2's own. Raises InputError if the files contradict each other, if a tiktoken.Encoding
+    can't represent them, or if GPT-2's can't be downloaded.
     """
-    if directory is None or not (Path(directory) / "vocab.json").is_file():
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except Exception as error:  # tiktoken lets its HTTP client's errors through
-            problem = f"tokenizer 'gpt2': can't be downloaded ({type(error).__name__})"
-            fix = "set TIKTOKEN_CACHE_DIR to a directory that has it"
-            raise InputError(f"{problem}; {fix}") from error
-    vocab_path, merges_path = Path(directory) / "vocab.json", Path(directory) / "merges.txt"
-    hint = "fetch vocab.json and merges.txt again"
-    vocab = read_json(vocab_path, hint)
+    names = [] if directory is None else tokenizer_file_names(directory)
+    if not names:
+        return _download_gpt2(), []
+    paths = {name: Path(directory) / name for name in names}
+    if path := paths.get("tokenizer_config.json"):
+        config = read_json(path, HINT)
+        for field in ("add_prefix_space", "add_bos_token", "add_eos_token"):
+            if config.get(field):
+                fix = "use a model that was trained without it"
+                raise InputError(f"{path}: {field} is {config[field]!r}; {fix}")
+    if path := paths.get("tokenizer.json"):
+        vocab, added, merges = _read_tokenizer_json(path)
+        same = "merges.txt" not in paths or _read_merges(paths["merges.txt"]) == merges
+        if same and "vocab.json" in paths:
+            needed = {token: i for token, i in vocab.items() if token not in added}
+            found = read_json(paths["vocab.json"], HINT)
+            same = needed.items() <= found.items() <= (vocab | added).items()
+        if not same:
+            problem = f"{path} contradicts vocab.json and merges.txt beside it"
+            raise InputError(f"{problem}; remove what is not the model's")
+        return _build(path, vocab, added, merges)
+    if "vocab.json" in paths or "merges.txt" in paths:
+        path = Path(directory) / "vocab.json"
+        vocab, merges = read_json(path, HINT), _read_merges(path.with_name("merges.txt"))
+        added = paths.get("added_tokens.json")
+        return _build(path, vocab, read_json(added, HINT) if added else {}, merges)
+    fix = "put the model's tokenizer.json there, or its vocab.json and merges.txt"
+    raise InputError(f"{directory}: can't read a tokenizer from {', '.join(names)}; {fix}")
+
+
+def tokenizer_file_names(directory):
+    """The names of a directory's tokenizer files of any kind."""
+    return sorted(filter(ANY_TOKENIZER_FILE.fullmatch, os.listdir(directory)))
+
+
+def _download_gpt2():
     try:
-        lines = merges_path.read_text(encoding="utf-8").split("\n")
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # tiktoken lets its HTTP client's errors through
+        problem = f"tokenizer 'gpt2': can't be downloaded ({type(error).__name__})"
+        fix = "set TIKTOKEN_CACHE_DIR to a directory that has it"
+        raise InputError(f"{problem}; {fix}") from error
+
+
+def _read_merges(path):
+    """The pairs of tokens in merges.txt."""
+    check_lfs_pointer(path)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
-        raise InputError(f"{merges_path}: can't be read ({error}); {hint}") from error
-    # tiktoken merges in the order of the token ids, so these must be in GPT-2's order: the bytes,
-    # the merges, end-of-text.
-    mismatch = InputError(f"{vocab_path}: is not the byte-level BPE of {merges_path.name}; {hint}")
-    token_ids = {character: i for i, character in enumerate(BYTE_DECODER)}
-    for line in lines:
-        if line.strip() and not line.startswith("#version"):
-            left, _, right = line.partition(" ")
-            if left not in token_ids or right not in token_ids or left + right in token_ids:
-                raise mismatch
-            token_ids[left + right] = len(token_ids)
-    if vocab != token_ids | {END_OF_TEXT: len(token_ids)}:
-        raise mismatch
-    return tiktoken.Encoding(
-        str(directory),
+        raise InputError(f"{path}: can't be read ({error}); {HINT}") from error
+    lines = [line for line in lines if line.strip() and not line.startswith("#version")]
+    return [tuple(line.partition(" ")[::2]) for line in lines]
+
+
+def _read_tokenizer_json(path):
+    """The ids of tokens, the ids of added tokens, and the pairs of tokens that are merged."""
+    content = read_json(path, HINT)
+    try:
+        differences = _differences_from_gpt2(content)
+        if differences:
+            fields = (f"{field} {json.dumps(value)[:200]}" for field, value in differences.items())
+            fix = "only a byte-level BPE like GPT-2's can be read"
+            raise InputError(f"{path}: has {', '.join(fields)}; {fix}")
+        vocab, merges = {**content["model"]["vocab"]}, content["model"]["merges"]
+        added = {str(t["content"]): t["id"] for t in content.get("added_tokens") or []}
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        return vocab, added, [(str(left), str(right)) for left, right in pairs]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        problem = f"is not a file of the tokenizers library ({type(error).__name__}: {error})"
+        raise InputError(f"{path}: {problem}; {HINT}") from error
+
+
+def _differences_from_gpt2(content):
+    """What in a tokenizer.json encodes a text otherwise than GPT-2's byte-level BPE, by field."""
+
+    def steps(name, plural):
+        part = content.get(name) or {plural: []}
+        return part.get(plural, [part])
+
+    fields = "type dropout continuing_subword_prefix end_of_word_suffix byte_fallback ignore_merges"
+    found = {f"model.{field}": content["model"].get(field) for field in fields.split()}
+    found = {field: value for field, value in found.items() if value not in ("BPE", "", 0, None)}
+    words = steps("pre_tokenizer", "pretokenizers")
+    words = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in words]
+    processors = [p for p in steps("post_processor", "processors") if p["type"] != "ByteLevel"]
+    same = {
+        "normalizer": not steps("normalizer", "normalizers"),
+        "pre_tokenizer": words in PRE_TOKENIZERS,
+        "post_processor": not any(p.get("special_tokens", True) for p in processors),
+    }
+    return found | {name: content.get(name) for name in same if not same[name]}
+
+
+def _build(path, vocab, added, merges):
+    ids, bpe = vocab | added, dict.fromkeys([*BYTE_DECODER, *map("".join, merges)])
+    problem = _find_problem(vocab, added, merges, bpe)
+    if problem:
+        raise InputError(f"{path}: {problem}; {HINT}, or use another tokenizer of GPT-2's kind")
+    last = max(ids[token] for token in [*bpe, END_OF_TEXT])
+    others = sorted(ids.keys() - bpe, key=ids.get)
+    tokenizer = tiktoken.Encoding(
+        str(path.parent),
         pat_str=r50k_pat_str,
-        mergeable_ranks={bytes(BYTE_DECODER[c] for c in t): i for t, i in token_ids.items()},
-        special_tokens={END_OF_TEXT: len(token_ids)},
+        mergeable_ranks={bytes(BYTE_DECODER[c] for c in token): ids[token] for token in bpe},
+        special_tokens={token: ids[token] for token in others if ids[token] <= last},
     )
+    return tokenizer, [token for token in others if ids[token] > last]
+
+
+def _find_problem(vocab, added, merges, bpe):
+    """Why a tiktoken.Encoding can't represent a tokenizer, None if it can. bpe: the tokens of the
+    bytes and those that merges make. Each check relies on those before it."""
+    ids, items = vocab | added, [*vocab.items(), *added.items()]
+    for token, i in items:
+        if type(i) is not int:
+            return f"token {token!r} has the id {i!r}"
+    for token in [*bpe, END_OF_TEXT]:
+        if token not in ids:
+            return f"has no token {token!r}, which is a byte, end-of-text or made by a merge"
+    last = max(ids[token] for token in [*bpe, END_OF_TEXT])
+    for next_id, (i, token) in enumerate(sorted({(i, token) for token, i in items})):
+        if i != next_id <= last:
+            rule = "ids must be 0, 1, 2, ..., one for each token"
+            return f"token {token!r} has id {i} where {next_id} should follow; {rule}"
+        if token in bpe and (token in added or token == END_OF_TEXT):
+            return f"token {token!r} (id {i}) is both an added token and one of the BPE"
+        is_dropped = i > last and token in added
+        if token not in bpe and not is_dropped and not SPECIAL_TOKEN.fullmatch(token):
+            return f"token {token!r} (id {i}) is a word that no merge makes"
+    # tiktoken merges any two tokens that make a third, in the order of the ids. The tokenizers
+    # library merges the listed pairs, in their order.
+    derived = _derive_merges(tuple(sorted(bpe, key=ids.get)))
+    for n, pairs in enumerate(zip_longest(merges, derived, fillvalue=["nothing"]), start=1):
+        merge, needed = map(" ".join, pairs)
+        if merge != needed:
+            return f"merge {n} is {merge!r}, but the ids of the tokens need {needed!r} there"
+    return None
 
 
 def check_same_vocabulary(teacher, student, teacher_tokenizer, student_tokenizer):
@@ -69,17 +201,29 @@ def check_same_vocabulary(teacher, student, teacher_tokenizer, student_tokenizer
 @functools.lru_cache(maxsize=4)
 def tokenizer_files(tokenizer):
     """The text of a tokenizer's `vocab.json` and `merges.txt`, as Hugging Face reads them."""
-    tokens = tokenizer.decode_tokens_bytes(range(tokenizer.n_vocab - 1))
-    ranks = {token: i for i, token in enumerate(tokens)}
+    special = {tokenizer.encode_single_token(name): name for name in tokenizer.special_tokens_set}
+    tokens = tokenizer.decode_tokens_bytes(range(tokenizer.n_vocab))
     names = ["".join(BYTE_ENCODER[byte] for byte in token) for token in tokens]
-    merges = []
-    for token in tokens[256:]:
+    pairs = _derive_merges(tuple(name for i, name in enumerate(names) if i not in special))
+    vocab = {special.get(i, name): i for i, name in enumerate(names)}
+    merges = [" ".join(pair) for pair in pairs]
+    return json.dumps(vocab, ensure_ascii=False), "\n".join(["#version: 0.2", *merges, ""])
+
+
+@functools.lru_cache(maxsize=4)
+def _derive_merges(tokens):
+    """The pairs from which tiktoken merges the tokens longer than a byte.
+
+    tokens: in the order of their ids, with a character for each byte.
+    """
+    ranks, pairs = {token: i for i, token in enumerate(tokens)}, []
+    for token in tokens:
         # Merge the token's bytes, lowest rank first, until only the pair of its own merge is left.
-        parts = [token[i : i + 1] for i in range(len(token))]
+        parts = list(token)
         while len(parts) > 2:
             pair_ranks = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
             i = pair_ranks.index(min(pair_ranks))
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        merges.append(" ".join(names[ranks[part]] for part in parts))
-    vocab = {name: i for i, name in enumerate([*names, END_OF_TEXT])}
-    return json.dumps(vocab, ensure_ascii=False), "\n".join(["#version: 0.2", *merges, ""])
+        if len(parts) == 2 and ranks.keys() >= set(parts):
+            pairs.append(tuple(parts))
+    return pairs

@@ -4,13 +4,13 @@ import math
 
 import torch
 
+import evaluate
 from data import dist
 from data.dist import print0
 from data.paper import DEMO, PROMPT
 from data.report import format_table, score_table
 from data.rows import micro_batches
 from data.runs import format_metrics
-from evaluate import add_averages, evaluate, evaluate_models, mean_rouge_l, open_sets, progress_bar
 from losses import token_log_probs
 from model import precision
 from prompt import response_hidden
@@ -41,12 +41,28 @@ def validate(run, rows, examples):
     if s.metric_for_best == "rouge_l" and math.isfinite(metrics["val_loss"]):
         sampling = {"max_new_tokens": s.max_new_tokens, "dtype": s.dtype}
         rng_key = (s.seed, "validate")
-        with progress_bar(len(rows), "validation") as bar:
-            results = evaluate(run.student, run.tokenizer, rows, rng_key, bar, **sampling)
-        metrics["val_rouge_l"] = mean_rouge_l(results)
+        with evaluate.progress_bar(len(rows), "validation") as bar:
+            results = evaluate.evaluate(run.student, run.tokenizer, rows, rng_key, bar, **sampling)
+        metrics["val_rouge_l"] = evaluate.mean_rouge_l(results)
     if run.P is not None:
         metrics["val_prompted_loss"] = validation_loss(run, run.teacher, examples, run.P)
     return metrics
+
+
+def checkpoint_score(s, metrics):
+    """What `best/` is chosen by, from the metrics of `validate`: a list, the higher the better.
+
+    Among equal ROUGE-L the lower loss is better. This decides alone if ROUGE-L is 0 throughout, as
+    on text without Latin letters.
+    """
+    by_loss = [-metrics["val_loss"]]
+    return by_loss if s.metric_for_best == "loss" else [metrics["val_rouge_l"], *by_loss]
+
+
+def check_references(s, rows):
+    """Report validation rows that ROUGE-L can't score, if it chooses the best checkpoint."""
+    if s.metric_for_best == "rouge_l":
+        evaluate.print_unscorable("validation", [row.references for row in rows])
 
 
 def check_prompt(run, metrics, examples):
@@ -64,8 +80,9 @@ def check_prompt(run, metrics, examples):
 def show_demo(models, device, dtype):
     """Print the demo's table: models on the test set and on the sets unlike the training data."""
     sampling = {"max_new_tokens": DEMO["promptkd"]["max_new_tokens"], "dtype": dtype}
-    scores = evaluate_models(models, open_sets(["demo"]), [10, 20, 30], device, **sampling)
-    print0(f"\n{format_table(score_table(add_averages(scores)))}")
+    test_sets = evaluate.open_sets(["demo"])
+    scores = evaluate.evaluate_models(models, test_sets, [10, 20, 30], device, **sampling)
+    print0(f"\n{format_table(score_table(evaluate.add_averages(scores)))}")
     print0(
         "Mean ± standard deviation over three sampling seeds. The sets after `test` have wordings, "
         "words, lengths\nand combinations of tasks that no training row has. Both models were "

@@ -63,7 +63,13 @@ from data.optim import adamw, set_learning_rate
 from data.options import add_precision_option, number_in_range, parse_shape
 from data.paper import PROMPT
 from data.report import format_table, save_plot
-from data.rows import Example, encode_request, encode_training_rows, read_rows
+from data.rows import (
+    MAX_NEW_TOKENS,
+    Example,
+    encode_request,
+    encode_training_rows,
+    read_rows,
+)
 from data.tokenizer import load_tokenizer
 from evaluate import evaluate, rouge_l
 from model import GPT, precision
@@ -541,7 +547,7 @@ def show_evaluation(args):
     """Print the time to evaluate Dolly's test rows with the student of S."""
     n = len(read_rows(find_file(args.source, "test.jsonl", "valid.jsonl"), args.rows))
     case = CASES["S"] | {"rows": n, "source": args.source, "dtype": args.dtype}
-    case["max_new_tokens"] = sample.MAX_NEW_TOKENS
+    case["max_new_tokens"] = MAX_NEW_TOKENS
     answers, _ = run_sides("evaluation", {"batches of 8": n, "ours": n}, case, args)
     print(f"\nevaluation of {n} Dolly rows, {case['student']}, sampling and scoring")
     lines = [["", "seconds", "ROUGE-L"]]

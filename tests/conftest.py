@@ -1,5 +1,5 @@
-"""What all tests share: one thread, the import path, the fixtures `shared` and `server`, and the
-marker `slow`."""
+"""What all tests share: one thread, the import path, the fixtures `shared`, `online` and `server`,
+and the marker `slow`."""
 
 import os
 import sys
@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # also for the commands that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # or transformers queries the hub about local directories
+os.environ.pop("PROMPTKD_DATA_DIR", None)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -47,7 +48,17 @@ def only_the_gpu_tests_use_a_gpu(request):
 
 
 @pytest.fixture
-def server(monkeypatch):
+def online(monkeypatch):
+    """Downloads are allowed, as they are for a user without settings and without a token."""
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_IMPLICIT_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_TOKEN_PATH", os.devnull)
+
+
+@pytest.fixture
+def server(online, monkeypatch):
     """A server in place of the hub. There is no delay between two attempts of a download."""
     server = Server()
     monkeypatch.setenv("HF_ENDPOINT", server.url)

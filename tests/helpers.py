@@ -296,15 +296,20 @@ class Short(bytes):
     """An answer that announces half of these bytes and sends them all."""
 
 
+class Redirect(str):
+    """An answer that sends the client to this URL."""
+
+
 class Server:
     """A web server on loopback.
 
-    answers: {path: bytes, Cut, CutChunks, Short, an error's status, or a list of these, one per
-    request (the last one is repeated)}. Any other path is a 404. asked: the paths requested so far.
+    answers: {path: bytes, Cut, CutChunks, Short, Redirect, an error's status, or a list of these,
+    one per request (the last one is repeated)}. Any other path is a 404. asked: the paths requested
+    so far. authorizations: the Authorization header of each request, None without one.
     """
 
     def __init__(self):
-        self.answers, self.asked = {}, []
+        self.answers, self.asked, self.authorizations = {}, [], []
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -312,11 +317,18 @@ class Server:
 
             def do_GET(self):
                 server.asked.append(self.path)
+                server.authorizations.append(self.headers["Authorization"])
                 answer = server.answers.get(self.path, 404)
                 if isinstance(answer, list):
                     answer = answer.pop(0) if len(answer) > 1 else answer[0]
                 if isinstance(answer, int):
                     self.send_error(answer)
+                    return
+                if isinstance(answer, Redirect):
+                    self.send_response(302)
+                    self.send_header("Location", answer)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
                     return
                 broken = isinstance(answer, Cut | CutChunks)
                 body = answer[: len(answer) // 2] if broken else answer

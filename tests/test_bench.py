@@ -413,7 +413,7 @@ def test_evaluation_gives_the_scores_of_the_references_on_both_sides(monkeypatch
     write_rows(tmp_path / "test.jsonl", rows)
     monkeypatch.setattr(bench, "make_model", lambda case, role: model)
     monkeypatch.setattr(bench, "load_tokenizer", tiny_tokenizer)
-    monkeypatch.setattr(sample, "MAX_NEW_TOKENS", 24)
+    monkeypatch.setattr(bench, "MAX_NEW_TOKENS", 24)
     options = ("--evaluation", "--source", str(tmp_path), "--repeats", "2")
     printed, lines = run_main(monkeypatch, capsys, turns_in_this_process, *options)
     assert "evaluation of 11 Dolly rows" in printed

@@ -38,7 +38,10 @@ def test_other_exceptions_and_success_pass_through(capsys):
     assert run_command_line(lambda: None) is None and capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "number, status",
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
+)
 def test_a_signal_ends_a_command_with_one_line_and_leaves_no_partial_file(
     tmp_path, monkeypatch, capsys, number, status
 ):

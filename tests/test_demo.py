@@ -12,9 +12,9 @@ from data.demo import (
     NEW_PAIRS,
     NEW_WORDS,
     PAIRS,
+    TASKS,
     TOKENIZER_DIR,
     UNSEEN_WORDINGS,
-    do_task,
     make_preamble,
     write_demo,
 )
@@ -66,7 +66,7 @@ def texts_of(world, names):
     ],
 )
 def test_each_task_does_what_its_name_says(task, text, answer):
-    assert do_task(task, text.split()) == answer.split()
+    assert TASKS[task](text.split()) == answer.split()
 
 
 def test_no_text_is_in_two_sets(world):

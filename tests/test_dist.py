@@ -14,6 +14,7 @@ from helpers import ROOT, fork_ranks, run_command, torchrun, wait_for
 from data import cli, dist
 from data.cli import InputError
 from data.hub import find_model_dir
+from data.tokenizer import TOKENIZER_FILES
 
 # ---- two ranks ---------------------------------------------------------------------------------
 
@@ -91,7 +92,7 @@ def test_two_ranks_gather_reduce_and_read_files_once(server, tmp_path, monkeypat
     assert (tmp_path / "called by 0").read_text() == "xx"
     assert not (tmp_path / "called by 1").exists()
     requested = sorted(path.rsplit("/", 1)[-1] for path in server.asked)
-    assert requested == ["config.json", "merges.txt", "model.safetensors", "vocab.json"]
+    assert requested == sorted(["config.json", "model.safetensors", *TOKENIZER_FILES])
 
 
 def fail_before_init():
@@ -212,9 +213,9 @@ def test_the_threads_of_all_ranks_fit_the_cores(
 ):
     threads = [threads_before]
     monkeypatch.setattr(dist, "world_size", lambda: local_ranks)
+    monkeypatch.setattr(dist, "all_gather_list", lambda items: items * local_ranks)
     monkeypatch.setattr(dist.os, "cpu_count", lambda: cores)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
     dist.init_process()
     assert threads[-1] == threads_after

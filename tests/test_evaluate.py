@@ -15,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import (
     ROOT,
     after_device,
+    error_of,
     fork_ranks,
     talker_config,
     tiny_model,
@@ -44,7 +46,7 @@ from data.report import (
     score_table,
 )
 from data.rows import fill_template, read_rows
-from data.runs import unique_labels
+from data.runs import RUN_FORMAT, unique_labels
 from evaluate import (
     add_averages,
     best_and_ties,
@@ -53,6 +55,7 @@ from evaluate import (
     main,
     mean_rouge_l,
     open_sets,
+    print_unscorable,
     rouge_l,
 )
 from sample import decode_response, row_uniforms, sample
@@ -125,6 +128,36 @@ def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence():
 def test_lists_of_different_lengths_are_an_error(n_responses, n_references):
     with pytest.raises(InputError, match=f"{n_responses} responses for {n_references} rows"):
         rouge_l(["a"] * n_responses, [["a"]] * n_references)
+
+
+CHINESE, RUSSIAN, THAI = "今天天气很好", "Сегодня хорошая погода", "วันนี้อากาศดี"
+
+
+@pytest.mark.parametrize(
+    "references, scorable",
+    [
+        (["a"], True),
+        (["7"], True),
+        (["... B!"], True),
+        ([CHINESE, "weather"], True),
+        ([f"{RUSSIAN} 2024"], True),
+        (["naïve"], True),
+        ([CHINESE], False),
+        ([RUSSIAN, THAI], False),
+        (["😀"], False),
+        (["?!... —"], False),
+        (["٣"], False),  # a digit, but not one of 0-9
+        ([""], False),
+        ([" \n"], False),
+    ],
+)
+def test_rows_without_a_letter_or_digit_that_rouge_l_reads_are_counted(
+    references, scorable, capsys
+):
+    print_unscorable("set", [references])
+    assert ("set: 1 of 1 rows have no reference" in capsys.readouterr().out) == (not scorable)
+    # The definition: not even the reference itself gets a score.
+    assert (max(rouge_l([text], [references])[0] for text in references) > 0) == scorable
 
 
 # ---- the table ---------------------------------------------------------------------------------
@@ -434,6 +467,29 @@ def test_shortened_requests_are_counted_of_kept_responses_too(world, tmp_path):
     assert first.count("were shortened") == 1
 
 
+def test_rows_that_rouge_l_can_not_score_are_counted_once_per_set(world, tmp_path, plain):
+    rows = [{"instruction": "Write.", "output": text} for text in (CHINESE, "a", [RUSSIAN, "!"])]
+    path = write_rows(tmp_path / "mixed" / "test.jsonl", rows)
+    options = {"sets": ["near", tmp_path / "mixed"]}
+    content, printed = run(world, tmp_path / "out", models=["model", "model/"], **options)
+    note = "2 of 3 rows have no reference that ROUGE-L can score (it drops all but a-z and 0-9)"
+    assert printed.splitlines()[0] == f"mixed: {note}; they score 0"
+    assert printed.count("can score") == 1
+    assert content.keys() == plain[1].keys()
+    responses = write_rows(tmp_path / "responses.jsonl", [{"text": CHINESE}] * 3)
+    printed = call("--score", responses, "--references", path)
+    assert printed == f"{path}: {note}; they score 0\nROUGE-L 0.0000 over 3 rows\n"
+
+
+def test_a_lack_of_memory_is_one_line_that_names_model_set_and_option(world, tmp_path, monkeypatch):
+    def fail(*arguments, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("evaluate.sample_all", fail)
+    fix = "run evaluate.py with a lower --batch, or use a smaller model"
+    assert error_of(run, world, tmp_path) == f"model on near: out of memory; {fix}"
+
+
 def test_models_of_one_name_have_different_labels(world, tmp_path):
     for name in ["x/run", "y/run"]:
         write_checkpoint(world / name / "best", talker_config(), tiny_tokenizer())
@@ -461,7 +517,7 @@ def make_run(
     """A run's directory with the tiny model."""
     directory = parent / name
     directory.mkdir(parents=True)
-    record = {"format": 2, "name": name, "settings": {"data": "dolly", **settings}}
+    record = {"format": RUN_FORMAT, "name": name, "settings": {"data": "dolly", **settings}}
     if complete:
         record |= {"hours": hours, "complete": True}
     if paper:
@@ -617,7 +673,7 @@ def test_each_kind_of_run_has_its_own_scores(reported_for, name, paper, dolly):
 def test_the_authors_students_have_their_scores_by_hub_id(
     tmp_path, monkeypatch, fixed_scores, public
 ):
-    checkpoint = write_checkpoint(tmp_path / "plain", talker_config())
+    checkpoint = write_checkpoint(tmp_path / "plain", talker_config(), tiny_tokenizer())
     monkeypatch.setattr("data.models.find_model_dir", lambda name: checkpoint)
     fixed_scores(defaultdict(lambda: {"dolly": [27.0, 27.1]}))
     ids = [f"gmkim/GPT-2-{size}-distilled-PromptKD-Dolly-v1.0" for size in ("120M", "340M", "760M")]
@@ -752,6 +808,16 @@ def change_weights(directory, kept):
     save_file(state | {"wpe.weight": 2 * state["wpe.weight"]}, path)
 
 
+def change_tokenizer(directory, kept):
+    path = directory / "model" / "vocab.json"
+    path.write_text(path.read_text() + "\n")
+
+
+def change_config(directory, kept):
+    path = directory / "model" / "config.json"
+    path.write_text(path.read_text() + "\n")
+
+
 def change_row(directory, kept):
     path = directory / "near" / "test.jsonl"
     path.write_text(path.read_text().replace("none of it", "all of it"))
@@ -772,17 +838,19 @@ def damage_provenance(directory, kept):
 @pytest.mark.parametrize(
     "change, changed",
     [
-        (change_weights, "weights"),
+        (change_weights, "model"),
+        (change_tokenizer, "model"),
+        (change_config, "model"),
         (change_row, "data"),
         (change_response, "responses"),
-        (remove_provenance, "weights, rows, data"),
-        (damage_provenance, "weights, rows"),
+        (remove_provenance, "model, data"),
+        (damage_provenance, "model, data"),
         (["--max-new", 19], "max_new_tokens"),
         (["--temperature", 2], "temperature"),
         (["--top-k", 3], "top_k"),
         (["--top-p", 0.5], "top_p"),
         (["--greedy"], "greedy"),
-        (["--rows", 2], "rows, data"),
+        (["--rows", 2], "data"),
     ],
 )
 def test_responses_of_another_provenance_are_sampled_again(
@@ -985,7 +1053,7 @@ def test_figure_1_has_a_bar_per_method_and_size_and_the_teacher_as_a_line(
     [line] = [line for line in axes.lines if line.get_linestyle() == "--"]
     assert list(line.get_xdata()) == [2, 2]
     [legend] = drawn[0].legends
-    assert [text.get_text() for text in legend.get_texts()] == [f"teacher-c, {size}"]
+    assert [text.get_text().strip() for text in legend.get_texts()] == [f"teacher-c, {size}"]
     assert axes.get_xlabel() == "ROUGE-L"
     assert "near" in axes.get_title()
 
@@ -1005,9 +1073,9 @@ def test_an_error_while_drawing_is_one_line(tmp_path, plots):
 
     assert save_plot(tmp_path / "a.png", fail) == "no plot (ValueError: two lines)"
     assert save_plot(tmp_path, lambda figure: None).startswith("no plot (FileExistsError: ")
-    assert plot_curves(tmp_path).startswith("no plot (FileNotFoundError: ")  # no metrics.jsonl
-    (tmp_path / "metrics.jsonl").write_text("{")
-    assert plot_curves(tmp_path).startswith("no plot (JSONDecodeError: ")
+    for _ in range(2):  # metrics.jsonl is missing, then damaged
+        assert plot_curves(tmp_path).startswith("no plot (InputError: ")
+        (tmp_path / "metrics.jsonl").write_text("{")
     assert not list(tmp_path.glob("*.png"))
     nothing_to_compare = plot_bars(tmp_path / "a.png", {}, {}, "title")
     assert nothing_to_compare == "no plot (there is nothing to compare)"
@@ -1068,15 +1136,15 @@ def test_table_2_has_each_runs_peak_memory_and_hours_next_to_the_papers(tmp_path
         "{",
         "[]",
         '{"name": "a", "settings": {}, "hours": 1}',
-        '{"format": 2, "name": 3, "settings": {}}',
-        '{"format": 2, "name": "a"}',
-        '{"format": 2, "name": "a", "settings": {}, "hours": "long"}',
+        f'{{"format": {RUN_FORMAT}, "name": 3, "settings": {{}}}}',
+        f'{{"format": {RUN_FORMAT}, "name": "a"}}',
+        f'{{"format": {RUN_FORMAT}, "name": "a", "settings": {{}}, "hours": "long"}}',
     ],
 )
 def test_a_damaged_record_is_an_error(tmp_path, text, option):
     directory = make_run(tmp_path, "sft-a-s10")
     (directory / "run.json").write_text(text)
-    problem = "(can't be read|was made by another|field)"
+    problem = "(can't be read|was made by another|field|must be)"
     with pytest.raises(InputError, match=f"sft-a-s10/run.json: {problem}"):
         call(directory, *option, "--data", tmp_path, "--out", tmp_path / "out")
 

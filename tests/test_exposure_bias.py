@@ -34,7 +34,7 @@ from data.cli import InputError, run_command_line
 from data.demo import TOKENIZER_DIR
 from data.report import last_reliable_step, plot_steps, plot_training
 from data.rows import fill_template
-from data.runs import checkpoints, unique_labels
+from data.runs import RUN_FORMAT, checkpoints, unique_labels
 from data.tokenizer import load_tokenizer
 from exposure_bias import excess_accumulated_error, exposure_curve, kl_by_step, main
 from model import load
@@ -262,7 +262,7 @@ def test_rank_without_requests_has_no_kl(pair):
 
 # ---- checkpoints along training ----------------------------------------------------------------
 
-RECORD = {"format": 2, "name": "run", "settings": {}, "complete": True}
+RECORD = {"format": RUN_FORMAT, "name": "run", "settings": {}, "complete": True}
 
 
 def make_run(directory, steps, record):
@@ -694,6 +694,18 @@ def test_script_ends_with_status_2_after_an_error(world, monkeypatch, capsys):
     [line] = after_device(captured.err).splitlines()
     assert line.startswith("error: ")
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("function", ["sample_all", "kl_by_step"])
+def test_a_lack_of_memory_is_one_line_that_names_the_options(world, monkeypatch, function):
+    def fail(*arguments, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(exposure_bias, function, fail)
+    arguments = command_line(world, "--rows", 1, "--samples", 1, "--steps", 2, out="never")
+    location = f"students of {world / 'teacher'} on {world / 'set'}"
+    fix = "lower --batch or --micro-batch, or use smaller models"
+    assert error_of(main, arguments) == f"{location}: out of memory; {fix}"
 
 
 @pytest.mark.parametrize("student", ["none", "empty", "other tokenizer"])

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import struct
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -26,7 +27,6 @@ from helpers import (
     transformers_model,
     write_checkpoint,
 )
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data.cli import InputError
@@ -139,6 +139,119 @@ def test_a_model_saved_by_transformers_loads(tmp_path):
         expected = hf(ids, attention_mask=mask).logits  # right-padded, as ours
     for b, logits in enumerate(our_logits(model, ROWS)):
         assert_close(logits, expected[b, : len(logits)])
+
+
+def nested(*prefixes):
+    """The stored weights of TINY under prefixes that wrappers give them."""
+    return {"".join(prefixes) + name: tensor for name, tensor in stored_weights(TINY).items()}
+
+
+PREFIXES = {
+    "DDP": ["module."],
+    "torch.compile": ["_orig_mod."],
+    "DDP of a compiled model of transformers": ["module.", "_orig_mod.", "transformer."],
+    "a compiled DDP": ["_orig_mod.", "module.", "transformer."],
+    "TRL": ["pretrained_model.", "transformer."],
+    "DeepSpeed of TRL": ["module.", "module.", "pretrained_model.", "transformer."],
+}
+
+
+@pytest.mark.parametrize("prefixes", PREFIXES.values(), ids=PREFIXES)
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_prefixes_of_wrappers_are_stripped_in_any_nesting(tmp_path, prefixes, file):
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(TINY)))
+    weights = nested(*prefixes)
+    head = "".join(prefixes).removesuffix("transformer.") + "lm_head.weight"
+    weights[head] = stored_weights(TINY)["wte.weight"].clone()
+    write = save_file if file.endswith("safetensors") else torch.save
+    write(weights, tmp_path / file)
+    assert_same_weights(load(tmp_path), tiny_model())
+
+
+def test_prefixes_within_a_name_are_stripped(tmp_path):
+    write_checkpoint(tmp_path)
+    weights = stored_weights(TINY)
+    blocks = {name: name.replace("h.1.", "h.1._orig_mod.") for name in weights}
+    save_file({blocks[name]: tensor for name, tensor in weights.items()}, tmp_path / WEIGHTS)
+    assert_same_weights(load(tmp_path), tiny_model())
+
+
+def assert_same_weights(model, expected):
+    pairs = zip(model.state_dict().items(), expected.state_dict().items(), strict=True)
+    for (name, tensor), (expected_name, expected_tensor) in pairs:
+        assert name == expected_name
+        assert torch.equal(tensor, expected_tensor), name
+
+
+def write_shards(directory, weights, n_shards, file="model.safetensors"):
+    """Weights in shards with an index, as transformers names them."""
+    (directory / "model.safetensors").unlink(missing_ok=True)
+    stem, suffix = os.path.splitext(file)
+    weight_map = {}
+    for n in range(n_shards):
+        shard = f"{stem}-{n + 1:05}-of-{n_shards:05}{suffix}"
+        names = sorted(weights)[n::n_shards]
+        write = save_file if suffix == ".safetensors" else torch.save
+        write({name: weights[name] for name in names}, directory / shard)
+        weight_map |= dict.fromkeys(names, shard)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (directory / f"{file}.index.json").write_text(json.dumps(index))
+    return weight_map
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("layout", ["plain", "prefix, head, buffers"])
+def test_sharded_weights_are_those_of_one_file(tmp_path, file, layout):
+    write_checkpoint(tmp_path)
+    write_shards(tmp_path, weights_in_layout(layout), 3, file)
+    assert_same_weights(load(tmp_path), tiny_model())
+
+
+def test_shards_written_by_transformers_load(tmp_path):
+    hf = transformers_model()
+    hf.save_pretrained(tmp_path, max_shard_size="40kB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert_same_weights(load(tmp_path), tiny_model())
+
+
+def test_only_one_shard_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path)
+    write_shards(tmp_path, stored_weights(TINY), 4)
+    alive = []
+
+    def load_and_watch(path):
+        assert sum(reference() is not None for reference in alive) <= 1
+        tensors = {name: tensor.double() for name, tensor in load_file(path).items()}
+        alive.extend(weakref.ref(tensor) for tensor in tensors.values())
+        return tensors
+
+    monkeypatch.setattr("data.tensors.read_tensor_file", load_and_watch)
+    assert_same_weights(load(tmp_path), tiny_model())
+    assert len(alive) == len(stored_weights(TINY))
+
+
+@pytest.mark.parametrize("with_head", [False, True])
+def test_only_so_many_rows_of_the_embedding_are_kept(tmp_path, with_head):
+    write_checkpoint(tmp_path)
+    weights = stored_weights(TINY)
+    weights["wte.weight"][-1] = torch.nan  # a padding row may hold anything
+    if with_head:
+        weights["lm_head.weight"] = weights["wte.weight"].clone()
+        weights["lm_head.weight"][-2] = 0
+    save_file(weights, tmp_path / WEIGHTS)
+    model = load(tmp_path, vocab_size=59)
+    assert model.config == replace(TINY, vocab_size=59, dropout=0.1)
+    assert torch.equal(model.wte.weight, weights["wte.weight"][:59])
+    save(model, tmp_path)
+    assert load(tmp_path).config.vocab_size == 59
+
+
+def test_the_end_token_is_the_last_one_or_the_given_one(tmp_path):
+    for given, expected in [(None, 60), (0, 0), (7, 7)]:
+        save(tiny_model(), tmp_path, given)
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config["bos_token_id"] == config["eos_token_id"] == expected
 
 
 def test_a_model_saved_by_us_loads_in_transformers(tmp_path):
@@ -413,24 +526,15 @@ def test_saving_leaves_only_the_two_files(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize(
-    "error, expected",
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), OSError),
-        (SafetensorError("I/O error: No space left on device"), InputError),
-    ],
-    ids=["OSError", "SafetensorError"],
-)
-def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch, error, expected):
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     model = tiny_model()
     save(model, tmp_path)
 
-    def full_disk(tensors, path, metadata):
-        path.write_bytes(b"half a file")
-        raise error
+    def full_disk(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("model.save_file", full_disk)
-    with pytest.raises(expected, match="No space") as caught:
+    monkeypatch.setattr("data.cli.os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space") as caught:
         save(GPT(TINY).init_weights(0), tmp_path)
     assert str(tmp_path / "model.safetensors") in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -484,6 +588,64 @@ def tensor_with(name, change):
         save_file(tensors, directory / WEIGHTS)
 
     return damage
+
+
+def tensors_added(**shapes):
+    """Tensors beside those of a language model, with __ for the dots of their names."""
+
+    def damage(directory):
+        tensors = {f"transformer.{name}": tensor for name, tensor in stored_weights(TINY).items()}
+        for name, shape in shapes.items():
+            tensors[name.replace("__", ".")] = torch.ones(shape)
+        save_file(tensors, directory / WEIGHTS)
+
+    return damage
+
+
+INDEX, SHARD = "model.safetensors.index.json", "model-00002-of-00003.safetensors"
+
+
+def sharded(damage_shards=None, tensors=()):
+    """Shards with an index, of which one is damaged or has more tensors."""
+
+    def damage(directory):
+        write_shards(directory, stored_weights(TINY), 3)
+        content = load_file(directory / SHARD)
+        content |= {name: stored_weights(TINY)[name] for name in tensors}
+        if damage_shards is not None:
+            damage_shards(directory, content)
+        else:
+            save_file(content, directory / SHARD)
+
+    return damage
+
+
+def shard_without_a_tensor(directory, content):
+    content.pop("h.0.attn.c_attn.weight")
+    save_file(content, directory / SHARD)
+
+
+def shard_missing(directory, content):
+    (directory / SHARD).unlink()
+
+
+def shard_truncated(directory, content):
+    (directory / SHARD).write_bytes((directory / SHARD).read_bytes()[:-10])
+
+
+def lfs_pointer(name):
+    def damage(directory):
+        if name in (SHARD, INDEX):
+            write_shards(directory, stored_weights(TINY), 3)
+        if name == PICKLE:
+            (directory / WEIGHTS).unlink()
+        pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 548105171\n"
+        (directory / name).write_text(pointer)
+
+    return damage
+
+
+POINTER = "is a git-lfs pointer, not the file itself; run `git lfs pull`"
 
 
 def with_value(value):
@@ -543,7 +705,7 @@ DAMAGES = {
     "config is not UTF-8": (config_bytes(b'{"n_layer": "\xff"}'), CONFIG, "can't be read"),
     "config is a directory": (config_is_a_directory, CONFIG, "can't be read"),
     "config nested too deep": (config_bytes(b"[" * 100_000), CONFIG, "can't be read"),
-    "field missing": (config_with(n_embd=None), CONFIG, "'n_embd' is missing"),
+    "field missing": (config_with(n_embd=None), CONFIG, "'n_embd' must be an integer"),
     "field a string": (config_with(n_layer="2"), CONFIG, "'n_layer'"),
     "field a fraction": (config_with(vocab_size=61.0), CONFIG, "'vocab_size'"),
     "field zero": (config_with(n_head=0), CONFIG, "'n_head'"),
@@ -637,6 +799,48 @@ DAMAGES = {
         PICKLE,
         "dictionary of tensors",
     ),
+    "a value head": (
+        tensors_added(v_head__summary__weight=(1, 32), v_head__summary__bias=(1,)),
+        WEIGHTS,
+        "save the language model alone: no value head",
+    ),
+    "a value head of a wrapped model": (
+        tensors_added(module__v_head__summary__weight=(1, 32)),
+        WEIGHTS,
+        "'module.v_head.summary.weight' is not part of a GPT-2",
+    ),
+    "a reward model": (
+        tensors_added(score__weight=(1, 32)),
+        WEIGHTS,
+        "'score.weight' is not part of a GPT-2",
+    ),
+    "a LoRA adapter": (
+        tensors_added(transformer__h__0__attn__c_attn__lora_A__default__weight=(8, 32)),
+        WEIGHTS,
+        "LoRA merged (merge_and_unload)",
+    ),
+    "a tensor with and without a prefix": (
+        tensors_added(module__wte__weight=(61, 32)),
+        WEIGHTS,
+        "is stored twice; keep one tensor for 'wte.weight'",
+    ),
+    "a shard without a tensor": (
+        sharded(shard_without_a_tensor),
+        INDEX,
+        "tensor 'h.0.attn.c_attn.weight' is missing",
+    ),
+    "a shard missing": (sharded(shard_missing), SHARD, "no such file"),
+    "a shard truncated": (sharded(shard_truncated), SHARD, "truncated"),
+    "a tensor in two shards": (
+        sharded(tensors=stored_weights(TINY)),
+        ("model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors"),
+        "is stored twice",
+    ),
+    "a pointer as safetensors": (lfs_pointer(WEIGHTS), WEIGHTS, POINTER),
+    "a pointer as pickle": (lfs_pointer(PICKLE), PICKLE, POINTER),
+    "a pointer as shard": (lfs_pointer(SHARD), SHARD, POINTER),
+    "a pointer as index": (lfs_pointer(INDEX), INDEX, POINTER),
+    "a pointer as config": (lfs_pointer(CONFIG), CONFIG, POINTER),
     "pickle of a list": (pickled([torch.ones(2)]), PICKLE, "dictionary of tensors"),
 }
 
@@ -652,7 +856,8 @@ def test_a_damaged_checkpoint_gives_one_line_with_the_file(
     with pytest.raises(InputError) as caught:
         load(directory)
     text = str(caught.value)
-    assert text.startswith(f"{directory / file}: ")
+    files = [file] if isinstance(file, str) else file
+    assert text.startswith(tuple(f"{directory / file}: " for file in files))
     assert message in text
     assert "\n" not in text
     assert not (tmp_path / "run-by-a-pickle").exists()

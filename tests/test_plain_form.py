@@ -15,7 +15,8 @@ from test_train import CPU, TOKENIZER, UNLIKE, metrics, world  # noqa: F401  (a 
 import data.prepare
 import losses
 import train
-from data.paper import DEMO_STUDENT, preset
+from data.models import preset
+from data.paper import DEMO_STUDENT
 from model import Config
 
 V = TOKENIZER.n_vocab

@@ -1,13 +1,27 @@
 """Preparing the public data sets, from files and from a local server in place of the hub."""
 
 import json
+import os
+import re
 import runpy
 import shutil
+import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import pytest
-from helpers import Cut, Short, error_of, files_below, write_rows
+from helpers import (
+    ROOT,
+    Cut,
+    Short,
+    error_of,
+    files_below,
+    talker_config,
+    tiny_tokenizer,
+    write_checkpoint,
+    write_rows,
+)
 
 from data import prepare as prepare_module
 from data.prepare import PAPER_COUNTS, find_data_dir, main, prepare
@@ -344,15 +358,13 @@ def test_uinst_is_the_first_10_000_of_minillm_s_23_916_rows(tmp_path):
     "count, expected",
     [
         (24, "10 test rows, the first of 24"),
-        (23, "10 test rows, the first of 23; the paper's file has 24"),
-        (11, "10 test rows, the first of 11; the paper's file has 24"),
+        (11, "10 test rows, the first of 11"),
         (10, "10 test rows"),
         (9, "9 test rows; the paper's experiments have 10 test"),
     ],
 )
 def test_uinst_file_of_another_length_is_reported(tmp_path, monkeypatch, count, expected):
     monkeypatch.setitem(PAPER_COUNTS, "uinst", {"test": 10})
-    monkeypatch.setattr(prepare_module, "UINST_FILE_ROWS", 24)
     write_rows(tmp_path / "in" / "valid.jsonl", small_rows(count))
     assert prepare("uinst", tmp_path / "in", tmp_path / "out") == f"{tmp_path / 'out'}: {expected}"
     rows = instructions(tmp_path / "out" / "test.jsonl")
@@ -604,6 +616,147 @@ def test_name_that_is_neither_a_set_nor_a_directory_is_an_error(
     assert server.asked == []
     assert files_below(tmp_path) == []
     assert not data_dir.exists()
+
+
+# ---- elsewhere than in data/ -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value, place",
+    [
+        ("HERE/sets", "sets"),
+        ("~/sets", "home/sets"),
+        ("$SCRATCH/sets", "scratch/sets"),
+        ("${SCRATCH}/my sets", "scratch/my sets"),
+        ("relative", "now/relative"),
+        ("", "data"),
+    ],
+)
+def test_variable_names_the_directory_of_prepared_sets(
+    data_dir, tmp_path, monkeypatch, server, capsys, value, place
+):
+    (tmp_path / "now").mkdir()
+    monkeypatch.chdir(tmp_path / "now")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.setenv("PROMPTKD_DATA_DIR", value.replace("HERE", str(tmp_path)))
+    server.answers[VICUNA] = encode_rows(small_rows(80))
+    found = find_data_dir("vicuna")
+    assert found.resolve() == tmp_path / place / "vicuna"
+    assert files_below(tmp_path) == [
+        f"{place}/vicuna/{name}" for name in ("download/valid.jsonl", "test.jsonl")
+    ]
+    capsys.readouterr()
+    main(["vicuna", "--source", str(found / "download")])
+    assert capsys.readouterr().out == f"{found}: 80 test rows\n"
+    monkeypatch.delenv("PROMPTKD_DATA_DIR")
+    assert find_data_dir(str(tmp_path)) == tmp_path
+
+
+def test_set_directory_that_can_not_be_written_is_an_error_with_the_way_out(
+    data_dir, tmp_path, server, monkeypatch
+):
+    monkeypatch.setattr(prepare_module.demo, "make_documents", lambda seed: ([], set()))
+    server.answers[VICUNA] = encode_rows(small_rows(80))
+    write_rows(tmp_path / "in" / "valid.jsonl", small_rows(3))
+    for name in ("demo", "vicuna"):
+        (data_dir / name).parent.mkdir(exist_ok=True)
+        (data_dir / name).write_text("a file in its place")
+    messages = [error_of(find_data_dir, name) for name in ("demo", "vicuna")]
+    messages.append(error_of(main, ["vicuna", "--source", str(tmp_path / "in")]))
+    for message, name in zip(messages, ("demo", "vicuna", "vicuna")):
+        assert message.startswith(f"data {data_dir / name}: ") and "is not a writable" in message
+        assert message.endswith("set the variable PROMPTKD_DATA_DIR to a writable directory")
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the project, with one prepared set."""
+    shutil.copytree(ROOT / "data", tmp_path / "checkout" / "data")
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path / "checkout")
+    for name in ("demo", *PAPER_COUNTS):
+        shutil.rmtree(tmp_path / "checkout" / "data" / name, ignore_errors=True)
+    write_rows(tmp_path / "checkout" / "data" / "vicuna" / "test.jsonl", small_rows(3))
+    return tmp_path / "checkout"
+
+
+def read_only(directory, command):
+    """A command in whose view a directory is read-only, also for root."""
+    if os.geteuid():
+        for path in (directory, *directory.rglob("*")):
+            path.chmod(path.stat().st_mode & ~0o222)
+        return command
+    if not shutil.which("unshare"):
+        pytest.skip("root may write everywhere")
+    mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
+    return ["unshare", "--mount", "sh", "-c", mount, str(directory), *command]
+
+
+# Commands one after another, each with its exit status; then with the variable
+SCRIPT = """
+import functools, importlib, json, os, sys
+sys.path.insert(0, sys.argv[1])
+from data import cli, demo
+demo.make_documents = functools.partial(demo.make_documents, count=500)
+for line in json.loads(sys.argv[2]):
+    program, *arguments = line.split()
+    if program == "set":
+        os.environ["PROMPTKD_DATA_DIR"] = arguments[0]
+        continue
+    try:
+        cli.run_command_line(lambda: importlib.import_module(program).main(arguments))
+        print(program, 0)
+    except SystemExit as error:
+        print(program, error.code)
+"""
+
+
+def test_commands_in_a_read_only_checkout(checkout, tmp_path):
+    """Sets that lie in data/ are found. Others go where PROMPTKD_DATA_DIR says."""
+    for name, width in (("model", 32), ("student", 16)):
+        config = replace(talker_config(), n_embd=width)
+        write_checkpoint(tmp_path / name, config, tiny_tokenizer())
+    write_rows(tmp_path / "in" / "valid.jsonl", small_rows(3))
+    pretrain = "train --method pretrain --shape 1x8x1 --steps 1 --dev-rows 1 --data demo --out out"
+    prepare_set = "data.prepare self_inst --source in"
+    demo_evaluation = "evaluate out/pretrain-1x8x1-demo-steps1 --data demo --out out/evaluation"
+    bias = "exposure_bias --teacher model --students student --data demo --out out"
+    bias = f"{bias} --rows 1 --samples 1 --steps 1"
+    commands = [
+        "evaluate model --data vicuna --rows 1 --seeds 1 --max-new 1 --out out/evaluation",
+        pretrain,
+        prepare_set,
+        bias,
+        "set sets",
+        pretrain,
+        prepare_set,
+        f"{demo_evaluation} --rows 1 --seeds 1 --max-new 1",
+        bias,
+        "sample model --file sets/self_inst/test.jsonl --max-new 1",
+    ]
+    command = [sys.executable, "-c", SCRIPT, str(checkout), json.dumps(commands)]
+    process = subprocess.run(
+        read_only(checkout, command),
+        cwd=tmp_path,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    if "unshare:" in process.stderr or "mount:" in process.stderr:
+        pytest.skip("file systems can't be mounted here")
+    statuses = re.findall(r"^[\w.]+ \d+$", process.stdout, re.MULTILINE)
+    names = ("evaluate", "train", "data.prepare", "exposure_bias")
+    expected = [f"{name} {0 if name == 'evaluate' else 2}" for name in names]
+    later = ("train", "data.prepare", "evaluate", "exposure_bias", "sample")
+    assert statuses == expected + [f"{name} 0" for name in later], process.stderr
+    errors = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 3 and "Traceback" not in process.stderr
+    for line, name in zip(errors, ("demo", "self_inst", "demo")):
+        directory = checkout / "data"
+        assert line.startswith(f"error: data {directory / name}: {directory} is not a writable dir")
+        assert line.endswith("set the variable PROMPTKD_DATA_DIR to a writable directory")
 
 
 # ---- the command -------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ def interrupt(out, s, stop_step=5, **kwargs):
 
 
 def state_names(directory):
-    return sorted(path.name for path in (directory / "state").iterdir())
+    return sorted(path.name for path in (directory / "state").glob("*.*"))
 
 
 def resume(out, s, capsys):
@@ -305,7 +305,7 @@ data.prepare.DATA_DIR, out = pathlib.Path(sys.argv[1]), sys.argv[2]
 options = json.loads(sys.argv[3])
 attempt, step = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), train.METHODS["promptkd"].step
 train.show_demo = lambda models, device, dtype: None
-train.report.plot_curves = lambda directory: "no plot"
+train.stages.report.plot_curves = lambda directory: "no plot"
 dist.shutdown = lambda: None  # the ranks stay together for the next command
 
 
@@ -404,15 +404,15 @@ def test_data_that_has_changed_is_refused_by_name_and_no_file_is_changed(
     before = files(tmp_path / "out")
     message = error_of(train.run_stage, "stage", s, tmp_path / "out", 8, CPU)
     assert message.endswith(
-        f"out/stage: {name} of demo has changed since it was made; choose another --out, or "
-        "remove it"
+        f"out/stage: {name} (demo) is not what it was made with: its content has changed; "
+        "choose another --out, or remove it"
     )
     assert files(tmp_path / "out") == before
     (mine / name).write_text("".join(lines))
     train.run_stage("stage", s, tmp_path / "out", 8, CPU)
 
 
-@pytest.mark.parametrize("format", [None, 1, 3, "2"])
+@pytest.mark.parametrize("format", [None, 1, 2, "3"])
 @pytest.mark.parametrize("complete", [False, True])
 def test_a_run_of_another_format_is_refused_and_no_file_is_changed(
     tmp_path, student, no_validation, format, complete
@@ -424,7 +424,8 @@ def test_a_run_of_another_format_is_refused_and_no_file_is_changed(
         interrupt(tmp_path, s, stop_step=1, save_every=1)
     run_json = tmp_path / "stage" / "run.json"
     current = record(tmp_path / "stage")
-    assert set(current["files"]) == {"train.jsonl", "dev.jsonl"} and current["format"] == 2
+    assert set(current["inputs"]) == {"train.jsonl", "dev.jsonl", "student"}
+    assert current["format"] == 3
     other = without(current, ["format"]) | ({} if format is None else {"format": format})
     run_json.write_text(json.dumps(other))
     before = files(tmp_path)

@@ -1,9 +1,14 @@
 """From JSON lines to batches, against GPT-2's published tokenizer, the paper's data and plain
 loops."""
 
+import bz2
+import gzip
+import io
 import json
+import lzma
 import random
 import shutil
+import zipfile
 from collections import Counter
 
 import numpy as np
@@ -18,6 +23,7 @@ from data.demo import TOKENIZER_DIR
 from data.rows import (
     Example,
     Row,
+    corpus_format,
     encode_request,
     encode_training_rows,
     epoch_order,
@@ -212,7 +218,6 @@ def broken_tokenizers():
         return json.dumps(without_end | {token: last, END_OF_TEXT: last + 1})
 
     swapped = ids | {"Ġi": ids["Ġa"], "Ġa": ids["Ġi"]}
-    end_first = {END_OF_TEXT: 0} | {token: i + 1 for token, i in without_end.items()}
     as_strings = {token: str(i) for token, i in ids.items()}
     swapped_merges = "\n".join([*lines[:3], lines[4], lines[3], *lines[5:]])
     return {
@@ -222,7 +227,6 @@ def broken_tokenizers():
         "one merge more": (vocab, merges + "q z\n"),
         "one token more": (json.dumps(ids | {"qz": len(ids)}), merges),
         "no end-of-text": (json.dumps(without_end), merges),
-        "end-of-text first": (json.dumps(end_first), merges),
         "a character of no byte": (with_token("€a"), merges + "€ a\n"),
         "the same merge twice": (with_token("Ġa"), merges + "Ġ a\n"),
         "a merge of unknown parts": (with_token("qzqz"), merges + "qz qz\n"),
@@ -290,6 +294,7 @@ def test_template_inserts_texts_unchanged():
 # ---- JSON lines --------------------------------------------------------------------------------
 
 GOOD = {"instruction": "Add.", "input": "1 2", "output": "3"}
+BOM = b"\xef\xbb\xbf"
 
 
 @pytest.mark.parametrize(
@@ -303,13 +308,43 @@ GOOD = {"instruction": "Add.", "input": "1 2", "output": "3"}
     ],
 )
 def test_byte_order_mark_crlf_and_a_missing_last_newline_do_not_matter(tmp_path, content):
-    assert read_jsonl(write_bytes(tmp_path / "x", content)) == [{"a": 1}, {"a": 2}]
+    path = write_bytes(tmp_path / "x", content)
+    assert read_jsonl(path) == [(f"{path}, line 1", {"a": 1}), (f"{path}, line 2", {"a": 2})]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'\n{"a": 1}\n \t\n{"a": 2}\n\n',
+        b'\r\n{"a": 1}\r\n\r\n{"a": 2}',
+        b'\xef\xbb\xbf\n{"a": 1}\n\x0b\x0c\n{"a": 2}\n   ',
+        '\u00a0\n{"a": 1}\n\u3000\u2028\n{"a": 2}\n\r\n'.encode(),
+    ],
+)
+def test_blank_lines_are_skipped_and_counted(tmp_path, content):
+    path = write_bytes(tmp_path / "x", content)
+    assert read_jsonl(path) == [(f"{path}, line 2", {"a": 1}), (f"{path}, line 4", {"a": 2})]
+    message = error_of(read_jsonl, write_bytes(path, content.replace(b"2}", b"2")))
+    assert message.startswith(f"{path}, line 4: is not JSON")
+
+
+def test_rows_are_the_same_with_blank_lines(tmp_path):
+    """A row's index is part of the seed of its random numbers."""
+    lines = [json.dumps(GOOD | {"input": str(i)}) for i in range(3)]
+    plain = write_bytes(tmp_path / "plain", "\n".join(lines))
+    spaced = write_bytes(tmp_path / "spaced", "\n\n" + "\n \r\n\n".join(lines))
+    assert read_rows(plain) == read_rows(spaced)
+    # The hash of kept responses is taken of it.
+    assert repr(read_rows(plain)) == repr(read_rows(spaced))
+    wrong = spaced.read_text().replace('"3"', "3")
+    message = error_of(read_rows, write_bytes(spaced, wrong))
+    assert message.startswith(f"{spaced}, line 3: 'output' must be")
 
 
 def test_line_separators_inside_a_text_do_not_end_a_line(tmp_path):
     text = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg"
     line = json.dumps({"a": text}, ensure_ascii=False) + "\n"
-    assert read_jsonl(write_bytes(tmp_path / "x", line)) == [{"a": text}]
+    assert read_jsonl(write_bytes(tmp_path / "x", line))[0][1] == {"a": text}
     lines = '{"instruction": "a\u2028b\u2029c\x85d", "output": "x"}\n' * 2
     rows = read_rows(write_bytes(tmp_path / "y", lines))
     assert [row.instruction for row in rows] == ["a\u2028b\u2029c\x85d"] * 2
@@ -318,12 +353,10 @@ def test_line_separators_inside_a_text_do_not_end_a_line(tmp_path):
 @pytest.mark.parametrize(
     "line, problem",
     [
-        (b"", "empty"),
-        (b"   ", "empty"),
         (b"[1, 2]", "not a JSON object"),
         (b'"text"', "not a JSON object"),
         (b"17", "not a JSON object"),
-        (b"null", "empty"),
+        (b"null", "not a JSON object"),
         (b"true", "not a JSON object"),
         (b'{"a": 1', "not JSON"),
         (b'{"a": "\xff"}', "UTF-8"),
@@ -332,8 +365,8 @@ def test_line_separators_inside_a_text_do_not_end_a_line(tmp_path):
         (b"{'a': 1}", "not JSON"),
         (b'{"a": 1}{"a": 2}', "not JSON"),
         (b'{"a": "tab\there"}', "not JSON"),
-        (b"[" * 100_000, "nested"),
-        (b'{"a": ' * 100_000, "nested"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"a": ' * 100_000, "not JSON"),
         (b'\xef\xbb\xbf{"a": 1}', "JSON"),
         (b'{"a": 1' + b"0" * 10_000 + b"}", "not JSON"),
         (b"\0", "not JSON"),
@@ -354,9 +387,10 @@ def test_truncated_last_line_is_an_error(tmp_path):
     assert f"{path}, line 1: " in error_of(read_rows, write_bytes(path, in_a_character))
 
 
-@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf", b"\n", b"\n\n"])
+@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf", b"\n", b"\n \r\n", BOM + b"\n"])
 def test_file_without_rows_is_an_error(tmp_path, content):
-    assert str(tmp_path / "x") in error_of(read_rows, write_bytes(tmp_path / "x", content))
+    path = write_bytes(tmp_path / "x", content)
+    assert error_of(read_rows, path) == f"{path}: has no rows"
 
 
 def test_missing_file_and_a_directory_are_an_error(tmp_path):
@@ -445,15 +479,17 @@ def test_rows_may_lack_an_output_where_none_is_needed(tmp_path):
 
 # ---- text corpora ------------------------------------------------------------------------------
 
-BOM = b"\xef\xbb\xbf"
 
-
-@pytest.mark.parametrize("start", [b"", BOM])
-def test_texts_of_json_lines_are_their_field_text(tmp_path, start):
-    """Blank lines inside a text do not end it, and a text can be empty."""
+@pytest.mark.parametrize("start", [b"", BOM, b"\n \r\n"])
+@pytest.mark.parametrize(
+    "name", ["x.jsonl", "x.JSONL", "c4-train.00000-of-01024.json", "x.ndjson", "x.txt", "x"]
+)
+def test_texts_of_json_lines_are_their_field_text(tmp_path, name, start):
+    """Blank lines inside a text do not end it. A text can be empty. The name does not matter."""
     texts = ["one", "two\n\nof two paragraphs", "", "größer 大"]
     lines = [json.dumps({"text": text, "url": 5}, ensure_ascii=False) + "\n" for text in texts]
-    path = write_bytes(tmp_path / "x.jsonl", start + "".join(lines).encode())
+    path = write_bytes(tmp_path / name, start + "\r\n".join(lines).encode())
+    assert corpus_format(path) == "JSON lines"
     assert read_texts(path) == texts
     assert read_texts(str(path), limit=2) == texts[:2]
     assert read_texts(path, limit=99) == texts
@@ -471,6 +507,7 @@ def test_texts_of_json_lines_are_their_field_text(tmp_path, start):
 @pytest.mark.parametrize("start", [b"", BOM])
 def test_documents_of_a_text_file_are_separated_by_blank_lines(tmp_path, content, name, start):
     path = write_bytes(tmp_path / name, start + content.encode())
+    assert corpus_format(str(path)) == "plain text"
     assert read_texts(path) == ["one", "two\nof two lines", "größer {大"]
     assert read_texts(path, limit=2) == ["one", "two\nof two lines"]
 
@@ -502,8 +539,125 @@ def test_malformed_json_lines_of_a_corpus_are_an_error(tmp_path, content, locati
 
 
 def test_text_file_that_is_not_utf8_is_an_error(tmp_path):
-    path = write_bytes(tmp_path / "x.txt", "größer".encode("latin-1"))
-    assert error_of(read_texts, path) == f"{path}: is not UTF-8; convert the file to UTF-8"
+    for name, text in (("x.txt", "größer"), ("x", "{größer}")):
+        path = write_bytes(tmp_path / name, text.encode("latin-1"))
+        assert error_of(read_texts, path) == f"{path}: is not UTF-8; convert the file to UTF-8"
+    path = write_bytes(tmp_path / "x.txt", b"a tar archive\0\0\0")
+    assert "no text at all" in error_of(read_texts, path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{curly} braces",
+        "[Illustration]\n\nChapter 1",
+        "[1] A reference",
+        "[[A link]] in a wiki",
+        "{{A template}}",
+        '"a string"\n',
+        "17\n18\n",
+        'Objects follow.\n{"text": "a"}\n',
+        "[" * 100_000,
+    ],
+    ids=short_id,
+)
+def test_plain_text_that_resembles_json_is_plain_text(tmp_path, content):
+    path = write_bytes(tmp_path / "x.txt", content)
+    assert corpus_format(path) == "plain text"
+    assert "\n\n".join(read_texts(path)) == content
+
+
+OBJECTS = [{"text": "one"}, {"text": "two"}]
+OTHER_JSON = {
+    "an array on one line": json.dumps(OBJECTS),
+    "an array with an object per line": '[\n{"text": "one"},\n{"text": "two"}\n]\n',
+    "an array whose first object shares its line": '[{"text": "one"},\n{"text": "two"}]',
+    "an array that is cut off": '[\n  {"text": "one"},\n  {"te',
+    "a pretty array": json.dumps(OBJECTS, indent=2),
+    "an array of strings": '["one",\n"two"]',
+    "a pretty object": json.dumps({"data": OBJECTS}, indent=2),
+    "an object over two lines": '{"text":\n"one"}',
+    "pretty objects one after another": "\n".join(json.dumps(o, indent=2) for o in OBJECTS),
+    "after blank lines and a mark": "\ufeff\n \n" + json.dumps(OBJECTS, indent=2),
+}
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.txt", "x", "x.JSONL"])
+@pytest.mark.parametrize("what", OTHER_JSON)
+def test_json_of_another_layout_is_never_read_as_text(tmp_path, what, name):
+    path = write_bytes(tmp_path / name, OTHER_JSON[what])
+    line = 3 if what == "after blank lines and a mark" else 1
+    message = error_of(read_texts, path)
+    assert message.startswith(f"{path}, line {line}: is not ")
+    assert message.endswith("; expected one object per line")
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.JSON", "x.NdJson"])
+@pytest.mark.parametrize("text", ["prose", '"a string"', "{'text': 'a'}", '["a"] x', "0\n1"])
+def test_text_in_a_file_with_the_name_of_json_is_an_error(tmp_path, name, text):
+    message = error_of(read_texts, write_bytes(tmp_path / name, "\n" + text))
+    assert message.startswith(f"{tmp_path / name}, line 2: ")
+    assert message.endswith("; expected one object per line")
+
+
+@pytest.mark.parametrize(
+    "line, problem",
+    [
+        ('{"text": "a"} {"text": "b"}', "is not JSON"),
+        ('{"text": "a"},', "is not JSON"),
+        ('["a"]', "is not a JSON object"),
+        ("prose", "is not JSON"),
+        ('{"content": "a"}', "'text' must be a string, not null"),
+    ],
+)
+@pytest.mark.parametrize("number", [1, 2])
+def test_every_line_of_json_lines_must_be_an_object_with_text(tmp_path, line, problem, number):
+    lines = ['{"text": "a"}'] * 3
+    lines[number] = line
+    path = write_bytes(tmp_path / "corpus", "\n\n".join(lines))
+    assert error_of(read_texts, path).startswith(f"{path}, line {2 * number + 1}: {problem}")
+
+
+CONTENT = b'{"instruction": "x", "text": "a", "output": "a"}\n' * 3
+ARCHIVE = io.BytesIO()
+with zipfile.ZipFile(ARCHIVE, "w") as archive:
+    archive.writestr("x.jsonl", CONTENT)
+NOT_TEXT = {  # the content, and parts of the message
+    "gzip": (gzip.compress(CONTENT), "is compressed|gzip|decompress it"),
+    "zstd": (b"\x28\xb5\x2f\xfd\x04\x00a", "is compressed|zstd|decompress it"),
+    "bzip2": (bz2.compress(CONTENT, 1), "is compressed|bzip2|decompress it"),
+    "xz": (lzma.compress(CONTENT), "is compressed|xz|decompress it"),
+    "zip": (ARCHIVE.getvalue(), "is compressed|zip|decompress it"),
+    "Parquet": (b"PAR1\x15\x04", "is a Parquet file|one object per line"),
+    "UTF-16": (CONTENT.decode().encode("utf-16"), "is UTF-16|UTF-8"),
+    "big-endian": (b"\xfe\xff" + CONTENT.decode().encode("utf-16-be"), "is UTF-16|UTF-8"),
+    "without a mark": (CONTENT.decode().encode("utf-16-le"), "is UTF-16|UTF-8"),
+    "big-endian without a mark": (CONTENT.decode().encode("utf-16-be"), "is UTF-16|UTF-8"),
+    "git-lfs": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "is a git-lfs pointer|git lfs pull",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.txt"])
+@pytest.mark.parametrize("what", NOT_TEXT)
+def test_file_that_is_not_text_is_refused_by_name(tmp_path, what, name):
+    content, parts = NOT_TEXT[what]
+    path = write_bytes(tmp_path / name, content)
+    for read in (read_rows, read_texts, read_jsonl, corpus_format):
+        message = error_of(read, path)
+        assert message.startswith(f"{path}: is ")
+        assert all(part in message for part in parts.split("|"))
+
+
+def test_large_corpus_is_read_once(tmp_path, monkeypatch):
+    """Its format is told from its first line."""
+    path = write_rows(tmp_path / "c4.json", [{"text": "word " * 200}] * 2000)
+    parsed, loads = [], json.loads
+    monkeypatch.setattr(json, "loads", lambda text: parsed.append(text) or loads(text))
+    assert len(read_texts(path)) == 2000
+    assert len(parsed) <= 2001
 
 
 # ---- training examples -------------------------------------------------------------------------
@@ -602,10 +756,11 @@ def test_sampled_tokens_are_used_in_place_of_their_text(monkeypatch):
 def test_sampled_tokens_of_another_vocabulary_are_an_error():
     tokenizer = tiny_tokenizer()
     good = Row(0, "x", "", ("y",), (tokenizer.n_vocab - 1,))
-    bad = Row(6, "x", "", ("y",), (1, tokenizer.n_vocab, 1))
+    bad = Row(6, "x", "", ("y",), (1, tokenizer.n_vocab, 1), "train.jsonl, line 7")
     assert encode_one(good, tokenizer).response == [tokenizer.n_vocab - 1]
     message = error_of(encode_training_rows, [good, bad], tokenizer)
-    assert "row 7" in message and "'ids'" in message and str(tokenizer.n_vocab) in message
+    assert message.startswith("train.jsonl, line 7: 'ids' has a token beyond the tokenizer's ")
+    assert str(tokenizer.n_vocab) in message
 
 
 # ---- requests ----------------------------------------------------------------------------------

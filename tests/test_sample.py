@@ -239,13 +239,14 @@ def test_finished_rows_are_dropped_and_decoding_stops_after_the_last(model, monk
 
 
 def test_all_positions_can_be_used_and_more_are_an_error(model):
-    request = [1] * 50  # 50 + 14 = 64 positions
+    """The last token is only predicted, never read."""
+    request = [1] * 51  # 51 + 14 - 1 = 64 positions
     [response], _ = sample(model, [request], None, 99, MAX_NEW_TOKENS)
     assert response == plain_sample(model, request, None)[0]
-    message = "50 tokens of prompt and request and 15 new ones exceed the model's 64 positions"
+    message = "51 tokens of prompt and request and 15 new ones exceed the model's 64 positions"
     with pytest.raises(InputError, match=message):
         sample(model, [request], None, EOS, MAX_NEW_TOKENS + 1)
-    with pytest.raises(InputError, match="51 tokens"):
+    with pytest.raises(InputError, match="52 tokens"):
         sample(model, [request], None, EOS, MAX_NEW_TOKENS, P=PROMPT[:1])
 
 
@@ -323,11 +324,11 @@ def test_a_mixture_with_alpha_0_gives_the_responses_of_the_student(model, teache
 def test_a_mixture_has_the_positions_of_the_model_with_fewer(n_student, n_teacher):
     student = tiny_model(replace(SMALL, n_positions=n_student))
     teacher = tiny_model(replace(WIDE, n_positions=n_teacher))
-    request, u = [1] * 16, uniforms_of(1)  # 16 + 14 = 30 positions
+    request, u = [1] * 17, uniforms_of(1)  # 17 + 14 - 1 = 30 positions
     mix = (teacher, 0.2)
     [response], _ = sample(student, [request], u, 99, MAX_NEW_TOKENS, teacher_mix=mix)
     assert response == plain_mixed_sample(student, *mix, request, u[0], eos_token_id=99)[0]
-    message = "17 tokens of prompt and request and 14 new ones exceed the model's 30 positions"
+    message = "18 tokens of prompt and request and 14 new ones exceed the model's 30 positions"
     with pytest.raises(InputError, match=message):
         sample(student, [[*request, 1]], u, 99, MAX_NEW_TOKENS, teacher_mix=mix)
 

@@ -1,0 +1,73 @@
+"""Reading and writing the files of tensors in a checkpoint directory."""
+
+import json
+import os
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from data.cli import InputError, atomic_path, check_lfs_pointer
+from data.hub import weights_files
+
+
+def read_tensors(directory):
+    """Yield the path, name and tensor of a directory's weights, one file in memory at a time.
+
+    Raises InputError if there are none or a file is damaged.
+    """
+    paths = [path for path in weights_files(directory) if path.suffix != ".json"]  # no index
+    if not paths:
+        layout = "a checkpoint directory has config.json and model.safetensors"
+        raise InputError(f"{Path(directory) / 'model.safetensors'}: no such file; {layout}")
+    for path in paths:
+        tensors = read_tensor_file(path)
+        for name in list(tensors):
+            yield path, name, tensors.pop(name)
+
+
+def read_tensor_file(path):
+    """The tensors of a safetensors file or a pickle by name."""
+    check_lfs_pointer(path)
+    try:
+        if path.suffix == ".safetensors":
+            return load_tensors(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files fail in many ways
+        problem = f"is truncated, damaged or not a file of tensors ({type(error).__name__})"
+        raise InputError(f"{path}: {problem}; fetch it again") from error
+
+    def is_weight(name, tensor):
+        is_named_tensor = isinstance(name, str) and isinstance(tensor, torch.Tensor)
+        return is_named_tensor and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
+
+    if not isinstance(state, dict) or not all(is_weight(*item) for item in state.items()):
+        raise InputError(f"{path}: must hold a dictionary of tensors, GPT-2's weights by name")
+    return state
+
+
+def load_tensors(path):
+    """The tensors of a safetensors file by name, as safetensors.torch.load_file, which takes only
+    paths in UTF-8."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return safetensors.torch.load(path.read_bytes())
+    return safetensors.torch.load_file(path)
+
+
+def save_tensors(tensors, path):
+    """Write float32 tensors to a safetensors file atomically. Raises OSError, as for a full disk.
+
+    safetensors' own save_file gives the same bytes, but asks more of a file system.
+    """
+    tensors, header, end = sorted(tensors.items()), {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the first tensor starts at a multiple of 8
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in tensors:
+            file.write(tensor.numpy())
