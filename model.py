@@ -189,9 +189,10 @@ class KVCache:
 
     def select_rows(self, rows):
         """Keep only the rows of an index tensor."""
-        # One after the other, so that only one of the two is in memory twice.
-        self.keys = self.keys[:, rows]
-        self.values = self.values[:, rows]
+        for cache in (self.keys, self.values):
+            for layer in cache:  # in place, so that only one layer is in memory twice
+                layer[: len(rows)] = layer[rows]
+        self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
         self.lengths = self.lengths[rows]
 
 
@@ -291,8 +292,8 @@ def check(condition, subject, problem):
         raise InputError(f"{subject} {problem}")
 
 
-def load(directory, dropout=None, vocab_size=None):
-    """The model of a Hugging Face GPT-2 directory, float32, on the CPU.
+def load(directory, dropout=None, vocab_size=None, device="cpu"):
+    """The model of a Hugging Face GPT-2 directory, float32, loaded tensor by tensor.
 
     Reads config.json and the weights: one file or shards with an index, safetensors or pickles,
     tensor names with the prefixes of WRAPPERS, the buffers `attn.bias`, and `lm_head.weight`.
@@ -320,7 +321,7 @@ def load(directory, dropout=None, vocab_size=None):
         check(fits, key, f"has shape {shape}, which does not fit config.json")
         if name in ("wte.weight", "lm_head.weight") and len(tensor) > config.vocab_size:
             tensor = tensor[: config.vocab_size].clone()  # frees the other rows
-        state[name] = tensor.float().contiguous()
+        state[name] = tensor.to(device).float().contiguous()
         problem = "has values that are not finite; the file is damaged or its training diverged"
         check(torch.isfinite(state[name]).all(), key, problem)
     path = weights_files(directory)[0]  # the index, if there are shards

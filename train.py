@@ -332,7 +332,7 @@ def build(s, steps, tokenizer, micro_batch_size, device):
         tokenizer=tokenizer,
         student=student,
         ddp_student=dist.wrap_in_ddp(student, device),
-        optimizer=adamw(student.parameters(), s),
+        optimizer=adamw(student.parameters(), s, sharded=True),
     )
     if s.teacher is not None:
         teacher, teacher_tokenizer = load_model(s.teacher, device)

@@ -184,6 +184,14 @@ def all_gather_list(items):
     return [item for items in lists for item in items]
 
 
+def send_to_rank0(tensor, owner):
+    """Copy a tensor of one rank, the owner, through the CPU. On rank 0, `tensor` is written to."""
+    if rank() == owner:
+        torch.distributed.send(tensor.cpu(), dst=0)
+    elif rank() == 0:
+        torch.distributed.recv(tensor, src=owner)
+
+
 def wrap_in_ddp(model, device):
     """The model under DistributedDataParallel; without a launcher the model itself."""
     if not torch.distributed.is_initialized():
@@ -191,10 +199,12 @@ def wrap_in_ddp(model, device):
     device_ids = [device] if device.type == "cuda" else None
     ddp = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
     # DDP rebuilds its buckets after the first pass, and they determine the order in which the
-    # gradients of three or more ranks are summed. After this empty pass a run that resumes sums
-    # them in the same order as one that was never interrupted.
-    ddp(torch.zeros(1, 1, dtype=torch.long, device=device)).sum().backward()
-    model.zero_grad(set_to_none=True)
+    # gradients of three or more ranks are summed. After these empty passes a run that resumes sums
+    # them in the same order as one that was never interrupted, and gradients are views of the
+    # buckets. The first buckets are freed before there are others.
+    for keep_gradients in (False, True):
+        ddp(torch.zeros(1, 1, dtype=torch.long, device=device)).sum().backward()
+        model.zero_grad(set_to_none=not keep_gradients)
     return ddp
 
 

@@ -44,7 +44,7 @@ def load_model(name, device, dropout=None):
     after the tokenizer's tokens are dropped and reported."""
     directory, tokenizer, dropped = find_model(name)
     with explain_out_of_memory(f"loading {name}", "use a smaller model, or free some memory"):
-        model = load(directory, dropout, tokenizer.n_vocab).to(device).eval()
+        model = load(directory, dropout, tokenizer.n_vocab, device).eval()
     if dropped:
         rows = f"embedding rows after the tokenizer's {tokenizer.n_vocab:,} tokens are dropped"
         dist.print_once(f"{directory}: {rows}: {', '.join(dropped)}")

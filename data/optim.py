@@ -3,20 +3,63 @@
 import math
 
 import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from data import dist
 
 MAX_GRAD_NORM = 1.0
 MIN_LR = 1e-7  # at the end of a cosine schedule
 
 
-def adamw(parameters, s):
-    """AdamW for Settings `s`, with weight decay on matrices, not on biases and LayerNorm."""
+def adamw(parameters, s, sharded=False):
+    """AdamW for Settings `s`, with weight decay on matrices, not on biases and LayerNorm.
+
+    sharded: with several ranks, each keeps the states of a part of the parameters and updates that
+    part (ZeRO stage 1, Rajbhandari et al. 2020). The bits are those of plain AdamW.
+    """
     parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim > 1]},
         {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, betas=(0.9, s.beta2), weight_decay=s.weight_decay, fused=True)
+    kwargs = {"betas": (0.9, s.beta2), "weight_decay": s.weight_decay, "fused": True}
+    if sharded and dist.world_size() > 1:
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **kwargs)
+    return torch.optim.AdamW(groups, **kwargs)
+
+
+def optimizer_state(optimizer):
+    """The state of all ranks, as that of plain AdamW, on rank 0. All ranks must call it.
+
+    Tensors pass one by one: ZeRO's own consolidate_state_dict takes minutes and GPU memory.
+    """
+    state = torch.optim.Optimizer.state_dict(optimizer)
+    if not isinstance(optimizer, ZeroRedundancyOptimizer):
+        return state
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    shard, rank = optimizer.optim.state, dist.rank()  # {parameter: {name: tensor}}
+    owners = dist.all_gather_list([(i, rank) for i, p in enumerate(parameters) if p in shard])
+    for i, owner in sorted(owners):
+        p = parameters[i]
+        values = shard.get(p)  # None on all but the owner
+        if rank == 0 < owner:
+            values = {name: torch.empty_like(p, device="cpu") for name in ("exp_avg", "exp_avg_sq")}
+            values["step"] = torch.empty(())
+        if values is not None and owner > 0:
+            for name in sorted(values):
+                dist.send_to_rank0(values[name], owner)
+        state["state"][i] = values
+    return state
+
+
+def load_optimizer_state(optimizer, state):
+    """Load a state on the CPU that any number of ranks saved. Changes `state`."""
+    optimizer.load_state_dict(state)
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        optimizer.state.clear()  # a second copy: the inner optimizer has its own
+        for p, values in optimizer.optim.state.items():
+            values["step"] = values["step"].to(p.device)  # fused AdamW needs it there
 
 
 def clip_and_step(optimizer):
@@ -24,7 +67,8 @@ def clip_and_step(optimizer):
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    # DDP's gradients are views of its buckets: new ones would be allocated next to them.
+    optimizer.zero_grad(set_to_none=not torch.distributed.is_initialized())
     return norm
 
 

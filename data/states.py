@@ -10,13 +10,14 @@ import torch
 from data import dist
 from data.cli import InputError, atomic_path
 from data.dist import print0
+from data.optim import load_optimizer_state, optimizer_state
 from data.rows import Example
 
 
 def save_state(run, directory, progress):
     """Save what resuming needs. progress: step, best score and its step, and hours so far."""
     state = {"progress": progress, "student": run.student.state_dict()}
-    state["optimizer"] = run.optimizer.state_dict()
+    state["optimizer"] = optimizer_state(run.optimizer)
     if run.P is not None:
         state |= {"P": run.P.detach(), "prompt_optimizer": run.prompt_optimizer.state_dict()}
     if run.scored_rollout is not None:
@@ -69,9 +70,11 @@ def load_state(run, directory):
     if path is None:
         return {"step": 0, "best": None, "best_step": None, "hours": 0.0}
     try:
-        state = torch.load(path, map_location=run.device, weights_only=True)
+        # For a GPU the file is mapped into memory that the ranks share, and copied by tensor.
+        mmap = run.device.type == "cuda"
+        state = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
         run.student.load_state_dict(state["student"])
-        run.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(run.optimizer, state["optimizer"])
         if run.P is not None:
             run.P.data.copy_(state["P"])
             run.prompt_optimizer.load_state_dict(state["prompt_optimizer"])
