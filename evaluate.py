@@ -16,19 +16,20 @@ import itertools
 import json
 import math
 import statistics
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenize import tokenize
 from tqdm import tqdm
 
-from data import cli, dist, report
-from data.cli import InputError, write_atomic
+from data import cli, dist, paper, report
+from data.cli import InputError, read_json, write_atomic
 from data.dist import print0
-from data.hub import model_hash
+from data.hub import file_hash, model_hash
 from data.models import load_model, open_models, table_sort_key
 from data.options import add_decoding_options, add_precision_option, number_in_range
-from data.paper import BANNED_NGRAM, COSTS, DEMO_SETS, PAPER_COSTS, PAPER_SAMPLING, paper_reported
 from data.prepare import PUBLIC_SETS, find_data_dir
 from data.rows import encode_request, read_jsonl, read_rows, references_field, text_field
 from data.runs import UNFINISHED, read_record, run_dir, run_kind, run_labels, unique_labels
@@ -81,18 +82,16 @@ def evaluate(model, tokenizer, rows, rng_key, bar=None, batch_size=None, **sampl
     rows = sorted(rows, key=lambda row: -len(row.instruction + row.input))
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     options = sampling_kwargs | {"batch_size": batch_size}
-    for start in range(0, len(batches), n_ranks):
-        for batch in dist.shard(batches[start : start + n_ranks]):  # one, or none at the end
-            requests, shortened = zip(*(encode_request(row, tokenizer) for row in batch))
-            keys = [(*rng_key, row.index) for row in batch]
-            responses, _ = sample_all(model, requests, keys, tokenizer.eot_token, **options)
-            texts = [decode_response(response, tokenizer) for response in responses]
-            scores = rouge_l(texts, [row.references for row in batch])
-            for row, text, score, cut in zip(batch, texts, scores, shortened):
-                result = {"index": row.index, "text": text, "rouge_l": score, "shortened": cut}
-                results.append(result)
+    for i, batch in enumerate(dist.shard(batches)):
+        requests, shortened = zip(*(encode_request(row, tokenizer) for row in batch))
+        keys = [(*rng_key, row.index) for row in batch]
+        responses, _ = sample_all(model, requests, keys, tokenizer.eot_token, **options)
+        texts = [decode_response(response, tokenizer) for response in responses]
+        scores = rouge_l(texts, [row.references for row in batch])
+        for row, text, score, cut in zip(batch, texts, scores, shortened):
+            results.append({"index": row.index, "text": text, "rouge_l": score, "shortened": cut})
         if bar is not None:
-            bar.update(sum(len(batch) for batch in batches[start : start + n_ranks]))
+            bar.update(sum(map(len, batches[i * n_ranks : (i + 1) * n_ranks])))  # of all ranks
     return sorted(dist.all_gather_list(results), key=lambda result: result["index"])
 
 
@@ -102,37 +101,69 @@ def progress_bar(n_rows, label=None):
     return tqdm(total=n_rows, desc=label, unit="row", leave=False, disable=disable)
 
 
+# ---- the columns of Table 1 ------------------------------------------------------------------
+@dataclass(frozen=True)
+class Column:
+    """A column of Table 1: the test rows of a data set, and how they are evaluated."""
+
+    set_name: str  # the set's label
+    rows: list
+    ban: int = 0  # no n-gram of this length may repeat; 0: no ban
+    as_in_paper: bool = False
+
+
+def open_columns(names, limit=None, bans=()):
+    """Columns of data sets {label: Column}, and averages over sets {label: labels of columns}.
+
+    names: public sets, directories, or "demo" for the demo's five sets. limit: only so many rows of
+    each. bans: the lengths of the n-grams to ban; several give each set a column per ban. Default:
+    as in the paper. Raises InputError if two different sets have the same label.
+    """
+    paths, columns, averages = {}, {}, {}
+    for label, name in zip(unique_labels(names), names):
+        data_dir = dist.run_on_rank0(find_data_dir, name)
+        found = {label: data_dir}
+        if name == "demo":
+            found = {part: data_dir / ("" if part == "test" else part) for part in paper.DEMO_SETS}
+        for part, path in found.items():
+            if paths.setdefault(part, path).resolve() != path.resolve():
+                raise InputError(f"--data: two sets are called {part!r}; evaluate them separately")
+    for name, path in paths.items():
+        rows = read_rows(path / "test.jsonl", limit)
+        print_unscorable(name, [row.references for row in rows])
+        is_public = name in PUBLIC_SETS and name in names
+        all_rows = is_public and len(rows) == paper.PAPER_SETS[name]
+        for ban in bans or [paper.BANNED_NGRAM if is_public else 0]:
+            note = f", ban {ban}" if ban else ", no ban"
+            suffix = note if len(bans) > 1 else ""
+            columns[name + suffix] = Column(name, rows, ban, all_rows and ban == paper.BANNED_NGRAM)
+            averages.setdefault(f"average{suffix}", []).append(name + suffix)
+    return columns, averages
+
+
 # ---- kept responses: on disk, with all that they depend on -----------------------------------
-def response_path(response_dir, label, set_name, seed, ban):
+def response_path(response_dir, label, column, seed):
     """The file of a model's responses, one JSON object per line, that --score can read."""
     label = label.removesuffix(UNFINISHED).strip("/")
-    suffix = f"-ngram{ban}" if ban else ""
-    return response_dir / label / f"{set_name.strip('/')}-s{seed}{suffix}.jsonl"
-
-
-def sha256(content):
-    return hashlib.sha256(content).hexdigest()
+    suffix = f"-ngram{column.ban}" if column.ban else ""
+    return response_dir / label / f"{column.set_name.strip('/')}-s{seed}{suffix}.jsonl"
 
 
 def write_kept(path, provenance, results):
-    """Keep responses, if `path` is not None; in a .json beside them, provenance and their hash."""
-    if path is None:
-        return
-    text = "".join(json.dumps(result) + "\n" for result in results)
-    provenance = provenance | {"responses": sha256(text.encode())}
-    write_atomic(path, text)
+    """Keep responses and, in a .json beside them, their provenance and their hash."""
+    write_atomic(path, "".join(json.dumps(result) + "\n" for result in results))
+    provenance = provenance | {"responses": file_hash(path)}
     write_atomic(path.with_suffix(".json"), json.dumps(provenance, indent=1) + "\n")
 
 
 def read_kept(path, provenance):
     """The responses that are kept in a file; None if there are none with this provenance."""
-    if path is None or not path.is_file():
+    if not path.is_file():
         return None
-    provenance = provenance | {"responses": sha256(path.read_bytes())}
-    try:
-        found = dict(json.loads(path.with_suffix(".json").read_bytes()))
-    except (OSError, ValueError, TypeError, RecursionError):
-        found = {}
+    provenance = provenance | {"responses": file_hash(path)}
+    found = {}
+    with suppress(InputError):
+        found = read_json(path.with_suffix(".json"), "")
     changed = [name for name in provenance | found if found.get(name) != provenance.get(name)]
     if not changed:
         return [result for _, result in read_jsonl(path)]
@@ -143,81 +174,58 @@ def read_kept(path, provenance):
 
 # ---- many models, data sets and seeds --------------------------------------------------------
 def evaluate_models(
-    models, sets, seeds, device, columns=None, response_dir=None, batch_size=None, **sampling_kwargs
+    models, columns, seeds, device, response_dir=None, batch_size=None, **sampling_kwargs
 ):
-    """Mean ROUGE-L of every model in every column: {model: {column: [score per seed]}}.
+    """Mean ROUGE-L of every model in every column, {model: {column: [score per seed]}}, and in the
+    same form the files of the responses.
 
-    models: {label: name of a model}. sets: {label: rows}. columns: {column: (set, n)}, where no
-    n-gram may repeat (0: no ban); default: a column per set, without a ban. response_dir: where
-    responses are kept, and read if they have the same provenance; default: they are not kept.
+    models: {label: name of a model}. columns: {label: Column}. response_dir: where responses are
+    kept, and read if they have the same provenance; default: they are not kept.
     """
-    columns = columns or {name: (name, 0) for name in sets}
     scores = {label: {column: [] for column in columns} for label in models}
-    set_hashes = {name: sha256(repr(rows).encode()) for name, rows in sets.items()}
+    paths = {label: {column: [] for column in columns} for label in models}
+    data = {name: hashlib.sha256(repr(c.rows).encode()).hexdigest() for name, c in columns.items()}
     fix = "run evaluate.py with a lower --batch, or use a smaller model"
-    n_rows = len(models) * len(seeds) * sum(len(sets[name]) for name, _ in columns.values())
+    n_rows = len(models) * len(seeds) * sum(len(c.rows) for c in columns.values())
     with progress_bar(n_rows) as bar:
         for label, name in models.items():
             model = None  # loaded when responses are missing
-            identity = dist.run_on_rank0(model_hash, name) if response_dir else None
-            for column, seed in itertools.product(columns, seeds):
-                set_name, ban = columns[column]
-                rows, kwargs = sets[set_name], {"no_repeat_ngram": ban, **sampling_kwargs}
-                provenance = {"model": identity, "data": set_hashes[set_name], "seed": seed}
-                provenance |= kwargs
-                path = response_dir and response_path(response_dir, label, set_name, seed, ban)
-                results = dist.run_on_rank0(read_kept, path, provenance)
+            model_id = dist.run_on_rank0(model_hash, name) if response_dir else None
+            for (column, c), seed in itertools.product(columns.items(), seeds):
+                kwargs = {"no_repeat_ngram": c.ban} | sampling_kwargs
+                provenance = {"model": model_id, "data": data[column], "seed": seed} | kwargs
+                path = response_dir and response_path(response_dir, label, c, seed)
+                results = dist.run_on_rank0(read_kept, path, provenance) if path else None
                 if results is not None:
-                    bar.total -= len(rows)
+                    bar.total -= len(c.rows)
                 else:
                     if model is None:
                         model, tokenizer = load_model(name, device)
                     bar.set_description(f"{label} on {column}, seed {seed}")
-                    key = (seed, "evaluate", set_name.rsplit("/")[-1])
+                    key = (seed, "evaluate", c.set_name.rsplit("/")[-1])
                     with cli.explain_out_of_memory(f"{label} on {column}", fix):
-                        results = evaluate(model, tokenizer, rows, key, bar, batch_size, **kwargs)
-                    dist.run_on_rank0(write_kept, path, provenance, results)
+                        results = evaluate(model, tokenizer, c.rows, key, bar, batch_size, **kwargs)
+                    if path:
+                        dist.run_on_rank0(write_kept, path, provenance, results)
                 scores[label][column].append(mean_rouge_l(results))
+                paths[label][column].append(path)
                 n = sum(result["shortened"] for result in results)
                 if n and seed == seeds[0] and dist.rank() == 0:
-                    requests = f"{n} of {len(rows)} requests"
+                    requests = f"{n} of {len(c.rows)} requests"
                     bar.write(f"{label} on {column}: {requests} were shortened to fit")
-    return scores
+    return scores, paths
 
 
-def open_sets(names, limit=None):
-    """The first `limit` test rows of data sets, {label: rows}.
-
-    names: public sets, directories, or "demo" for the demo's five sets.
-    Raises InputError if two different sets have the same label.
-    """
-    paths = {}
-    for label, name in zip(unique_labels(names), names):
-        data_dir = dist.run_on_rank0(find_data_dir, name)
-        found = {label: data_dir}
-        if name == "demo":
-            found = {part: data_dir / ("" if part == "test" else part) for part in DEMO_SETS}
-        for part, path in found.items():
-            if paths.setdefault(part, path).resolve() != path.resolve():
-                raise InputError(f"--data: two sets are called {part!r}; evaluate them separately")
-    return {label: read_rows(path / "test.jsonl", limit) for label, path in paths.items()}
-
-
-# ---- Table 1 ---------------------------------------------------------------------------------
-def add_averages(scores, averages=None):
-    """`scores` of evaluate_models with averages added: for each seed the mean over columns.
-
-    averages: {name: columns}; default: one over all columns.
-    """
-    extended = {}
-    for label, by_column in scores.items():
-        extended[label] = dict(by_column)
-        for name, columns in (averages or {"average": list(by_column)}).items():
-            by_seed = zip(*(by_column[column] for column in columns))
-            extended[label][name] = [statistics.fmean(of_seed) for of_seed in by_seed]
+def add_averages(scores, averages):
+    """`scores` of evaluate_models with averages {label: columns} added, for each seed."""
+    extended = {label: dict(by_column) for label, by_column in scores.items()}
+    for by_column, (label, columns) in itertools.product(extended.values(), averages.items()):
+        by_seed = zip(*(by_column[column] for column in columns))
+        by_column[label] = [statistics.fmean(of_seed) for of_seed in by_seed]
     return extended
 
 
+# ---- Table 1 ---------------------------------------------------------------------------------
 def best_and_ties(scores, sizes):
     """The best of each size in each column and what ties with it: {column: labels}.
 
@@ -225,104 +233,77 @@ def best_and_ties(scores, sizes):
     scores: {label: {column: [score per seed]}}. sizes: {label: parameters} of those to compare.
     """
     found = {}
-    for column in next(iter(scores.values())):
-        for size in dict.fromkeys(sizes.values()):
-            rivals = {label: scores[label][column] for label in sizes if sizes[label] == size}
-            best = max(rivals.values(), key=statistics.fmean)
-            if len(rivals) == 1 or len(best) == 1:
-                continue
-            for label, s in rivals.items():
-                difference = statistics.fmean(best) - statistics.fmean(s)
-                if difference <= math.hypot(report.std(s), report.std(best)):
-                    found.setdefault(column, []).append(label)
+    for column, label in itertools.product(next(iter(scores.values())), sizes):
+        rivals = [scores[other][column] for other in sizes if sizes[other] == sizes[label]]
+        ours, best = scores[label][column], max(rivals, key=statistics.fmean)
+        if len(rivals) > 1 and len(ours) > 1:
+            difference = statistics.fmean(best) - statistics.fmean(ours)
+            if difference <= math.hypot(report.std(ours), report.std(best)):
+                found.setdefault(column, []).append(label)
     return found
-
-
-def plan_columns(sets, public, bans):
-    """Columns {label: (set, n of the banned n-grams)} and averages of them {label: columns}.
-
-    Several bans give each set a column per ban, and each ban an average.
-    """
-    columns, averages = {}, {}
-    for name in sets:
-        for ban in bans or [BANNED_NGRAM if name in public else 0]:
-            note = f", ban {ban}" if ban else ", no ban"
-            suffix = note if len(bans) > 1 else ""
-            columns[name + suffix] = (name, ban)
-            averages.setdefault(f"average{suffix}", []).append(name + suffix)
-    return columns, averages
 
 
 def table_1(args, device):
     """Evaluate models. Print, write and plot Table 1 and what else is asked for."""
-    out, models, seeds = Path(args.out), open_models(args.models), list(dict.fromkeys(args.seeds))
+    out, models = Path(args.out), open_models(args.models)
     groups = group_runs(models, args.by) if args.by else {}
     data = {model.record["settings"].get("data") for model in models.values() if model.record}
-    names = args.data or (["demo"] if data == {"demo"} else list(PUBLIC_SETS))
-    sets = open_sets(names, args.rows)
-    for label, rows in sets.items():
-        print_unscorable(label, [row.references for row in rows])
-    public = [name for name in sets if name in PUBLIC_SETS and name in names]
-    columns, averages = plan_columns(sets, public, list(dict.fromkeys(args.no_repeat_ngram or [])))
-    options = {name: getattr(args, name) for name in (*PAPER_SAMPLING, "dtype")}
+    sets = args.data or (["demo"] if data == {"demo"} else PUBLIC_SETS)
+    columns, averages = open_columns(sets, args.rows, dict.fromkeys(args.no_repeat_ngram or ()))
+    sampling = {name: getattr(args, name) for name in (*paper.PAPER_SAMPLING, "dtype")}
     names, kept = {label: model.name for label, model in models.items()}, out / "responses"
-    scores = evaluate_models(names, sets, seeds, device, columns, kept, args.batch, **options)
+    results = evaluate_models(names, columns, args.seeds, device, kept, args.batch, **sampling)
     if dist.rank() > 0:
         return
-    n_rows, reported = {name: len(sets[name]) for name in public}, {}
-    if PAPER_SAMPLING.items() <= options.items():
-        for label, model in models.items():
-            reported[label] = paper_reported(model.paper, columns, n_rows, averages)
-    scores = add_averages(scores, averages)
-    write_table_1(out, models, columns, averages, scores, reported, vars(args) | {"seeds": seeds})
+    scores, paths = results
+    scores, reported = add_averages(scores, averages), {}
+    if paper.PAPER_SAMPLING.items() <= sampling.items():
+        for label, m in models.items():
+            reported[label] = paper.paper_reported(m.paper, columns, averages)
+    rivals = {label: m.size for label, m in models.items() if m.kind not in ("teacher", "pretrain")}
+    content = {"paper": reported, "best": best_and_ties(scores, rivals)}
+    content |= {"settings": vars(args), "responses": paths}
+    write_table_1(out, models, columns, averages, scores, content)
 
     average, averaged = next(iter(averages.items()))
-    means = {label: of_model[average] for label, of_model in scores.items()}
     over = f"average over {', '.join(averaged)}"
-    print(report.plot_figure_1(out / "figure1.png", means, models, f"Figure 1: {over}"))
+    means = {label: by_column[average] for label, by_column in scores.items()}
+    bars = {label: means[label] for label in rivals}
+    lines = {m: statistics.fmean(means[m]) for m in models if models[m].kind == "teacher"}
+    print(report.plot_bars(out / "figure1.png", bars, lines, f"Figure 1: {over}"))
     if args.by:
         title = f"ROUGE-L by {' and '.join(args.by)}, {over}"
         report.write_group_table(out, args.by, groups, means, title)
     if args.samples:
-        set_name, ban = next(iter(columns.values()))
-        paths = {label: response_path(kept, label, set_name, seeds[0], ban) for label in models}
-        report.write_samples(out, args.samples, set_name, sets[set_name], paths)
+        label, column = next(iter(columns.items()))
+        first = {model: by_column[label][0] for model, by_column in paths.items()}
+        report.write_samples(out, args.samples, column.set_name, column.rows, first)
 
 
-def write_table_1(out, models, columns, averages, scores, reported, settings):
-    """Print and write Table 1. The JSON has all that belongs to it."""
-    rivals = {label: m.size for label, m in models.items() if m.kind not in ("teacher", "pretrain")}
-    best, seeds = best_and_ties(scores, rivals), settings["seeds"]
-    bans = {column: ban for column, (_, ban) in columns.items()}
-    content = {part: {} for part in ("scores", "averages", "models", "responses")}
-    content |= {"settings": settings, "no_repeat_ngram": bans, "paper": reported, "best": best}
+def write_table_1(out, models, columns, averages, scores, content):
+    """Print and write Table 1. content: what its JSON has besides."""
+    bans = {label: column.ban for label, column in columns.items()}
+    content |= {"no_repeat_ngram": bans, "models": {}, "scores": {}, "averages": {}}
     for label, m in models.items():
+        content["models"][label] = {"name": m.name, "kind": m.kind, "parameters": m.size}
         content["scores"][label] = {column: scores[label][column] for column in columns}
         content["averages"][label] = {average: scores[label][average] for average in averages}
-        content["models"][label] = {"name": m.name, "kind": m.kind, "parameters": m.size}
-        paths = content["responses"][label] = {}
-        for column, (name, ban) in columns.items():
-            files = [response_path(out / "responses", label, name, seed, ban) for seed in seeds]
-            paths[column] = [str(path) for path in files]
-    table = report.score_table(scores, reported, best)
-    banned = ", ".join(f"{column} {ban or 'no'}" for column, ban in bans.items())
-    notes = report.legend(table)
-    notes.append(f"seeds {' '.join(map(str, seeds))}; repeated n-grams banned: {banned}")
+    table = report.score_table(scores, content["paper"], content["best"])
+    banned = ", ".join(f"{label} {ban or 'no'}" for label, ban in bans.items())
+    seeds = " ".join(map(str, content["settings"]["seeds"]))
+    notes = [*report.legend(table), f"seeds {seeds}; repeated n-grams banned: {banned}"]
     title = "Table 1: ROUGE-L, mean ± standard deviation over seeds"
     report.write_table(out, "table1", title, table, notes, content)
 
 
-# ---- Tables 2, 3, 5 and 6 --------------------------------------------------------------------
+# ---- Tables 2, 3 and 5, Figure 4 -------------------------------------------------------------
 def measured_costs(name, record):
     """A run's peak memory (GB), from its metrics.jsonl, and its hours: {field of COSTS: value}."""
     path = run_dir(name) / "metrics.jsonl"
     has_steps = path.is_file() and path.stat().st_size > 0
     steps = [step for _, step in read_jsonl(path)] if has_steps else []
-    costs = {}
-    for field in COSTS:
-        values = [s[field] for s in (record, *steps) if isinstance(s.get(field), float | int)]
-        costs |= {field: max(values)} if values else {}
-    return costs
+    found = {field: [s[field] for s in (record, *steps) if field in s] for field in paper.COSTS}
+    return {field: max(values) for field, values in found.items() if values}
 
 
 def table_2(names, out):
@@ -333,14 +314,14 @@ def table_2(names, out):
         if not record:
             print0(f"{name}: has no run.json, left out")
             continue
-        paper = dict(zip(COSTS, PAPER_COSTS.get(record.get("paper"), ())))
-        costs[label] = {"measured": measured_costs(name, record), "paper": paper}
+        reported = dict(zip(paper.COSTS, paper.PAPER_COSTS.get(record.get("paper"), ())))
+        costs[label] = {"measured": measured_costs(name, record), "paper": reported}
         order[label] = table_sort_key(run_kind(record), record.get("parameters", 0))
     if not costs:
         raise InputError("none of the directories has a run.json; name runs, as in: --cost out/*/")
     costs = {label: costs[label] for label in sorted(costs, key=order.get)}
-    fields = [field for field in COSTS if any(field in run["measured"] for run in costs.values())]
-    table = [["cost", *(COSTS[field] for field in fields)]]
+    fields = [field for field in paper.COSTS if any(field in c["measured"] for c in costs.values())]
+    table = [["cost", *(paper.COSTS[field] for field in fields)]]
     for label, run in costs.items():
         ours = {field: f"{value:.2f}" for field, value in run["measured"].items()}
         for field in ours.keys() & run["paper"].keys():
@@ -356,7 +337,7 @@ def group_runs(models, fields):
     A field is a setting or another field of run.json. Raises InputError if no run has it.
     """
     runs = {label: m.record["settings"] | m.record for label, m in models.items() if m.record}
-    known = {field for values in runs.values() for field in values} - {"settings"}
+    known = set().union(*runs.values()) - {"settings"}
     for field in fields:
         if field not in known:
             options = ", ".join(sorted(known)) or "no runs"
@@ -364,14 +345,14 @@ def group_runs(models, fields):
     groups = {}
     for label, run in runs.items():
         values = [run.get(field) for field in fields]
-        if all(value is None for value in values):
+        if any(value is not None for value in values):
+            values = tuple(json.dumps(v) if isinstance(v, list | dict) else v for v in values)
+            groups.setdefault(values, []).append(label)
+        else:
             print0(f"{label}: has no {' or '.join(fields)}, left out of the groups")
-            continue
-        values = tuple(json.dumps(v) if isinstance(v, list | dict) else v for v in values)
-        groups.setdefault(values, []).append(label)
 
     def sort_key(values):  # numbers, then strings, then what is missing
-        return [(v is None, isinstance(v, str), 0 if v is None else v) for v in values]
+        return [(v is None, isinstance(v, str), v) for v in values]
 
     return {values: groups[values] for values in sorted(groups, key=sort_key)}
 
@@ -379,9 +360,8 @@ def group_runs(models, fields):
 # ---- the command -----------------------------------------------------------------------------
 def print_file_score(args):
     """Print the ROUGE-L of a file of responses, and write it row by row to --json."""
-    responses = [text_field(line, "text", location) for location, line in read_jsonl(args.score)]
-    rows = read_jsonl(args.references)
-    references = [references_field(line, location) for location, line in rows]
+    responses = [text_field(row, "text", place) for place, row in read_jsonl(args.score)]
+    references = [references_field(row, place) for place, row in read_jsonl(args.references)]
     scores = rouge_l(responses, references)
     print_unscorable(args.references, references)
     mean = statistics.fmean(scores)
@@ -400,7 +380,7 @@ def parse_args(argv):
     add("--data", nargs="+", metavar="SET|DIR", help=help)
     add("--seeds", nargs="+", type=number_in_range(int, 0, 2**32), default=[10, 20, 30, 40, 50])
     add("--rows", type=number_in_range(int, 1, 10**9), help="only the first N rows of each set")
-    help = f"no N-gram twice; several: a column each (default: {BANNED_NGRAM} on public sets)"
+    help = f"no N-gram twice; several: a column each (default: {paper.BANNED_NGRAM} on public sets)"
     add("--no-repeat-ngram", nargs="+", type=number_in_range(int, 0, 100), metavar="N", help=help)
     add("--batch", type=positive, help="rows sampled at once (default: what fits; 64 on a CPU)")
     add("--out", default="out/evaluation", metavar="DIR", help="tables and plots go here")
@@ -424,6 +404,7 @@ def parse_args(argv):
     if args.by and len(args.by) > 2:
         raise InputError(f"--by takes one or two fields, not {len(args.by)}")
     cli.check_output_dir(args.out)
+    args.seeds = list(dict.fromkeys(args.seeds))
     return args
 
 

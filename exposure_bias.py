@@ -46,7 +46,7 @@ BOOTSTRAP_SAMPLES = 1000
 
 
 @torch.no_grad()
-def kl_by_step(p, q, requests, responses, micro_batch_size=8, dtype="float32"):
+def kl_by_step(p, q, requests, responses, micro_batch_tokens=4096, dtype="float32"):
     """KL(p || q) at each token of each response, exact over the vocabulary, in nats: lists.
 
     requests and responses are lists of token ids, one of each per response.
@@ -54,9 +54,9 @@ def kl_by_step(p, q, requests, responses, micro_batch_size=8, dtype="float32"):
     device = p.wte.weight.device
     examples = [Example(i, x, y) for i, (x, y) in enumerate(zip(requests, responses))]
     results = [None] * len(examples)
-    batches = micro_batches(examples, micro_batch_size, device)
-    disable = True if dist.rank() else None  # None: there is a bar if this is a terminal
-    for batch in tqdm(batches, desc="scoring", leave=False, disable=disable):
+    batches = micro_batches(examples, micro_batch_tokens, device)
+    # disable=None: there is a bar if this is a terminal
+    for batch in tqdm(batches, desc="scoring", leave=False, disable=dist.rank() > 0 or None):
         positions = batch.response_positions
         with precision(device, dtype):
             p_logits = p.logits(p(batch.ids, output_positions=positions))  # (N, V)
@@ -153,7 +153,8 @@ class Teacher:
         args, results = self.args, [self.rows]
         for responses in (self.sample_responses(q, "student", steps, label), self.y_p):
             responses = [response[:steps] for response in responses]
-            kl_steps = kl_by_step(self.p, q, self.requests, responses, args.micro_batch, args.dtype)
+            limits = args.micro_batch_tokens, args.dtype
+            kl_steps = kl_by_step(self.p, q, self.requests, responses, *limits)
             starts = range(0, len(kl_steps), args.samples)
             results.append([kl_steps[i : i + args.samples] for i in starts])
         _, kl_q, kl_p = zip(*sorted(dist.all_gather_list(list(zip(*results)))))
@@ -169,41 +170,38 @@ def print_point(label, columns, l):
     return point
 
 
-def write_figure_3a(teacher, args, settings):
-    """ExAccErr of each student over generation steps."""
+def write_figure_3a(teacher, students, settings, out):
+    """ExAccErr of each student, {label: model}, over generation steps."""
     series = {}
-    for student, label in zip(args.students, unique_labels(args.students)):
-        series[label] = teacher.measure(student, label, args.steps)
+    for label, student in students.items():
+        series[label] = teacher.measure(student, label, teacher.args.steps)
         print_point(label, series[label], min(REPORT_STEP, last_reliable_step(series[label])))
-    stem = Path(args.out) / "figure_3a"
-    print0(dist.run_on_rank0(write_figure, stem, "student", series, settings, plot_steps))
+    print0(dist.run_on_rank0(write_figure, out, "student", series, settings, plot_steps))
 
 
-def write_figure_3b(teacher, runs, args, settings):
-    """ExAccErr along training, at the last l <= 50 that is reliable for every checkpoint."""
-    max_l = min(REPORT_STEP, args.steps)
-    curves = {run: {} for run in runs}  # {run: {optimizer step: columns}}
-    for run, directories in runs.items():
-        for step, directory in directories.items():
-            curves[run][step] = teacher.measure(directory, f"{run}, step {step}", max_l)
-    l = min(last_reliable_step(c) for by_step in curves.values() for c in by_step.values())
+def write_figure_3b(teacher, runs, settings, out):
+    """ExAccErr along training, {label: {optimizer step: checkpoint}}, at the last l <= 50 that is
+    reliable for every checkpoint."""
+    max_l, curves, series = min(REPORT_STEP, teacher.args.steps), {}, {}
+    for run, kept in runs.items():
+        for step, student in kept.items():
+            curves[run, step] = teacher.measure(student, f"{run}, step {step:,}", max_l)
+    l = min(map(last_reliable_step, curves.values()))
     if l < max_l:
         few = f"fewer than {100 * MIN_ALIVE:.0f} % of the responses are alive"
         print0(f"at l = {l}, not {max_l}: beyond it {few} at some checkpoint")
-    series = {}
-    for run, label in zip(args.along, unique_labels(args.along)):
-        points = []
-        for step, columns in curves[run].items():
-            point = print_point(f"{label}, step {step:,}", columns, l)
-            points.append({"step": step, "percent": 100 * step / max(curves[run])} | point)
-        series[label] = {name: [point[name] for point in points] for name in points[0]}
-    stem = Path(args.out) / "figure_3b"
-    print0(dist.run_on_rank0(write_figure, stem, "run", series, settings, plot_training))
+    for (run, step), columns in curves.items():
+        point = {"step": step, "percent": 100 * step / max(runs[run])}
+        point |= print_point(f"{run}, step {step:,}", columns, l)
+        for name, value in point.items():
+            series.setdefault(run, {}).setdefault(name, []).append(value)
+    print0(dist.run_on_rank0(write_figure, out, "run", series, settings, plot_training))
 
 
 def parse_args(argv):
     description = "Exposure bias of students (ExAccErr): over generation steps and along training."
-    parser = argparse.ArgumentParser(prog="exposure_bias.py", description=description)
+    kwargs = {"description": description, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(prog="exposure_bias.py", **kwargs)
     positive, length = number_in_range(int, 1, 10**6), number_in_range(int, 1, MAX_NEW_TOKENS)
     add = parser.add_argument
     add("--teacher", required=True, metavar="MODEL", help="fine-tuned: run, directory or hub id")
@@ -215,7 +213,8 @@ def parse_args(argv):
     add("--samples", type=positive, default=3, metavar="N", help="responses each (default 3)")
     add("--seed", type=number_in_range(int, 0, 2**32), default=10)
     add("--batch", type=positive, help="responses sampled at once (default: what memory holds)")
-    add("--micro-batch", type=positive, default=8, help="responses scored at once (default 8)")
+    help = "tokens scored at once, with padding (default 4096)"
+    add("--micro-batch-tokens", type=positive, default=4096, metavar="N", help=help)
     add("--out", default="out/exposure_bias", metavar="DIR", help="tables and plots go here")
     add_precision_option(parser, "float32")
     args = cli.parse_arguments(parser, argv)
@@ -230,21 +229,23 @@ def main(argv=None):
     device, args.dtype = dist.init_process(args.dtype or "float32")
     path = dist.run_on_rank0(find_data_dir, args.data) / "test.jsonl"
     rows = read_rows(path, args.rows, needs_output=False)
-    runs = {run: dist.run_on_rank0(checkpoints, run) for run in args.along}
+    students = dict(zip(unique_labels(args.students), args.students))
+    kept = [dist.run_on_rank0(checkpoints, run) for run in args.along]
+    runs = dict(zip(unique_labels(args.along), kept))
     p, tokenizer = load_model(args.teacher, device)
     # Check every student before anything is sampled, which can take hours.
-    for student in itertools.chain(args.students, *(kept.values() for kept in runs.values())):
+    for student in itertools.chain(args.students, *(steps.values() for steps in kept)):
         check_same_vocabulary(args.teacher, student, tokenizer, find_model(student)[1])
     settings = vars(args) | {"requests": len(rows)}
-    for name in ("out", "batch", "micro_batch"):  # batch sizes change the speed only
+    for name in ("out", "batch", "micro_batch_tokens"):  # batch sizes change the speed only
         del settings[name]
-    fix = "lower --batch or --micro-batch, or use smaller models"
+    fix = "lower --batch or --micro-batch-tokens, or use smaller models"
     with cli.explain_out_of_memory(f"students of {args.teacher} on {args.data}", fix):
         teacher = Teacher(p, tokenizer, rows, args)
-        if args.students:
-            write_figure_3a(teacher, args, settings)
-        if args.along:
-            write_figure_3b(teacher, runs, args, settings)
+        if students:
+            write_figure_3a(teacher, students, settings, Path(args.out) / "figure_3a")
+        if runs:
+            write_figure_3b(teacher, runs, settings, Path(args.out) / "figure_3b")
     dist.shutdown()
 
 

@@ -85,7 +85,8 @@ def sample(
                 # Dropping rows copies the cache, which only a clearly smaller batch repays.
                 if len(alive) <= 0.75 * len(rows):
                     rows, token = rows[alive], token[alive]
-                    decoder.select_rows(alive)
+                    for cache in decoder.caches:
+                        cache.select_rows(alive)
             logits = decoder.step(token[:, None])
     return cut_responses(text.tolist(), log_probs.tolist(), requests, i + 1, eos_token_id)
 
@@ -175,10 +176,6 @@ class Decoder:
             return logits[0]
         q, p = (z.softmax(-1) for z in logits)  # (b, V) each
         return ((1 - self.alpha) * q + self.alpha * p).log()
-
-    def select_rows(self, rows):
-        for cache in self.caches:
-            cache.select_rows(rows)
 
 
 def cut_responses(text, log_probs, requests, n_new, eos_token_id):
@@ -300,10 +297,8 @@ def parse_args(argv):
     add_decoding_options(parser)
     add_precision_option(parser)
     args = parse_arguments(parser, argv)
-    if (args.instruction is None) == (args.file is None):
-        raise InputError("give either --instruction TEXT or --file FILE")
-    if args.file is not None and args.input:
-        raise InputError("--input goes with --instruction; a row of --file has its own 'input'")
+    if (args.instruction is None) == (args.file is None) or (args.file and args.input):
+        raise InputError("give either --instruction TEXT, perhaps with --input, or --file FILE")
     return args
 
 

@@ -33,13 +33,7 @@ from data.rows import Example, epoch_order, micro_batches
 from data.runs import Settings, format_time
 from data.states import load_state, save_state
 from data.tokenizer import check_same_vocabulary
-from data.validation import (
-    check_prompt,
-    check_references,
-    checkpoint_score,
-    show_demo,
-    validate,
-)
+from data.validation import check_prompt, check_references, checkpoint_score, show_demo, validate
 from model import GPT, precision
 from prompt import freeze, hidden_states, initial_prompt, response_hidden
 from sample import sample_all
@@ -54,7 +48,7 @@ class Run:
     settings: Settings
     total_steps: int  # T, optimizer steps
     global_batch_size: int  # rows per optimizer step, over all ranks
-    micro_batch_size: int  # rows per forward pass of one rank
+    micro_batch_tokens: int  # positions per forward pass of one rank, padding and prompt included
     device: torch.device
     tokenizer: object  # a tiktoken.Encoding
     student: GPT  # the bare module, for sampling and as a target of the prompt's loss
@@ -92,7 +86,8 @@ def split_global_batch(run, examples):
     the response tokens of all rows; response_positions, (row, position) of the logits that predict
     them, two tensors (N,). Padding is on the right and attention is causal, so no mask is needed.
     """
-    batches = micro_batches(examples, run.micro_batch_size, run.device)
+    prompt_length = 0 if run.P is None else len(run.P)
+    batches = micro_batches(examples, run.micro_batch_tokens, run.device, prompt_length)
     n_tokens = torch.tensor(sum(len(batch.targets) for batch in batches), device=run.device)
     return batches, max(1, int(dist.all_reduce_sum(n_tokens)))
 
@@ -277,7 +272,7 @@ def minillm_rollout(run, examples, t):
     """
     rows = []
     sampled = rollout(run, examples, t, teacher_mix=(run.teacher, TEACHER_MIX))
-    for batch in micro_batches(sampled, run.micro_batch_size, run.device):
+    for batch in micro_batches(sampled, run.micro_batch_tokens, run.device):
         with precision(run.device, run.settings.dtype):
             student_hidden, student_head = response_hidden(run.student, batch)
             teacher_hidden, teacher_head = response_hidden(run.teacher, batch)
@@ -317,7 +312,7 @@ METHODS = {
 }
 
 
-def build(s, steps, tokenizer, micro_batch_size, device):
+def build(s, steps, tokenizer, micro_batch_tokens, device):
     """The Run of Settings `s` before its first step. steps: from `stages.plan_steps`."""
     if s.method == "pretrain":
         config = options.parse_shape(s.student, tokenizer.n_vocab, s.dropout)
@@ -327,7 +322,7 @@ def build(s, steps, tokenizer, micro_batch_size, device):
     run = Run(
         settings=s,
         **steps,
-        micro_batch_size=micro_batch_size,
+        micro_batch_tokens=micro_batch_tokens,
         device=device,
         tokenizer=tokenizer,
         student=student,
@@ -399,7 +394,7 @@ def train_loop(run, data, progress, directory, keep, save_every):
             log.write(metrics)
             elapsed = time.perf_counter() - start_time
             progress |= {"step": step, "hours": hours_before + elapsed / 3600}
-            stop_signal = dist.all_reduce_max(max(signals, default=0))
+            stop_signal = max(dist.all_gather_list(signals), default=0)
             if is_eval_step or stop_signal or step % (save_every or total_steps) == 0:
                 save_state(run, directory, progress)
             # Saved after the state, because a resumed run can save it again from the state.
@@ -418,23 +413,25 @@ def train_loop(run, data, progress, directory, keep, save_every):
                 sys.exit(128 + stop_signal)
 
 
-def run_stage(name, s, out, micro_batch_size, device, paper=None, keep=0, save_every=None):
+def run_stage(name, s, out, micro_batch_tokens, device, paper=None, keep=0, save_every=None):
     """Train a stage in `out/name`, resume it, or skip it if it is complete. Returns its directory.
 
-    paper: which of the paper's runs it is, for run.json. keep: number of checkpoints to keep.
-    save_every: steps between saved states, besides those at validations.
+    micro_batch_tokens: None for the default. paper: which of the paper's runs it is, for run.json.
+    keep: number of checkpoints to keep. save_every: steps between saved states, besides those at
+    validations.
     """
     directory = Path(out) / name
+    micro_batch_tokens = micro_batch_tokens or stages.default_micro_batch_tokens(s)
     with stages.open_stage(directory, asdict(s), stages.data_files(s), paper) as record:
         if record.get("complete"):
             print0(f"{directory}: complete, skipped")
             return str(directory)
-        with stages.explain_memory(directory, micro_batch_size):
+        with stages.explain_memory(directory, micro_batch_tokens):
             runs.reset_peak_memory(device)
             data = stages.load_data(s)
             examples = data.epoch_examples(0)
             steps = stages.plan_steps(s, len(examples))
-            run = build(s, steps, data.tokenizer, micro_batch_size, device)
+            run = build(s, steps, data.tokenizer, micro_batch_tokens, device)
             stages.check_positions(run, [*examples, *data.dev_examples])
             dist.run_on_rank0(runs.write_record, directory, record)
             progress = load_state(run, directory)
@@ -456,7 +453,8 @@ def run_stages(args, device, dtype):
         from_init = kind == args.method and method.start == "init"
         name, s, paper = stages.plan_stage(args, kind, from_init, **models)
         keep = args.keep if kind == args.method else 0
-        return run_stage(name, s, args.out, args.micro_batch, device, paper, keep, args.save_every)
+        limits = args.micro_batch_tokens, device
+        return run_stage(name, s, args.out, *limits, paper, keep, args.save_every)
 
     data_dir = dist.run_on_rank0(find_data_dir, args.data)  # before a model is downloaded
     if args.method == "pretrain":

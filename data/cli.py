@@ -24,15 +24,13 @@ class InputError(Exception):
 # The signals that end a run: from the keyboard, by `kill`, from a terminal that closes, and what
 # clusters send some time before they end a job. Windows has the first two only.
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR")  # by which PyTorch's processes join
 
 
 def is_launched():
-    """Whether a launcher started this process as one of several ranks: torchrun, or any that sets
-    RANK_VARIABLES. Their values may be wrong: see `dist.check_launcher`."""
-    rank, size, address = (os.environ.get(name, "").strip() for name in RANK_VARIABLES)
-    is_one_of_several = rank and address and size not in ("", "1")
-    return bool(is_one_of_several) or torch.distributed.is_torchelastic_launched()
+    """Whether torchrun or another launcher started this process as one of several ranks. What it
+    set may be wrong: see `dist.check_launcher`."""
+    is_one_of_several = os.environ.get("WORLD_SIZE", "").strip() not in ("", "1")
+    return is_one_of_several or torch.distributed.is_torchelastic_launched()
 
 
 def launched_rank():
@@ -44,11 +42,15 @@ def launched_rank():
 def run_command_line(main):
     """Run a command. An InputError or OSError ends it with one line and exit status 2; a signal of
     STOP_SIGNALS ends it with one line and exit status 128 + signal."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt(number)
+
     sys.stdout, sys.stderr = _open_stream(sys.stdout), _open_stream(sys.stderr)
     status, launched = 0, is_launched()
     # The signals raise, so that temporary files are removed. Not under a launcher: a rank that
     # waits for a peer inside a collective would never return to Python and run the handler.
-    handler = signal.SIG_DFL if launched else _interrupt
+    handler = signal.SIG_DFL if launched else interrupt
     name, fix = Path(sys.argv[0]).name, "use a smaller model or more memory"
     try:
         with handle_signals(handler), explain_out_of_memory(name, fix):
@@ -78,10 +80,6 @@ def run_command_line(main):
         sys.exit(status)
 
 
-def _interrupt(number, frame):
-    raise KeyboardInterrupt(number)
-
-
 @contextmanager
 def handle_signals(handler):
     """Handle STOP_SIGNALS in the block. One that is ignored, as nohup does SIGHUP, stays so."""
@@ -97,8 +95,7 @@ def handle_signals(handler):
 
 
 class _Output(io.FileIO):
-    """A terminal or a pipe. Once it is closed, or nobody reads it any more, it refuses every write,
-    which is no reason to end a run."""
+    """A terminal or a pipe. Once nobody reads it any more, what is written to it is dropped."""
 
     def write(self, content):
         try:
@@ -123,37 +120,31 @@ def _open_stream(stream):
     return io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=True)
 
 
-# Errors for lack of memory: of Python, of PyTorch's allocators for a CPU, a GPU and shared memory,
-# of C++, of CUDA's libraries, of oneDNN, of the C library.
+# How errors for lack of memory read: of Python, C and C++, PyTorch, CUDA's libraries, oneDNN.
 OUT_OF_MEMORY = re.compile(
-    r"MemoryError|out of memory|not enough memory|unable to mmap|(can't|cannot|could not) allocate"
-    r"|bad_alloc|_ALLOC_FAILED|failed to map segment"
-    r"|could not create a (memory( object)?|primitive)$",
+    r"MemoryError|out of memory|not enough memory|(can't|cannot|could not) allocate|bad_alloc"
+    r"|_ALLOC_FAILED|failed to map segment|could not create a (memory( object)?|primitive)$",
     re.IGNORECASE,
 )
 
 
-def _is_out_of_memory(error):
-    text = getattr(error, "strerror", None) or error  # an OSError without the name of its file
-    found = OUT_OF_MEMORY.search(f"{type(error).__name__}: {text}")
-    return found and not isinstance(error, InputError)
-
-
 @contextmanager
 def explain_out_of_memory(location, fix):
-    """Turn an error for lack of memory, of a CPU or a GPU, into an InputError.
+    """Turn an error for lack of memory, of a CPU or a GPU, into an InputError. The innermost of
+    several contexts reports it. location: what needed the memory. fix: what to lower."""
 
-    location: what the memory was needed for. fix: what to lower. The innermost of several contexts
-    reports the error.
-    """
+    def is_out_of_memory(error):
+        text = getattr(error, "strerror", None) or error  # an OSError without its file's name
+        found = OUT_OF_MEMORY.search(f"{type(error).__name__}: {text}")
+        return found and not isinstance(error, InputError)
+
     try:
         yield
     except Exception as error:
         # An error for lack of memory may be the reason for another one, as in reading a file.
         reason = error
-        while reason is not None and not _is_out_of_memory(reason):
-            hidden = reason.__suppress_context__
-            reason = reason.__cause__ or (None if hidden else reason.__context__)
+        while reason is not None and not is_out_of_memory(reason):
+            reason = reason.__cause__ if reason.__suppress_context__ else reason.__context__
         if reason is None:
             raise
         # The frames hold the tensors that took the memory. The message needs a little of it.
@@ -162,7 +153,7 @@ def explain_out_of_memory(location, fix):
 
 
 def parse_arguments(parser, argv):
-    """Parse a command line. Of several ranks only rank 0 prints usage errors."""
+    """Parse a command line. Of several ranks only rank 0 prints how the command is used."""
 
     def raise_error(message):
         raise InputError(message)
@@ -191,7 +182,12 @@ def atomic_path(path):
     try:
         yield temporary
         with open(temporary, "rb+") as file:
-            _fsync(file)
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                # Some network file systems have no fsync. Other errors: the data may be lost.
+                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+                    raise
         os.replace(temporary, path)
     except OSError as error:
         if error.errno and not error.filename:  # as with "No space left on device"
@@ -199,15 +195,6 @@ def atomic_path(path):
         raise
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _fsync(file):
-    try:
-        os.fsync(file.fileno())
-    except OSError as error:
-        # Some network file systems have no fsync. Any other error means that data may be lost.
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-            raise
 
 
 def write_atomic(path, content):
@@ -221,16 +208,14 @@ def write_atomic(path, content):
 def check_lfs_pointer(path):
     """Raise InputError if git-lfs has left a pointer in a file's place."""
     start = b"version https://git-lfs.github.com/spec/"
-    if os.path.isfile(path):
-        with open(path, "rb") as file:
-            if file.read(len(start)) == start:
-                fix = "run `git lfs pull`"
-                raise InputError(f"{path}: is a git-lfs pointer, not the file itself; {fix}")
+    with open(path, "rb") as file:
+        is_pointer = file.read(len(start)) == start
+    if is_pointer:
+        raise InputError(f"{path}: is a git-lfs pointer, not the file itself; run `git lfs pull`")
 
 
 def read_json(path, hint):
-    """Read a file with a JSON object. Raises InputError with the file and `hint`, the fix, if that
-    fails."""
+    """Read a file with a JSON object. hint: how to fix it, for the InputError if that fails."""
     try:
         check_lfs_pointer(path)
         content = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -6,10 +6,9 @@ writes the data sets and the teacher's pre-training text, which depend on a seed
 
 import json
 import random
+import re
 from collections import namedtuple
 from pathlib import Path
-
-import regex
 
 from data.cli import write_atomic
 from data.rows import fill_template
@@ -42,7 +41,7 @@ REPAIRS = ["no wait", "sorry", "i mean", "or rather"]  # said before correcting 
 PLACES = ["near", "behind", "under", "beside"]
 
 # What is corrected in a question: "the colour no wait " before "the size of ..."
-SLIP = regex.compile(rf"the (?:\w+ ){{1,3}}(?:{'|'.join(REPAIRS)}) ")
+SLIP = re.compile(rf"the (?:\w+ ){{1,3}}(?:{'|'.join(REPAIRS)}) ")
 
 
 # --- Tasks: what each makes of the words of a text
@@ -104,7 +103,6 @@ PAIRS = "adjectives+sort opposite+animals others+adjectives adjectives+past sort
 NEW_PAIRS = "animals+sort opposite+others adjectives+animals opposite+past sort+adjectives".split()
 
 
-# --- Rows
 def make_text(rng, tasks, words, longer=False):
     """A text that suits all the tasks, as words: a corrected question, a sentence, or a list."""
 
@@ -135,21 +133,20 @@ def make_text(rng, tasks, words, longer=False):
 def make_request(rng, tasks, wordings):
     """A request for the tasks, one after the other."""
     request = " and then ".join(rng.choice(wordings[task].split("/")) for task in tasks)
-    return rng.choice([request, "please " + request]).capitalize()
+    return rng.choice([request, f"please {request}"]).capitalize()
 
 
 def join(words):
     return " ".join(words) + ("?" if words[0] == "what" else "")
 
 
-def make_rows(
-    rng, n, used, pairs=PAIRS, pair_share=0.2, wordings=TRAIN_WORDINGS, words=WORDS, longer=False
-):
-    """`n` rows with texts that are not in the set `used`, which they are added to. A share of about
-    `pair_share` asks for two tasks in turn; a quarter has the text in the instruction."""
+def make_rows(rng, n, used, pairs=None, wordings=TRAIN_WORDINGS, words=WORDS, longer=False):
+    """`n` rows with texts that are not in the set `used`, which they are added to. A fifth asks for
+    two tasks in turn, or all if `pairs` are given; a quarter has the text in the instruction."""
     rows = []
     while len(rows) < n:
-        tasks = rng.choice(pairs if rng.random() < pair_share else [*TASKS]).split("+")
+        is_pair = rng.random() < (1 if pairs else 0.2)
+        tasks = rng.choice((pairs or PAIRS) if is_pair else [*TASKS]).split("+")
         output = make_text(rng, tasks, words, longer)
         text, request = join(output), make_request(rng, tasks, wordings)
         for task in tasks:
@@ -175,44 +172,27 @@ def make_preamble(rng):
     people = "student student student teacher child reader writer farmer doctor friend beginner"
     who = f"a {adjective}{rng.choice(people.split())}"
     opening = rng.choice("Suppose/Imagine/Pretend/Assume/Suppose that/Imagine that".split("/"))
-    sentences = (
-        f"{opening} you are {who}./{opening} you are {who}./{opening} I am {who}./You are {who}./"
-        f"Answer like {who}./Here is a task for {who}./Read the task with care./"
-        "Think before you write."
-    )
-    return rng.choice(sentences.split("/"))
+    sentences = [f"{opening} you are {who}."] * 2 + [f"{opening} I am {who}.", f"You are {who}."]
+    sentences += [f"Answer like {who}.", f"Here is a task for {who}."]
+    return rng.choice([*sentences, "Read the task with care.", "Think before you write."])
 
 
 def make_fact(rng):
     """One or two sentences about the words, including the new ones."""
     words, place = ALL_WORDS, rng.choice(PLACES)
-    adjective, animal = rng.choice(words.opposites), rng.choice(words.animals)
+    quality, animal = rng.choice(words.opposites), rng.choice(words.animals)
     thing, present = rng.choice(words.things), rng.choice(words.pasts[::2])
     first, second = sorted(rng.sample(words.animals + words.things + words.opposites, 2))
+    past, opposite, what = PAST[present], OPPOSITE[quality], f"the {quality} {thing}"
     facts = [
         f"The {animal} is an animal and a living thing. The {thing} is no animal.",
-        f"The opposite of {adjective} is {OPPOSITE[adjective]}. Both are adjectives, or describing "
-        "words.",
-        f"Today the {animal} {present} the {adjective} {thing}. Yesterday the {animal} "
-        f"{PAST[present]} the {adjective} {thing}.",
+        f"The opposite of {quality} is {opposite}. Both are adjectives, or describing words.",
+        f"Today the {animal} {present} {what}. Yesterday the {animal} {past} {what}.",
         f"In the alphabet {first} comes before {second}.",
-        f"The {adjective} {animal} is {place} the {thing}. The {thing} is not {place} the "
-        f"{adjective} {animal}.",
+        f"The {quality} {animal} is {place} the {thing}. "
+        f"The {thing} is not {place} the {quality} {animal}.",
     ]
     return rng.choice(facts)
-
-
-def make_lesson(rng, used):
-    """A text, then several requests about it with their responses: much to learn in few tokens."""
-    list_tasks = ["sort", "adjectives", "animals", "others", "opposite"]
-    group = rng.choice([list_tasks, ["adjectives", "opposite", "past"], ["correct"]])
-    text = make_text(rng, group, ALL_WORDS)
-    lines = [join(text)]
-    used.add(lines[0])
-    for task in rng.sample(group, min(3, len(group))):
-        request = make_request(rng, [task], PRETRAIN_WORDINGS) + "."
-        lines += [request, join(TASKS[task](text))]
-    return "\n".join(lines)
 
 
 def make_document(rng, used):
@@ -226,7 +206,16 @@ def make_document(rng, used):
         used.add(text)
         return "\n".join([text] * rng.randint(3, 5))
     if kind == "lesson":
-        return make_lesson(rng, used)
+        # A text, then several requests about it and their responses: much to learn in few tokens.
+        list_tasks = ["sort", "adjectives", "animals", "others", "opposite"]
+        group = rng.choice([list_tasks, ["adjectives", "opposite", "past"], ["correct"]])
+        text = make_text(rng, group, ALL_WORDS)
+        lines = [join(text)]
+        used.add(lines[0])
+        for task in rng.sample(group, min(3, len(group))):
+            request = make_request(rng, [task], PRETRAIN_WORDINGS) + "."
+            lines += [request, join(TASKS[task](text))]
+        return "\n".join(lines)
     words = rng.choice([WORDS, ALL_WORDS])
     [row] = make_rows(rng, 1, used, wordings=PRETRAIN_WORDINGS, words=words)
     preamble = ""
@@ -252,7 +241,7 @@ def write_demo(directory, seed=10):
         "wording/test": make_rows(rng, 200, used, wordings=UNSEEN_WORDINGS),
         "words/test": make_rows(rng, 200, used, words=NEW_WORDS),
         "longer/test": make_rows(rng, 200, used, longer=True),
-        "combined/test": make_rows(rng, 200, used, pairs=NEW_PAIRS, pair_share=1),
+        "combined/test": make_rows(rng, 200, used, pairs=NEW_PAIRS),
         "pretrain": [{"text": text} for text in documents],
     }
     for name, rows in sets.items():

@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from data.cli import RANK_VARIABLES, InputError, handle_signals, is_launched
+from data.cli import InputError, handle_signals, is_launched
 
 DTYPES = ("float32", "bfloat16")  # of the matrix products in a model's blocks
 JOIN_TIMEOUT = timedelta(minutes=10)  # for the other ranks
@@ -20,7 +20,6 @@ JOIN_TIMEOUT = timedelta(minutes=10)  # for the other ranks
 # 2 and 3, jsrun, Flux, Horovod. SLURM_NTASKS is no such place: sbatch and salloc set it, too.
 PROCESS_COUNTS = """SLURM_STEP_NUM_TASKS OMPI_COMM_WORLD_SIZE PMI_SIZE MV2_COMM_WORLD_SIZE
 MVP_COMM_WORLD_SIZE JSM_NAMESPACE_SIZE FLUX_JOB_SIZE HOROVOD_SIZE""".split()
-INTERACTIVE_STEP = "4294967290"  # SLURM_STEP_ID of the shell that salloc opens
 LAUNCH_FIX = "start one process per rank with torchrun --nproc_per_node=N"
 
 
@@ -50,18 +49,17 @@ def init_process(dtype=None):
         name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
         sys.stderr.write(f"device: {name}; ranks: {world_size()}; precision: {dtype}\n")
         if not gpu and (built := torch.version.cuda or torch.version.hip):
-            hint = "check nvidia-smi, the driver and CUDA_VISIBLE_DEVICES"
-            problem = f"this PyTorch is built for GPUs ({built}) but can use none"
-            sys.stderr.write(f"warning: {problem}; {hint}\n")
+            warning = f"warning: this PyTorch is built for GPUs ({built}) but can use none"
+            sys.stderr.write(f"{warning}; check nvidia-smi and CUDA_VISIBLE_DEVICES\n")
     return torch.device("cuda", gpu_index) if gpu else torch.device("cpu"), dtype
 
 
 def check_launcher():
-    """Raise InputError if this process is one of several that can't join each other, so that each
-    would run alone."""
+    """Raise InputError if this process is one of several that can't join each other."""
     if torch.distributed.is_torchelastic_launched():
         return
-    rank, size, address = (os.environ.get(name, "").strip() for name in RANK_VARIABLES)
+    variables = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
+    rank, size, address = (os.environ.get(name, "").strip() for name in variables)
     if rank not in ("", "0") or size not in ("", "1"):
         are_numbers = rank.isdecimal() and size.isdecimal()
         if not (address and are_numbers and int(rank) < int(size)):
@@ -69,8 +67,9 @@ def check_launcher():
             fix = f"set all three, with RANK from 0 to WORLD_SIZE - 1, or {LAUNCH_FIX}"
             raise InputError(f"{found}: they don't make this process a rank; {fix}")
         return
-    # A person's shell inside a SLURM job starts one process, whatever the tasks of its step.
-    is_shell = os.environ.get("SLURM_STEP_ID") == INTERACTIVE_STEP or os.isatty(0)
+    # A person's shell inside a SLURM job starts one process, whatever the tasks of its step. That
+    # of salloc has a step id of its own; that of srun has a terminal.
+    is_shell = os.environ.get("SLURM_STEP_ID") == "4294967290" or os.isatty(0)
     if is_shell and "SLURM_JOB_ID" in os.environ:
         return
     for name in PROCESS_COUNTS:
@@ -110,21 +109,16 @@ def join_ranks(backend):
 def process_location():
     """Where this process runs: its host, what selects its GPUs, and the GPUs that it can see."""
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    gpus = map(torch.cuda.get_device_properties, range(n_gpus))
     # SLURM may show each task another GPU as number 0. UUIDs tell them apart.
-    uuids = tuple(str(gpu.uuid) for gpu in gpus)
+    uuids = tuple(str(torch.cuda.get_device_properties(n).uuid) for n in range(n_gpus))
     return socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES"), uuids
 
 
 def place_rank(rank, locations):
     """The index of a rank's GPU, and how many ranks its host has. Ranks that see the same GPUs take
-    them in turn. Raises InputError if these are fewer than the ranks.
-
-    locations: of `process_location`, in the order of ranks.
-    """
-    any_gpu = any(gpus for *_, gpus in locations)
+    them in turn. Raises InputError if these are fewer. locations: of `process_location`."""
     for (host, _, gpus), n in Counter(locations).items():
-        if any_gpu and n > len(gpus):
+        if n > len(gpus) and any(gpus for *_, gpus in locations):
             problem = f"{n} ranks need a GPU each, and they see {len(gpus)}"
             fix = "start one rank per GPU; check --nproc_per_node and CUDA_VISIBLE_DEVICES"
             raise InputError(f"{host}: {problem}; {fix}")
@@ -152,8 +146,7 @@ def print0(*values):
 
 @functools.cache
 def print_once(message):
-    """Print to standard error on rank 0, once in a process. Standard output may be for a model's
-    responses."""
+    """Print to standard error, once in a process. Standard output may be for responses."""
     if rank() == 0:
         print(message, file=sys.stderr, flush=True)
 
@@ -168,11 +161,6 @@ def all_reduce_sum(tensor):
     if world_size() > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
-
-
-def all_reduce_max(number):
-    """The maximum of an int over all ranks."""
-    return max(all_gather_list([number]))
 
 
 def all_gather_list(items):
@@ -211,19 +199,16 @@ def wrap_in_ddp(model, device):
 def run_on_rank0(function, *arguments):
     """Run a function on rank 0 while the others wait. All ranks return its result, and all raise
     InputError if it raises InputError or OSError. The ranks must share a file system."""
-    result = [None, None]  # value, error message
-    cause = None
+    value = problem = cause = None
     if rank() == 0:
         try:
-            result[0] = function(*arguments)
+            value = function(*arguments)
         except (InputError, OSError) as error:
-            result[1] = str(error)
-            cause = error
-    if world_size() > 1:
-        torch.distributed.broadcast_object_list(result, src=0)
-    if result[1] is not None:
-        raise InputError(result[1]) from cause
-    return result[0]
+            problem, cause = str(error), error
+    [(value, problem), *_] = all_gather_list([(value, problem)])
+    if problem is not None:
+        raise InputError(problem) from cause
+    return value
 
 
 @contextmanager

@@ -33,9 +33,7 @@ NO_ACCESS = "check the name; if it is private or gated, set HF_TOKEN to a token 
 
 def weights_files(directory):
     """The paths of a model's weights, [] if it has none. Sharded weights: the index, the shards.
-
-    Raises InputError if the index is damaged or a shard is missing.
-    """
+    Raises InputError if the index is damaged or a shard is missing."""
     paths = [Path(directory) / file for file in WEIGHTS_FILES]
     files = list(filter(Path.is_file, paths))[:1]
     files += [path.with_name(name) for path in files for name in _shard_names(path)]
@@ -49,16 +47,12 @@ def _shard_names(path):
     """The names of the shards in an index, [] for a file that is not an index."""
     if path.suffix != ".json":
         return []
-    content = read_json(path, "fetch it again")
-    try:
-        names = sorted(set(content["weight_map"].values()))
-    except (TypeError, KeyError, AttributeError):
-        names = []
+    weight_map = read_json(path, "fetch it again").get("weight_map")
+    names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
     # A path could lead out of the directory.
-    is_name = re.compile(r"[\w.-]+\.(safetensors|bin)").fullmatch
-    if not names or not all(is_name(str(name)) for name in names):
+    if not names or not all(map(re.compile(r"[\w.-]+\.(safetensors|bin)").fullmatch, names)):
         raise InputError(f"{path}: its 'weight_map' must name files beside it; fetch it again")
-    return names
+    return sorted(names)
 
 
 def file_hash(path):
@@ -81,19 +75,14 @@ def model_hash(name):
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _path_in(variables, default):
-    """The path in the first of these environment variables that is set, even to "",
-    with ~ and other variables expanded."""
-    path = next((os.environ[name] for name in variables if name in os.environ), default)
-    return os.path.expandvars(os.path.expanduser(path))
-
-
 def hub_path(name):
     """The path of "hub", the Hugging Face cache, or of "token", a file."""
-    home = os.path.join(_path_in(["XDG_CACHE_HOME"], "~/.cache"), "huggingface")
-    default = os.path.join(_path_in(["HF_HOME"], home), name)
     variables = {"hub": ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"), "token": ("HF_TOKEN_PATH",)}
-    return Path(_path_in(variables[name], default))
+    # The first variable that is set counts, even if it is empty.
+    places = dict.fromkeys(variables[name], "") | {"HF_HOME": name}
+    found = next((variable for variable in places if variable in os.environ), "XDG_CACHE_HOME")
+    path = os.path.expandvars(os.path.expanduser(os.environ.get(found, "~/.cache")))
+    return Path(path, places.get(found, f"huggingface/{name}"))
 
 
 def _find_token():
@@ -114,15 +103,11 @@ def hub_url(repository, file):
 
 def download(url, path):
     """Download a `hub_url` to `path` atomically, from the start again if the transfer breaks off.
-
-    Returns False if the server has no such file (404). Raises InputError if the download fails or
-    the environment forbids it.
-    """
-    variables = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    offline = next((name for name in variables if os.environ.get(name)), None)
-    if offline and os.environ[offline].upper() in TRUE:
-        problem = f"is not downloaded yet, and {offline}={os.environ[offline]} forbids that"
-        raise InputError(f"{url}: {problem}; unset it, or put the file at {path} yourself")
+    Returns False if the server has no such file (404). Raises InputError if it fails."""
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if (value := os.environ.get(name, "")).upper() in TRUE:
+            problem = f"is not downloaded yet, and {name}={value} forbids that"
+            raise InputError(f"{url}: {problem}; unset it, or put the file at {path} yourself")
     for delay in (0, 1, 2):
         time.sleep(delay)
         try:
@@ -144,7 +129,7 @@ def download(url, path):
 
 class _RedirectHandler(urllib.request.HTTPRedirectHandler):
     """Sends the token again to the host that it was meant for, as when a repository was renamed,
-    and never to another: the hub keeps large files on hosts that must not see it."""
+    and never to another: the hub keeps large files elsewhere."""
 
     def redirect_request(self, request, *arguments):
         redirected = super().redirect_request(request, *arguments)
@@ -172,10 +157,7 @@ def _fetch(url, path):
 def find_model_dir(name):
     """The directory of a model's files. `name` is a directory (of a checkpoint, or of a run, which
     has a `best/`), one of OFFICIAL_MODELS, or a hub id `owner/name`, which is taken from the
-    Hugging Face cache or downloaded once.
-
-    Under torchrun, call it with dist.run_on_rank0. Raises InputError if there is no such model.
-    """
+    Hugging Face cache or downloaded once. Under torchrun, call it with dist.run_on_rank0."""
     if os.path.isdir(name):
         best = Path(name) / "best"
         directory = best if best.is_dir() else Path(name)
@@ -192,20 +174,16 @@ def find_model_dir(name):
         raise InputError(f"model {name!r}: no such directory; give a checkpoint directory, {names}")
     problem = f"the Hugging Face cache {hub_path('hub')} does not have it"
     for snapshot in _snapshots(repository):
-        missing = _missing_files(snapshot, repository)
-        if not missing:
+        missing = _missing_file(snapshot, repository)
+        if missing is None:
             return snapshot
-        problem = f"{snapshot} has no {missing[0]}"
+        problem = f"{snapshot} has no {missing}"
     directory = Path(torch.hub.get_dir()) / "promptkd" / repository
-    if (directory / "config.json").is_file():  # downloaded last
-        return directory
     try:
         _download_model(repository, directory)
-    except InputError as error:
-        raise InputError(f"model {name!r}: no such directory; {problem}; {error}") from error
-    except OSError as error:
-        fix = "free some disk space, or set TORCH_HOME to a directory elsewhere"
-        raise InputError(f"model {name!r}: can't be downloaded ({error}); {fix}") from error
+    except (InputError, OSError) as error:  # OSError: as for a full disk
+        problem = f"no such directory; {problem}; download to TORCH_HOME failed: {error}"
+        raise InputError(f"model {name!r}: {problem}") from error
     return directory
 
 
@@ -220,8 +198,8 @@ def _snapshots(repository):
                 yield folder / "snapshots" / revision
 
 
-def _missing_files(snapshot, repository):
-    """The names of files without which a snapshot is not a complete model."""
+def _missing_file(snapshot, repository):
+    """The name of a file that a snapshot lacks to be a complete model, None if it is one."""
     files = {path.name for path in snapshot.glob("*") if path.is_file()}
     weights = next((file for file in WEIGHTS_FILES if file in files), WEIGHTS_FILES[0])
     needed = ["config.json", weights, *_shard_names(snapshot / weights)]
@@ -230,7 +208,7 @@ def _missing_files(snapshot, repository):
     is_official = repository.removeprefix("openai-community/") in OFFICIAL_MODELS
     if not is_official and not files >= {"vocab.json", "merges.txt"}:
         needed.append("tokenizer.json")
-    return [file for file in needed if file not in files]
+    return next((file for file in needed if file not in files), None)
 
 
 def _download_model(repository, directory):
@@ -240,9 +218,10 @@ def _download_model(repository, directory):
         path = directory / file
         return path.is_file() or download(hub_url(repository, file), path)
 
+    if (directory / "config.json").is_file():
+        return  # it is downloaded last
     weights = next((file for file in WEIGHTS_FILES if fetch(file)), WEIGHTS_FILES[0])
     shards = _shard_names(directory / weights)
-    # config.json is last: where it is, the model is complete.
     for file in (weights, *shards, *TOKENIZER_FILES, "config.json"):
         # A repository without a tokenizer has GPT-2's.
         if not fetch(file) and file not in TOKENIZER_FILES:

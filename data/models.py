@@ -12,19 +12,16 @@ from data.dist import print0
 from data.hub import find_model_dir
 from data.paper import COMMON, DEMO, PRESETS, PRETRAIN, PUBLISHED, SIZES
 from data.runs import read_record, run_kind, run_labels
-from data.tokenizer import load_tokenizer, read_tokenizer, tokenizer_file_names
-from model import GPT, Config, load, read_config
+from data.tokenizer import read_tokenizer
+from model import GPT, load, read_config
 
-# Embedding rows beyond the tokenizer's tokens. Where there are more, it is another model's.
-MAX_PADDING = 1024
+MAX_PADDING = 1024  # rows after the tokenizer's tokens; with more, it is another model's
 
 
 def find_model(name):
     """The directory and the tokenizer of a model by its name (see `data.hub.find_model_dir`), and
-    what its embedding has after the tokenizer's tokens, a list of strings.
-
-    Weights are not read. Raises InputError if the tokenizer does not fit the model.
-    """
+    what its embedding has after the tokenizer's tokens, a list of strings. Weights are not read.
+    Raises InputError if the tokenizer does not fit the model."""
     directory = dist.run_on_rank0(find_model_dir, str(name))
     n_rows = read_config(directory).vocab_size
     tokenizer, added_tokens = read_tokenizer(directory)
@@ -53,21 +50,14 @@ def load_model(name, device, dropout=None):
 
 def count_parameters(name):
     """The number of parameters of a model by its name, as it is loaded."""
-    directory = dist.run_on_rank0(find_model_dir, str(name))
-    config, n_tokens = read_config(directory), Config.vocab_size
-    if tokenizer_file_names(directory):  # else it is GPT-2's, which need not be downloaded here
-        n_tokens = load_tokenizer(directory).n_vocab
+    directory, tokenizer, _ = find_model(name)
     with torch.device("meta"):
-        model = GPT(replace(config, vocab_size=min(n_tokens, config.vocab_size)))
-    return model.n_parameters()
+        return GPT(replace(read_config(directory), vocab_size=tokenizer.n_vocab)).n_parameters()
 
 
 def preset(kind, name, demo=False):
-    """The settings that a stage of a kind has by default, for a model by its name.
-
-    Outside the demo they are the paper's for the GPT-2 nearest in parameter count. For pretrain,
-    which the paper does not have, `name` is a shape.
-    """
+    """The settings that a stage of a kind has by default, for a model by its name: outside the demo
+    the paper's for the GPT-2 nearest in parameter count. For pretrain `name` is a shape."""
     if kind == "pretrain":
         return DEMO.get(name, PRETRAIN) if demo else PRETRAIN
     if demo:
@@ -77,10 +67,9 @@ def preset(kind, name, demo=False):
     if abs(n_parameters / SIZES[size] - 1) > 0.05:
         note = f"its {kind} stage uses the preset of GPT-2 {size}"
         print0(f"{name} has {n_parameters:,} parameters; {note}")
-    global_batch_size, lr, epochs = dict(zip(SIZES, PRESETS[kind]))[size]
-    values = {"global_batch_size": global_batch_size, "lr": lr, "epochs": epochs}
-    values |= {"prompt_lr": lr} if kind == "promptkd" else {}
-    return values | COMMON.get(kind, {})
+    names = ("global_batch_size", "lr", "epochs")
+    values = dict(zip(names, dict(zip(SIZES, PRESETS[kind]))[size])) | COMMON.get(kind, {})
+    return values | ({"prompt_lr": values["lr"]} if kind == "promptkd" else {})
 
 
 @dataclass(frozen=True)
@@ -98,15 +87,12 @@ def table_sort_key(kind, size):
     """Teachers first, then students by size and method, then models that are not runs."""
     if not kind:
         return (2, 0, 0)
-    # An unknown kind comes last.
     return (0 if kind == "teacher" else 1, size, [*PRESETS, kind].index(kind))
 
 
 def open_models(names):
     """Models by name, {label: Model}, in a table's order. Directories without a model are skipped.
-
-    Raises InputError if no model is left.
-    """
+    Raises InputError if no model is left."""
     found, models = [], {}
     for name in names:
         if os.path.isdir(name) and not (find_model_dir(name) / "config.json").is_file():
@@ -114,11 +100,9 @@ def open_models(names):
         else:
             found.append(name)
     if not found:
-        fix = "name a run with best/, or a checkpoint directory with config.json"
-        raise InputError(f"none of the directories has a model; {fix}")
+        raise InputError("none of the directories has a model; name a run, or a checkpoint")
     for label, name in zip(run_labels(found), found):
-        size = count_parameters(name)
-        record = read_record(name)
+        size, record = count_parameters(name), read_record(name)
         kind = run_kind(record) if record else ""
         models[label] = Model(name, size, kind, record.get("paper", PUBLISHED.get(name)), record)
     return dict(sorted(models.items(), key=lambda item: table_sort_key(item[1].kind, item[1].size)))

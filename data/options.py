@@ -54,6 +54,7 @@ def parse_train_args(argv, methods):
     """The command line of train.py. methods: the values of --method."""
     parser = argparse.ArgumentParser(
         prog="train.py",
+        allow_abbrev=False,  # an old --micro-batch 8 would be 8 tokens
         description="Train a student by PromptKD or a method that the paper compares it with, and "
         "the stages that it needs. Without options: the demo. MODEL: gpt2, a directory, a hub id.",
     )
@@ -92,8 +93,9 @@ def parse_train_args(argv, methods):
 
     every_stage = parser.add_argument_group("for every stage")
     option = every_stage.add_argument
-    help = "rows of a forward pass of one rank (default 8; the demo 32)"
-    option("--micro-batch", type=positive, metavar="ROWS", help=help)
+    help = "tokens of a forward pass of one rank, with padding and prompt, at least one row"
+    help += " (default 2048; 1024 for a student over a billion parameters)"
+    option("--micro-batch-tokens", type=positive, metavar="N", help=help)
     option("--train-rows", type=positive, metavar="N", help="only the first N training rows")
     help = "steps between saved states, besides those at validations"
     option("--save-every", type=positive, metavar="STEPS", help=help)
@@ -120,7 +122,6 @@ def check_options(args, method):
         parse_shape(args.shape)
     has_model = args.student or args.teacher or args.init or args.sft_teacher
     args.data = args.data or ("dolly" if has_model else "demo")
-    args.micro_batch = args.micro_batch or (32 if args.data == "demo" else 8)
 
 
 def parse_shape(shape, vocab_size=1, dropout=0.0):

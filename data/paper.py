@@ -125,21 +125,18 @@ PAPER_COSTS = {
 }
 
 
-def paper_reported(row, columns, n_rows, averages):
-    """The paper's ROUGE-L in columns that were evaluated as in the paper, {column: score}: all rows
-    of a public set, with repeated 6-grams banned.
+def paper_reported(row, columns, averages):
+    """The paper's ROUGE-L in the columns that are evaluated as in the paper, and in the averages of
+    such columns, {column or average: score}.
 
-    row: of the paper's Table 1, as "promptkd base", or None. columns: {column: (set, n of the
-    banned n-grams)}. n_rows: {public set: rows evaluated}. averages: {average: its columns}.
+    row: of the paper's Table 1, as "promptkd base", or None. columns: {label: evaluate.Column}.
+    averages: {label: labels of columns}.
     """
     scores = dict(zip(PAPER_SETS, PAPER_SCORES.get(row, ())))
-    reported = {}
-    for column, (name, ban) in columns.items():
-        if name in scores and ban == BANNED_NGRAM and n_rows.get(name) == PAPER_SETS[name]:
-            reported[column] = scores[name]
-    means = {
-        average: statistics.fmean(reported[column] for column in of)
-        for average, of in averages.items()
-        if reported.keys() >= set(of)
+    reported = {
+        c: scores[columns[c].set_name] for c in columns if scores and columns[c].as_in_paper
     }
-    return reported | means
+    for average, members in averages.items():
+        if reported.keys() >= set(members):
+            reported[average] = statistics.fmean(reported[column] for column in members)
+    return reported

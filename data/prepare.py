@@ -41,16 +41,13 @@ def prepared_dir(name):
 
 def prepare(name, source=None, target=None):
     """Write the files of a set to `target` (default: `prepared_dir`). Returns a line for the user.
-
     source: a directory with the set's files, laid out as `_read_dolly` or `_read_test_set` says;
-    None for the hub. Raises InputError, and writes nothing, if a file is missing or malformed.
-    """
+    None for the hub. If one is missing or malformed, raises InputError and writes nothing."""
     target, expected = Path(target or prepared_dir(name)), PAPER_COUNTS[name]
     check_output_dir(target, "data", WAY_OUT)
     directory = _download(name, target / "download") if source is None else Path(source)
     try:
-        read = _read_dolly if name == "dolly" else _read_test_set
-        splits, note = read(name, directory)
+        splits, note = (_read_dolly if name == "dolly" else _read_test_set)(name, directory)
     except InputError as error:
         if source is not None:
             raise
@@ -66,14 +63,14 @@ def prepare(name, source=None, target=None):
             value = {"instruction": row.instruction, "input": row.input, "output": output}
             lines.append(json.dumps(value) + "\n")
         write_atomic(target / f"{split}.jsonl", "".join(lines))
+
+    def format_counts(counts):
+        return ", ".join(f"{count:,} {split}" for split, count in counts.items())
+
     counts = {split: len(rows) for split, rows in splits.items()}
     if counts != expected and not note:
-        note = f"; the paper's experiments have {_format_counts(expected)}"
-    return f"{target}: {_format_counts(counts)} rows{note}"
-
-
-def _format_counts(counts):
-    return ", ".join(f"{count:,} {split}" for split, count in counts.items())
+        note = f"; the paper's experiments have {format_counts(expected)}"
+    return f"{target}: {format_counts(counts)} rows{note}"
 
 
 def _download(name, directory):
@@ -88,9 +85,7 @@ def _download(name, directory):
 
 def _read_dolly(name, source):
     """Rows by split, and a note, from ready splits, MiniLLM's files or the original release.
-
-    MiniLLM calls the paper's test set valid.jsonl. Its raw.jsonl starts with the 1,000 dev rows.
-    """
+    MiniLLM calls the paper's test set valid.jsonl. Its raw.jsonl starts with the 1,000 dev rows."""
     for directory in (source, source / name, source / "raw"):
         paths = {path.stem: path for path in directory.glob("*.jsonl")}
         if {"train", "dev", "valid"} <= set(paths):
@@ -100,19 +95,16 @@ def _read_dolly(name, source):
             rows, test = read_rows(paths["raw"]), read_rows(paths["valid"])
             return {"train": rows[1000:], "dev": rows[:1000], "test": test}, ""
         if RAW_DOLLY in paths:
-            return _split_raw(paths[RAW_DOLLY]), "; NOT the paper's split"
+            rows = []
+            for i, (location, value) in enumerate(read_jsonl(paths[RAW_DOLLY])):
+                fields = ("instruction", "context", "response")
+                instruction, context, response = (text_field(value, f, location) for f in fields)
+                rows.append(Row(i, instruction, context, (response,)))
+            random.Random(10).shuffle(rows)
+            splits = {"train": rows[1500:], "dev": rows[:1000], "test": rows[1000:1500]}
+            return splits, "; NOT the paper's split"
     missing = "neither raw.jsonl and valid.jsonl, nor train.jsonl, dev.jsonl and valid.jsonl"
     raise InputError(f"{source}: has {missing}, nor {RAW_DOLLY}.jsonl; name their folder")
-
-
-def _split_raw(path):
-    """Split the original release at random, with as many dev and test rows as the paper."""
-    rows = []
-    for index, (location, value) in enumerate(read_jsonl(path)):
-        texts = [text_field(value, f, location) for f in ("instruction", "context", "response")]
-        rows.append(Row(index, *texts[:2], references=(texts[2],)))
-    random.Random(10).shuffle(rows)
-    return {"train": rows[1500:], "dev": rows[:1000], "test": rows[1000:1500]}
 
 
 def _read_test_set(name, source):
@@ -125,15 +117,13 @@ def _read_test_set(name, source):
         directories.append(source)
     files = (hub_file, hub_file.replace("valid", "test"), "valid.jsonl", "test.jsonl")
     paths = [directory / file for directory in directories for file in files]
-    path = next((path for path in paths if path.is_file()), None)
+    path = next(filter(Path.is_file, paths), None)
     if path is None:
-        missing = f"{hub_file}, valid.jsonl or test.jsonl of {name}, nor a folder {name} with it"
-        raise InputError(f"{source}: has no {missing}; name their folder")
-    rows, note = read_rows(path), ""
-    limit = PAPER_COUNTS[name]["test"]
+        raise InputError(f"{source}: has no {hub_file} or test.jsonl of {name}; name their folder")
+    rows, limit = read_rows(path), PAPER_COUNTS[name]["test"]
     if name == "uinst" and len(rows) > limit:  # MiniLLM's file has 23,916
-        rows, note = rows[:limit], f", the first of {len(rows):,}"
-    return {"test": rows}, note
+        return {"test": rows[:limit]}, f", the first of {len(rows):,}"
+    return {"test": rows}, ""
 
 
 def find_data_dir(name):

@@ -85,7 +85,7 @@ def write_table(out, stem, title, table, notes, content):
     print(format_table(table), *notes, sep="\n")
     page = [f"### {title}", format_table(table, markdown=True), *notes]
     write_atomic(out / f"{stem}.md", "\n\n".join(page) + "\n")
-    write_atomic(out / f"{stem}.json", json.dumps(content, indent=1) + "\n")
+    write_atomic(out / f"{stem}.json", json.dumps(content, indent=1, default=str) + "\n")
     print(f"also in {out / stem}.md and .json")
 
 
@@ -100,7 +100,7 @@ def write_group_table(out, fields, groups, scores, title):
         pooled = [score for label in labels for score in scores[label]]
         table.append([*cells, str(len(labels)), format_score(pooled)])
         content.append({"values": cells, "runs": labels, "scores": pooled})
-        bars[", ".join(f"{field} {cell}" for field, cell in zip(fields, cells))] = pooled
+        bars[", ".join(map(" ".join, zip(fields, cells)))] = pooled
     stem = f"by-{'-'.join(fields)}"
     note = "scores of a group's runs are pooled: mean ± standard deviation over runs and seeds"
     content = {"fields": fields, "groups": content}
@@ -119,12 +119,10 @@ def write_samples(out, n, set_name, rows, paths):
     for row in (rows[i * len(rows) // n] for i in range(n)):
         page.append(f"#### {set_name}, row {row.index + 1}")
         parts = {"instruction": row.instruction, "input": row.input, "reference": row.references[0]}
-        if not row.input:
-            del parts["input"]
         parts |= {label: results[label][row.index]["text"] for label in results}
         for name, text in parts.items():
-            wrapped = "\n".join(textwrap.fill(line, 120) for line in text.splitlines())
-            page.append(f"{name}:\n\n{textwrap.indent(wrapped, '    ')}")
+            if text or name != "input":
+                page.append(f"{name}:\n\n{textwrap.indent(text, '    ')}")
     text = "\n\n".join(page) + "\n"
     write_atomic(out / "table6.md", text)
     print(f"\n{text}\nalso in {out / 'table6.md'}")
@@ -204,22 +202,6 @@ def plot_bars(path, bars, lines, title):
     return save_plot(path, draw)
 
 
-def plot_figure_1(path, scores, models, title):
-    """Plot a bar per student, in order of size, and a dashed line per teacher.
-
-    scores: {label: [score per seed]}. models: {label: data.models.Model}.
-    """
-    bars, lines = {}, {}
-    for label, model in models.items():
-        n = model.size
-        size = f"{n / 1e6:,.0f} M" if n >= 1e7 else f"{n / 1e3:,.0f} thousand"
-        if model.kind == "teacher":
-            lines[f"{label}, {size}"] = statistics.fmean(scores[label])
-        elif model.kind != "pretrain":
-            bars[f"{label}, {size}"] = scores[label]
-    return plot_bars(path, bars, lines, title)
-
-
 # ---- exposure bias: Figures 3a and 3b --------------------------------------------------------
 def last_reliable_step(columns):
     """The last step l of a curve at which enough responses of student and teacher are alive."""
@@ -239,8 +221,8 @@ def write_figure(stem, series_name, series, settings, draw):
     for label, columns in series.items():
         writer.writerows([label, *values] for values in zip(*columns.values()))
     write_atomic(f"{stem}.csv", text.getvalue())
-    content = json.dumps({"settings": settings, f"{series_name}s": series})
-    write_atomic(f"{stem}.json", content + "\n")
+    content = {"settings": settings, f"{series_name}s": series}
+    write_atomic(f"{stem}.json", json.dumps(content) + "\n")
     size = f"{settings['requests']} requests × {settings['samples']} samples"
     [data] = unique_labels([settings["data"]])
     subtitle = f"{data}: {size}; bands: 95 %, bootstrap over requests"
@@ -249,34 +231,37 @@ def write_figure(stem, series_name, series, settings, draw):
     return f"also in {stem}.csv and .json; {plot}"
 
 
+def plot_error(axes, x, series, title):
+    """Plot ExAccErr with its band over column x; dotted after the last reliable generation step."""
+    for label, columns in series.items():
+        steps, error = columns[x], columns["ex_acc_err"]
+        n = last_reliable_step(columns) if x == "l" else len(steps)
+        [line] = axes.plot(steps[:n], error[:n], label=label, marker=None if x == "l" else "o")
+        color = line.get_color()
+        axes.plot(steps[n - 1 :], error[n - 1 :], color=color, linestyle=":")
+        axes.fill_between(steps, columns["low"], columns["high"], color=color, alpha=0.15, lw=0)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_title(title)
+    axes.legend()
+
+
 def plot_steps(figure, series, subtitle):
     """Plot Figure 3a: ExAccErr over generation steps, and below it the responses alive."""
     figure.set_size_inches(7, 6)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    for label, columns in series.items():
-        steps, error, n = columns["l"], columns["ex_acc_err"], last_reliable_step(columns)
-        color = top.plot(steps[:n], error[:n], label=label)[0].get_color()
-        top.plot(steps[n - 1 :], error[n - 1 :], color=color, linestyle=":")
-        top.fill_between(steps, columns["low"], columns["high"], color=color, alpha=0.15, lw=0)
-        bottom.plot(steps, columns["alive_student"], color=color)
-    top.axhline(0, color="black", linewidth=0.8)
+    plot_error(top, "l", series, f"Exposure bias over generation steps\n{subtitle}")
+    top.set_ylabel("ExAccErr (%)")
+    for columns in series.values():
+        bottom.plot(columns["l"], columns["alive_student"])
     longest = max(series.values(), key=lambda columns: len(columns["l"]))
     bottom.plot(longest["l"], longest["alive_teacher"], "k--", label="teacher's")
-    top.set(ylabel="ExAccErr (%)", title=f"Exposure bias over generation steps\n{subtitle}")
     xlabel = f"generation step l (tokens); dotted: fewer than {100 * MIN_ALIVE:.0f} % alive"
     bottom.set(xlabel=xlabel, ylabel="responses alive", ylim=(0, None))
-    top.legend()
     bottom.legend()
 
 
 def plot_training(figure, series, subtitle):
     """Plot Figure 3b: ExAccErr along training, at one generation step for all runs."""
-    axes = figure.subplots()
-    for label, columns in series.items():
-        axes.plot(columns["percent"], columns["ex_acc_err"], label=label, marker="o")
-        axes.fill_between(columns["percent"], columns["low"], columns["high"], alpha=0.15, lw=0)
-    axes.axhline(0, color="black", linewidth=0.8)
-    step = next(iter(series.values()))["l"][0]
-    xlabel, ylabel = "optimizer step (% of the best checkpoint's)", f"ExAccErr at l = {step} (%)"
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=f"Exposure bias along training\n{subtitle}")
-    axes.legend()
+    axes, step = figure.subplots(), next(iter(series.values()))["l"][0]
+    plot_error(axes, "percent", series, f"Exposure bias along training\n{subtitle}")
+    axes.set(xlabel="optimizer step (% of the best one)", ylabel=f"ExAccErr at l = {step} (%)")

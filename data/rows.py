@@ -237,10 +237,20 @@ def make_batch(examples, device):
     return Batch(examples, ids, (rows, columns - 1), ids[rows, columns])
 
 
-def micro_batches(examples, size, device):
-    """Batches of examples sorted by length for little padding, the longest first to fail early."""
-    ordered = sorted(examples, key=lambda e: len(e.request) + len(e.response), reverse=True)
-    return [make_batch(ordered[i : i + size], device) for i in range(0, len(ordered), size)]
+def micro_batches(examples, max_tokens, device, prompt_length=0):
+    """Batches of at most `max_tokens` positions, or of one example. Padding counts, and so does a
+    soft prompt before each row. Sorted by length for little padding, the longest first to fail
+    early."""
+
+    def n_positions(e):
+        return prompt_length + len(e.request) + len(e.response)
+
+    ordered, batches = sorted(examples, key=n_positions, reverse=True), []
+    while ordered:
+        n_rows = max(1, max_tokens // n_positions(ordered[0]))
+        batches.append(make_batch(ordered[:n_rows], device))
+        ordered = ordered[n_rows:]
+    return batches
 
 
 def epoch_order(n, seed, epoch):

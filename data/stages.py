@@ -13,7 +13,7 @@ from data.cli import InputError, explain_out_of_memory, write_atomic
 from data.demo import TOKENIZER_DIR
 from data.dist import print0
 from data.hub import file_hash, find_model_dir, model_hash
-from data.models import find_model, load_model, preset
+from data.models import count_parameters, find_model, load_model, preset
 from data.options import OVERRIDES
 from data.paper import DEMO, paper_row
 from data.prepare import find_data_dir
@@ -204,11 +204,17 @@ def check_finite(directory, metrics):
         raise InputError(f"{directory}: {found}; the training has diverged: lower {options}")
 
 
-def explain_memory(directory, micro_batch_size):
+def default_micro_batch_tokens(s):
+    """What leaves each stage with a GPT-2 XL teacher below 22 GB (see tests/memory.py)."""
+    is_xl = s.method != "pretrain" and count_parameters(s.student) > 1e9
+    return 1024 if is_xl else 2048
+
+
+def explain_memory(directory, micro_batch_tokens):
     """A context in which a lack of memory is reported as an InputError that says what to lower."""
-    lower = "a smaller --micro-batch" if micro_batch_size > 1 else "smaller models or more memory"
-    fix = f"run the same command with {lower}; what was saved is resumed"
-    return explain_out_of_memory(f"{directory}: micro-batch of {micro_batch_size} rows", fix)
+    fix = "run the same command with a lower --micro-batch-tokens; what was saved is resumed"
+    location = f"{directory}: micro-batches of {micro_batch_tokens:,} tokens"
+    return explain_out_of_memory(location, fix)
 
 
 def finish_stage(run, directory, record, progress):

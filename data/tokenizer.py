@@ -26,13 +26,6 @@ _PRINTABLE = [byte for byte in range(256) if chr(byte).isprintable() and byte !=
 _REST = [byte for byte in range(256) if byte not in _PRINTABLE]
 BYTE_ENCODER = {b: chr(b) for b in _PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(_REST)}
 BYTE_DECODER = {character: byte for byte, character in BYTE_ENCODER.items()}
-
-# How a tokenizer.json may say that a text is divided into words as GPT-2 does it.
-PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-SPLIT = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
-PRE_TOKENIZERS = [[BYTE_LEVEL | {"use_regex": True}], [BYTE_LEVEL]]  # older files: no use_regex
-PRE_TOKENIZERS += [[SPLIT, BYTE_LEVEL | {"use_regex": False}]]
 SPECIAL_TOKEN = re.compile(r"[<\[].+[>\]]")  # as <pad> and [PAD], which need no merge
 
 
@@ -46,12 +39,18 @@ def read_tokenizer(directory=None):
     after the last of the bytes, the merges and end-of-text.
 
     Reads `tokenizer.json`, else `vocab.json` and `merges.txt`. Without a tokenizer file of any kind
-    it is GPT-2's own. Raises InputError if the files contradict each other, if a tiktoken.Encoding
-    can't represent them, or if GPT-2's can't be downloaded.
+    it is GPT-2's own. Raises InputError if a tiktoken.Encoding can't represent it, or if GPT-2's
+    can't be downloaded.
     """
-    names = [] if directory is None else tokenizer_file_names(directory)
+    files = os.listdir(directory) if directory else []
+    names = sorted(filter(ANY_TOKENIZER_FILE.fullmatch, files))
     if not names:
-        return _download_gpt2(), []
+        try:
+            return tiktoken.get_encoding("gpt2"), []
+        except Exception as error:  # tiktoken lets its HTTP client's errors through
+            problem = f"tokenizer 'gpt2': can't be downloaded ({type(error).__name__})"
+            fix = "set TIKTOKEN_CACHE_DIR to a directory that has it"
+            raise InputError(f"{problem}; {fix}") from error
     paths = {name: Path(directory) / name for name in names}
     if path := paths.get("tokenizer_config.json"):
         config = read_json(path, HINT)
@@ -60,43 +59,19 @@ def read_tokenizer(directory=None):
                 fix = "use a model that was trained without it"
                 raise InputError(f"{path}: {field} is {config[field]!r}; {fix}")
     if path := paths.get("tokenizer.json"):
-        vocab, added, merges = _read_tokenizer_json(path)
-        same = "merges.txt" not in paths or _read_merges(paths["merges.txt"]) == merges
-        if same and "vocab.json" in paths:
-            needed = {token: i for token, i in vocab.items() if token not in added}
-            found = read_json(paths["vocab.json"], HINT)
-            same = needed.items() <= found.items() <= (vocab | added).items()
-        if not same:
-            problem = f"{path} contradicts vocab.json and merges.txt beside it"
-            raise InputError(f"{problem}; remove what is not the model's")
-        return _build(path, vocab, added, merges)
+        return _build(path, *_read_tokenizer_json(path))
     if "vocab.json" in paths or "merges.txt" in paths:
-        path = Path(directory) / "vocab.json"
-        vocab, merges = read_json(path, HINT), _read_merges(path.with_name("merges.txt"))
-        added = paths.get("added_tokens.json")
-        return _build(path, vocab, read_json(added, HINT) if added else {}, merges)
+        path, added = Path(directory) / "vocab.json", paths.get("added_tokens.json")
+        vocab, added = read_json(path, HINT), read_json(added, HINT) if added else {}
+        return _build(path, vocab, added, _read_merges(path.with_name("merges.txt")))
     fix = "put the model's tokenizer.json there, or its vocab.json and merges.txt"
     raise InputError(f"{directory}: can't read a tokenizer from {', '.join(names)}; {fix}")
 
 
-def tokenizer_file_names(directory):
-    """The names of a directory's tokenizer files of any kind."""
-    return sorted(filter(ANY_TOKENIZER_FILE.fullmatch, os.listdir(directory)))
-
-
-def _download_gpt2():
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # tiktoken lets its HTTP client's errors through
-        problem = f"tokenizer 'gpt2': can't be downloaded ({type(error).__name__})"
-        fix = "set TIKTOKEN_CACHE_DIR to a directory that has it"
-        raise InputError(f"{problem}; {fix}") from error
-
-
 def _read_merges(path):
     """The pairs of tokens in merges.txt."""
-    check_lfs_pointer(path)
     try:
+        check_lfs_pointer(path)
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: can't be read ({error}); {HINT}") from error
@@ -108,11 +83,10 @@ def _read_tokenizer_json(path):
     """The ids of tokens, the ids of added tokens, and the pairs of tokens that are merged."""
     content = read_json(path, HINT)
     try:
-        differences = _differences_from_gpt2(content)
-        if differences:
-            fields = (f"{field} {json.dumps(value)[:200]}" for field, value in differences.items())
+        if differences := _differences_from_gpt2(content):
+            found = (f"{field} {json.dumps(value)[:200]}" for field, value in differences.items())
             fix = "only a byte-level BPE like GPT-2's can be read"
-            raise InputError(f"{path}: has {', '.join(fields)}; {fix}")
+            raise InputError(f"{path}: has {', '.join(found)}; {fix}")
         vocab, merges = {**content["model"]["vocab"]}, content["model"]["merges"]
         added = {str(t["content"]): t["id"] for t in content.get("added_tokens") or []}
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
@@ -133,11 +107,11 @@ def _differences_from_gpt2(content):
     found = {f"model.{field}": content["model"].get(field) for field in fields.split()}
     found = {field: value for field, value in found.items() if value not in ("BPE", "", 0, None)}
     words = steps("pre_tokenizer", "pretokenizers")
-    words = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in words]
+    words = [(p["type"], p.get("add_prefix_space"), p.get("use_regex", True)) for p in words]
     processors = [p for p in steps("post_processor", "processors") if p["type"] != "ByteLevel"]
     same = {
         "normalizer": not steps("normalizer", "normalizers"),
-        "pre_tokenizer": words in PRE_TOKENIZERS,
+        "pre_tokenizer": words == [("ByteLevel", False, True)],
         "post_processor": not any(p.get("special_tokens", True) for p in processors),
     }
     return found | {name: content.get(name) for name in same if not same[name]}
@@ -145,8 +119,7 @@ def _differences_from_gpt2(content):
 
 def _build(path, vocab, added, merges):
     ids, bpe = vocab | added, dict.fromkeys([*BYTE_DECODER, *map("".join, merges)])
-    problem = _find_problem(vocab, added, merges, bpe)
-    if problem:
+    if problem := _find_problem(vocab, added, merges, bpe):
         raise InputError(f"{path}: {problem}; {HINT}, or use another tokenizer of GPT-2's kind")
     last = max(ids[token] for token in [*bpe, END_OF_TEXT])
     others = sorted(ids.keys() - bpe, key=ids.get)

@@ -20,7 +20,8 @@ from prompt import response_hidden
 def validation_loss(run, model, examples, P=None):
     """Cross-entropy per response token, without dropout. All ranks hold the same examples."""
     sums = torch.zeros(2, dtype=torch.float64, device=run.device)
-    for batch in micro_batches(dist.shard(examples), run.micro_batch_size, run.device):
+    shard, prompt_length = dist.shard(examples), 0 if P is None else len(P)
+    for batch in micro_batches(shard, run.micro_batch_tokens, run.device, prompt_length):
         with precision(run.device, run.settings.dtype):
             hidden, head = response_hidden(model, batch, P)
             sums[0] -= token_log_probs(hidden, head, batch.targets).sum()
@@ -80,9 +81,9 @@ def check_prompt(run, metrics, examples):
 def show_demo(models, device, dtype):
     """Print the demo's table: models on the test set and on the sets unlike the training data."""
     sampling = {"max_new_tokens": DEMO["promptkd"]["max_new_tokens"], "dtype": dtype}
-    test_sets = evaluate.open_sets(["demo"])
-    scores = evaluate.evaluate_models(models, test_sets, [10, 20, 30], device, **sampling)
-    print0(f"\n{format_table(score_table(evaluate.add_averages(scores)))}")
+    columns, averages = evaluate.open_columns(["demo"])
+    scores, _ = evaluate.evaluate_models(models, columns, [10, 20, 30], device, **sampling)
+    print0(f"\n{format_table(score_table(evaluate.add_averages(scores, averages)))}")
     print0(
         "Mean ± standard deviation over three sampling seeds. The sets after `test` have wordings, "
         "words, lengths\nand combinations of tasks that no training row has. Both models were "

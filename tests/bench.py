@@ -6,6 +6,8 @@
     python tests/bench.py --evaluation     time to evaluate Dolly's test rows
     python tests/bench.py --scaling        time and memory against batch, length and vocabulary
     python tests/bench.py --size S --pairs 20 --old DIR    this checkout against the one in DIR
+    python tests/bench.py --size D --micro-batches 1024 2048    micro-batches of so many tokens
+                                           against micro-batches of 8 rows
 
 The recipe is a plain re-statement. The limits are a roofline bound: the operations and bytes that a
 step needs at least, at the rates that this machine reaches.
@@ -32,6 +34,7 @@ from pathlib import Path
 from statistics import fmean, median
 from subprocess import PIPE, Popen
 from types import SimpleNamespace
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -68,6 +71,8 @@ from data.rows import (
     Example,
     encode_request,
     encode_training_rows,
+    make_batch,
+    micro_batches,
     read_rows,
 )
 from data.tokenizer import load_tokenizer
@@ -92,6 +97,7 @@ def make_case(student, teacher, rows, request, max_new_tokens, vocab=50257, **va
     """The sizes of a step. request, max_new_tokens: limits in tokens, and the length of all rows.
 
     values: "lengths", which the rows have instead, in turn; or "source", the folder with Dolly.
+    Later perhaps "micro_batch_tokens", or "micro_batch_rows" for micro-batches of so many rows.
     """
     models = {"student": student, "teacher": teacher, "dropout": 0.1, "dtype": "float32"}
     sizes = {"rows": rows, "request": request, "max_new_tokens": max_new_tokens, "vocab": vocab}
@@ -110,6 +116,7 @@ CASES = {
 RECIPE_FRACTION = {"L": 16}
 PAPER_STEPS = 20 * 44  # of PromptKD for GPT-2 base: 20 epochs of 44 global batches of 256 rows
 PHASES = ("sampling", "prompt", "student")
+MICRO_BATCH_TOKENS = 2048  # the default of train.py for students of up to a billion parameters
 # The axes of --scaling, around S
 AXES = {
     "rows": (8, 16, 32, 64),
@@ -185,7 +192,7 @@ def make_run(case, device, convert=lambda model: model):
         settings=settings,
         total_steps=1000,
         global_batch_size=case["rows"],
-        micro_batch_size=8,
+        micro_batch_tokens=case.get("micro_batch_tokens", MICRO_BATCH_TOKENS),
         device=device,
         tokenizer=SimpleNamespace(eot_token=case["vocab"] - 1),
         student=student,
@@ -200,13 +207,34 @@ def make_run(case, device, convert=lambda model: model):
     return run
 
 
+def recording_micro_batches(shapes, n_rows=None):
+    """`rows.micro_batches`, which also writes the batches' rows and columns into a list.
+
+    n_rows: the rows of a batch, whatever their lengths; by default the tokens are bounded.
+    """
+
+    def make(examples, max_tokens, device, prompt_length=0):
+        if n_rows is None:
+            batches = micro_batches(examples, max_tokens, device, prompt_length)
+        else:
+            ordered = sorted(examples, key=lambda e: -len(e.request) - len(e.response))
+            starts = range(0, len(ordered), n_rows)
+            batches = [make_batch(ordered[i : i + n_rows], device) for i in starts]
+        shapes[:] = [list(batch.ids.shape) for batch in batches]
+        return batches
+
+    return make
+
+
 def make_step(name, case, device):
     """One iteration on n of the case's rows, as a function of n and t.
 
-    It returns {"losses": by name, "seconds": by phase and of the whole}.
+    It returns {"losses": by name, "seconds": by phase and of the whole, "micro_batches": their
+    rows and columns}.
     """
-    examples = make_examples(case)
+    examples, shapes = make_examples(case), []
     run = make_run(case, device, *([to_hf] if name == "transformers" else []))
+    make_micro_batches = recording_micro_batches(shapes, case.get("micro_batch_rows"))
 
     def iteration(examples, t):
         if name == "ours":
@@ -221,11 +249,12 @@ def make_step(name, case, device):
         responses = {e.index: e.response for e in examples[:n]}
         start = time.perf_counter()
         run.seconds, run.phase_start = {}, start
-        with force_responses(responses, case["max_new_tokens"], case["vocab"] - 1, device):
+        forced = force_responses(responses, case["max_new_tokens"], case["vocab"] - 1, device)
+        with forced, patch.object(train, "micro_batches", make_micro_batches):
             losses = {name: float(loss) for name, loss in iteration(examples[:n], t).items()}
         seconds = {phase: run.seconds.get(phase, 0.0) for phase in PHASES}
         seconds["whole"] = run.phase_start - start
-        return {"losses": losses, "seconds": seconds}
+        return {"losses": losses, "seconds": seconds, "micro_batches": list(shapes)}
 
     return step
 
@@ -524,6 +553,34 @@ def show_pairs(size, args):
     print(format_table(lines))
 
 
+def show_micro_batches(size, args):
+    """Time a step with micro-batches of 8 rows and of at most so many tokens in turn.
+
+    Print the seconds, and the median and range of the ratios to 8 rows.
+    """
+    case = case_of_size(size, args)
+    values = {"8 rows": {"micro_batch_rows": 8}}
+    values |= {f"{n:,} tokens": {"micro_batch_tokens": n} for n in args.micro_batches}
+    commands = {
+        name: job_command("step", "ours", case | chosen, args.threads)
+        for name, chosen in values.items()
+    }
+    answers, _ = take_turns(commands, dict.fromkeys(commands, case["rows"]), args.repeats)
+    [kind] = [kind for kind in answers["8 rows"][-1]["memory"] if kind != "reserved"]
+    header = ["micro-batches of", "number", "positions", "prompt, s", "student, s", "whole, s"]
+    lines = [[*header, "8 rows / this", f"peak {kind}, GB"]]
+    whole_of_8 = seconds_of(answers["8 rows"])
+    for name, of_side in answers.items():
+        shapes = of_side[-1]["micro_batches"]
+        n_positions = sum(n_rows * (PROMPT_LENGTH + n_columns) for n_rows, n_columns in shapes)
+        cells = [name, f"{len(shapes)}", f"{n_positions:,}"]
+        cells += [with_range(seconds_of(of_side, phase)) for phase in (*PHASES[1:], "whole")]
+        cells.append(with_range([a / b for a, b in zip(whole_of_8, seconds_of(of_side))]))
+        lines.append([*cells, f"{of_side[-1]['memory'][kind]:.2f}"])
+    print(f"\n{size}: student {case['student']}, teacher {case['teacher']}, {case['rows']} rows")
+    print(format_table(lines))
+
+
 def show_sampling(args, rates, case=CASES["M"] | {"request": 64, "max_new_tokens": 64}):
     """Print tokens/s of sampling; every side samples all rows in one batch."""
     names = ["plain", "ours", *(["transformers"] if args.hf else [])]
@@ -649,6 +706,8 @@ def parse_args(argv):
     add("--hf", action="store_true", help="also run the recipe on transformers' GPT-2")
     add("--out", default="docs/scaling.png", help="plot of --scaling, with JSON next to it")
     add("--old", metavar="DIR", help="another checkout, timed against this one by --pairs")
+    help = "time steps with micro-batches of at most so many tokens, against 8 rows"
+    add("--micro-batches", type=count, nargs="+", metavar="TOKENS", help=help)
     add("--pairs", type=number_in_range(int, MIN_PAIRS, 1000), help="pairs of steps for --old")
     # One side in this process, and whether it keeps PyTorch's defaults: see job_command
     add("--job", help=argparse.SUPPRESS)
@@ -669,6 +728,8 @@ def main(argv=None):
         raise InputError(f"nothing to measure; give {options}")
     if (args.pairs is None) != (args.old is None) or (args.old and not args.size):
         raise InputError("--pairs N, --old DIR and --size S go together; give all three")
+    if args.micro_batches and (args.old or not args.size):
+        raise InputError("--micro-batches goes with --size, and without --old; give only these")
     if args.hf and importlib.util.find_spec("transformers") is None:
         raise InputError("--hf needs transformers; run pip install transformers")
     if "L" in args.size and device.type != "cuda":
@@ -680,6 +741,10 @@ def main(argv=None):
     if args.old:
         for size in args.size:
             show_pairs(size, args)
+        return
+    if args.micro_batches:
+        for size in args.size:
+            show_micro_batches(size, args)
         return
     if args.size or args.sampling:
         rates = machine_rates(device, getattr(torch, args.dtype))

@@ -15,7 +15,6 @@ import pytest
 import reference
 import torch
 from helpers import fork_ranks, stored_weights, tiny_model, wait_for
-from torch.nn.parallel import DistributedDataParallel
 
 import train
 from data import dist
@@ -23,9 +22,10 @@ from data.optim import adamw, clip_and_step, set_learning_rate
 from data.paper import PROMPT
 from data.rows import Example
 from data.validation import validation_loss
-from model import TRANSPOSED, Config
+from model import GPT, TRANSPOSED, Config
 from prompt import freeze
 
+CPU = torch.device("cpu")
 V, EOS, T = 29, 28, 10  # vocabulary, end-of-text, optimizer steps
 STUDENT = Config(n_layer=1, n_embd=16, n_head=2, vocab_size=V, n_positions=64, dropout=0.0)
 TEACHER = Config(n_layer=2, n_embd=24, n_head=3, vocab_size=V, n_positions=64, dropout=0.0)
@@ -59,10 +59,15 @@ def rows_of(examples):
 
 
 def make_run(
-    dtype=torch.float64, dropout=0.0, teacher_dropout=0.0, micro_batch_size=3, lr=1e-2, **settings
+    dtype=torch.float64,
+    dropout=0.0,
+    teacher_dropout=0.0,
+    micro_batch_tokens=45,
+    lr=1e-2,
+    **settings,
 ):
-    """A Run of tiny models. The prompt's learning rate is ten times the student's, so that a stale
-    prompt is noticed."""
+    """A Run of tiny models, whose eight rows are three micro-batches. The prompt's learning rate is
+    ten times the student's, so that a stale prompt is noticed."""
     values = {"student": "tiny", "data": "none", "global_batch_size": 8, "lr": lr, "epochs": 1}
     values |= {"schedule": "constant", "max_new_tokens": 16, **PROMPT, **settings}
     s = train.Settings("promptkd", **values)
@@ -73,19 +78,17 @@ def make_run(
         settings=s,
         total_steps=T,
         global_batch_size=s.global_batch_size,
-        micro_batch_size=micro_batch_size,
-        device=torch.device("cpu"),
+        micro_batch_tokens=micro_batch_tokens,
+        device=CPU,
         tokenizer=SimpleNamespace(eot_token=EOS),
         student=student,
-        ddp_student=student,
-        optimizer=adamw(student.parameters(), s),
+        ddp_student=dist.wrap_in_ddp(student, CPU),
+        optimizer=adamw(student.parameters(), s, sharded=True),
         teacher=teacher,
         P=prompt,
         prompt_optimizer=adamw([prompt], s),
         lm_blocks=LM_BLOCKS,
     )
-    if torch.distributed.is_initialized():
-        run.ddp_student = DistributedDataParallel(student)
     set_learning_rate(run.optimizer, lr)
     set_learning_rate(run.prompt_optimizer, 10 * lr)
     return run
@@ -316,13 +319,13 @@ def gkd_loss(weights, rows):
 
 
 @pytest.mark.parametrize(
-    "method, loss_fn, micro_batch_size",
-    [("sft", sft_loss, 1), ("sft", sft_loss, 3), ("kd", kd_loss, 3), ("gkd", gkd_loss, 3)],
+    "method, loss_fn, micro_batch_tokens",
+    [("sft", sft_loss, 1), ("sft", sft_loss, 45), ("kd", kd_loss, 45), ("gkd", gkd_loss, 45)],
 )
 def test_loss_and_gradient_are_the_mean_over_all_response_tokens(
-    monkeypatch, in_float64, method, loss_fn, micro_batch_size
+    monkeypatch, in_float64, method, loss_fn, micro_batch_tokens
 ):
-    run, rows = make_run(micro_batch_size=micro_batch_size), rows_of(EXAMPLES)
+    run, rows = make_run(micro_batch_tokens=micro_batch_tokens), rows_of(EXAMPLES)
     metrics, (student,) = take_step(monkeypatch, run, step=STEPS[method])
     assert metrics["loss"] == pytest.approx(loss_fn(arrays(STUDENT), rows), rel=1e-6)
     check_student_gradients(student.grads, lambda weights: loss_fn(weights, rows))
@@ -472,16 +475,20 @@ def test_several_steps_bring_the_student_to_the_teacher_and_never_change_the_tea
 # ---- the global batch, not the micro-batch, is the batch -----------------------------------------
 
 
-def gradients_and_result(patch, run, examples, method):
+def gradients_and_result(patch, run, examples, method, t=3):
     """The metrics of a step; the gradients of its updates and the weights after it, by name."""
     run.global_batch_size = len(examples) if dist.world_size() == 1 else len(UNEVEN)
-    metrics, updates = take_step(patch, run, examples, t=3, step=STEPS[method])
+    metrics, updates = take_step(patch, run, examples, t, step=STEPS[method])
     tensors = {f"new {name}": w for name, w in updates[-1].after["student"].items()}
     tensors["new P"] = updates[-1].after["P"]
     for update in updates:
         grads = update.grads if update.name == "student" else {"P": update.P_grad}
         tensors |= {f"{update.name} d {name}": g for name, g in grads.items()}
     return metrics, tensors
+
+
+def gradients_of(tensors):
+    return {name: tensor for name, tensor in tensors.items() if " d " in name}
 
 
 def check_close(tensors, expected, tolerance=1e-10):
@@ -494,13 +501,59 @@ def check_close(tensors, expected, tolerance=1e-10):
 def test_micro_batches_of_any_size_give_the_update_of_one_row_at_a_time(
     monkeypatch, in_float64, method
 ):
-    run = make_run(micro_batch_size=1)
-    expected_metrics, expected = gradients_and_result(monkeypatch, run, EXAMPLES, method)
-    for size in (2, 3, 4, 8):
-        run = make_run(micro_batch_size=size)
-        metrics, tensors = gradients_and_result(monkeypatch, run, EXAMPLES, method)
+    """From less than one row to more than all rows. MiniLLM has its plain text, too."""
+    passes = record_passes(monkeypatch)
+
+    def take_step_with(micro_batch_tokens):
+        passes.clear()
+        run = make_run(micro_batch_tokens=micro_batch_tokens)
+        result = gradients_and_result(monkeypatch, run, EXAMPLES, method)
+        return *result, [n_rows for model, n_rows, _ in passes if model == "student in training"]
+
+    expected_metrics, expected, n_rows = take_step_with(1)
+    assert set(n_rows) == {1}  # though every row is longer
+    for micro_batch_tokens in (30, 45, 60, 100, 1000):
+        metrics, tensors, n_rows = take_step_with(micro_batch_tokens)
         check_close(tensors, expected)
+        check_close(gradients_of(tensors), gradients_of(expected), tolerance=1e-14)
         assert metrics == pytest.approx(expected_metrics, rel=1e-6)
+        assert max(n_rows) > 1 and (set(n_rows) == {8}) == (micro_batch_tokens == 1000)
+
+
+def record_passes(patch):
+    """A list to which each forward pass of a model adds which one it is, rows and positions."""
+    passes, forward = [], GPT.forward
+
+    def recording_forward(self, ids, *arguments, prefix=None, **kwargs):
+        name = "teacher" if len(self.h) == TEACHER.n_layer else "student"
+        name = name + " in training" if self.training else name
+        name = name if prefix is None else "prompted " + name
+        n_prompt = 0 if prefix is None else len(prefix)
+        passes.append((name, len(ids), n_prompt + ids.shape[1]))
+        return forward(self, ids, *arguments, prefix=prefix, **kwargs)
+
+    patch.setattr(GPT, "forward", recording_forward)
+    return passes
+
+
+def test_positions_of_a_pass_count_with_padding_and_prompt(monkeypatch):
+    """Three rows of 15 tokens are 45 positions, but 54 with the prompt's three each."""
+    run, passes = make_run(micro_batch_tokens=45), record_passes(monkeypatch)
+
+    def passes_of(name):
+        return [(n_rows, n_positions) for found, n_rows, n_positions in passes if found == name]
+
+    validation_loss(run, run.student, EXAMPLES)
+    assert passes_of("student") == [(3, 15), (5, 8)]
+    passes.clear()
+    validation_loss(run, run.teacher, EXAMPLES, run.P)
+    prompted, bare = [(2, 18), (3, 12), (3, 9)], [(2, 15), (3, 9), (3, 6)]
+    assert passes_of("prompted teacher") == prompted
+    passes.clear()
+    take_step(monkeypatch, run)
+    assert passes_of("prompted teacher") == 2 * prompted  # for the prompt, then for the student
+    for name in ("teacher", "student", "student in training"):
+        assert passes_of(name) == bare
 
 
 @pytest.mark.parametrize("method", STEPS)
@@ -536,8 +589,8 @@ def test_a_global_batch_without_response_tokens_has_loss_and_gradients_of_zero(m
 
 # ---- one and two ranks ---------------------------------------------------------------------------
 
-# Nine rows in micro-batches of four. Of two ranks one has two micro-batches, the other has one, and
-# far fewer tokens.
+# Nine rows of up to 17 tokens, of which four and the prompt before each are a micro-batch. Of two
+# ranks one has two micro-batches, the other has one, and far fewer tokens.
 UNEVEN = make_examples((12, 1, 9, 0, 14, 2, 11, 1, 8), seed=4)
 
 
@@ -547,9 +600,9 @@ def train_on_this_rank(directory):
     with pytest.MonkeyPatch.context() as patch:
         keep_float64(patch)
         for method in STEPS:
-            run = make_run(micro_batch_size=4)
-            result[method] = gradients_and_result(patch, run, dist.shard(UNEVEN), method)
-        run = make_run(micro_batch_size=4)
+            run, rows = make_run(micro_batch_tokens=80), dist.shard(UNEVEN)
+            result[method] = [gradients_and_result(patch, run, rows, method, t) for t in (3, 4)]
+        run = make_run(micro_batch_tokens=80)
         result["validation"] = [
             validation_loss(run, model, UNEVEN, prompt)
             for model, prompt in ((run.student, None), (run.teacher, run.P))
@@ -577,16 +630,19 @@ def two_ranks_and_one(tmp_path_factory):
 
 @pytest.mark.parametrize("method", STEPS)
 def test_two_ranks_give_the_gradients_losses_and_update_of_one(two_ranks_and_one, method):
+    """In the second step, too: gradients that DDP keeps are zero, and each rank has the states of
+    its own part of the parameters."""
     first, second, alone = (result[method] for result in two_ranks_and_one)
-    for metrics, tensors in (first, second):
-        check_close(tensors, alone[1])
-        assert metrics == pytest.approx(alone[0], rel=1e-6)
-    assert alone[0]["response_tokens"] == 58
+    for steps in (first, second):
+        for (metrics, tensors), (expected_metrics, expected) in zip(steps, alone, strict=True):
+            check_close(tensors, expected)
+            assert metrics == pytest.approx(expected_metrics, rel=1e-6)
+    assert [metrics["response_tokens"] for metrics, _ in alone] == [58, 58]
 
 
 @pytest.mark.parametrize("method", STEPS)
 def test_both_ranks_have_the_same_weights_bit_for_bit(two_ranks_and_one, method):
-    first, second, _ = (result[method][1] for result in two_ranks_and_one)
+    first, second, _ = (result[method][-1][1] for result in two_ranks_and_one)
     for name in first:
         if name.startswith("new"):
             assert torch.equal(first[name], second[name]), name
@@ -797,11 +853,11 @@ def test_the_prompt_is_decayed_too():
 # ---- validation ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
+@pytest.mark.parametrize("micro_batch_tokens", [1, 45, 1000])
 def test_validation_loss_is_the_mean_over_tokens_without_and_with_the_prompt(
-    in_float64, micro_batch_size
+    in_float64, micro_batch_tokens
 ):
-    run, rows = make_run(micro_batch_size=micro_batch_size), rows_of(EXAMPLES)
+    run, rows = make_run(micro_batch_tokens=micro_batch_tokens), rows_of(EXAMPLES)
     losses = [
         validation_loss(run, run.student, EXAMPLES),
         validation_loss(run, run.teacher, EXAMPLES),

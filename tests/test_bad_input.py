@@ -241,7 +241,7 @@ NUMBERS = [
     ("train.py", "--global-batch", int, 1, 10**9),
     ("train.py", "--dropout", float, 0, 0.99),
     ("train.py", "--keep", int, 0, 10**6),
-    ("train.py", "--micro-batch", int, 1, 10**9),
+    ("train.py", "--micro-batch-tokens", int, 1, 10**9),
     ("train.py", "--train-rows", int, 1, 10**9),
     ("train.py", "--dev-rows", int, 1, 10**9),
     ("evaluate.py", "--seeds", int, 0, 2**32),
@@ -264,7 +264,7 @@ NUMBERS = [
     ("exposure_bias.py", "--samples", int, 1, 10**6),
     ("exposure_bias.py", "--seed", int, 0, 2**32),
     ("exposure_bias.py", "--batch", int, 1, 10**6),
-    ("exposure_bias.py", "--micro-batch", int, 1, 10**6),
+    ("exposure_bias.py", "--micro-batch-tokens", int, 1, 10**6),
 ]
 
 
@@ -318,7 +318,7 @@ OPTIONS = {
     "train.py --reg-kl KL": "--reg-kl|'KL'|forward",
     "train.py --learning-rate 1": "unrecognized arguments: --learning-rate",
     "train.py gpt2": "unrecognized arguments: gpt2",
-    "train.py --prompt x": "ambiguous option: --prompt",
+    "train.py --prompt x": "unrecognized arguments: --prompt x",
     "train.py --lr --epochs 1": "--lr|expected one argument",
     "train.py --shape 6x256x8": "--shape has no effect|leave it out",
     "train.py --method pretrain": "needs --shape|6x256x8",
@@ -362,9 +362,9 @@ OPTIONS = {
     "evaluate.py student --data data --max-new 390": "exceed the model's 400 positions|shorten",
     "evaluate.py student --speed": "unrecognized arguments: --speed",
     "sample.py": "required: model",
-    "sample.py student": "give either --instruction TEXT or --file FILE",
-    "sample.py student --instruction a --file data/test.jsonl": "give either --instruction TEXT or",
-    "sample.py student --file data/test.jsonl --input a": "--input goes with --instruction|--file",
+    "sample.py student": "give either --instruction TEXT|--file FILE",
+    "sample.py student --instruction a --file data/test.jsonl": "give either --instruction TEXT",
+    "sample.py student --file data/test.jsonl --input a": "--instruction|--input, or --file",
     "sample.py student --file ''": "is a directory|not a file",
     "sample.py student --instruction a --max-new 100000": "exceed the model's 400 positions",
     "sample.py student --instruction a --prompt nowhere": "nowhere: no such file|best/prompt.",
@@ -1249,10 +1249,10 @@ def test_a_run_without_checkpoints_along_the_way(refused, run):
 def finished(bad):
     """The run.json of a run of SFT in out/ that counts as complete."""
     with pytest.raises(pytest.fail.Exception, match="training has started"):
-        run_program(SFT, "--micro-batch", 2)
+        run_program(SFT, "--micro-batch-tokens", 200)
     [path] = Path("out").glob("*/run.json")
     change_json(path, hours=0.5, complete=True, parameters=1000)
-    run_program(SFT, "--micro-batch", 2)  # it is skipped now
+    run_program(SFT, "--micro-batch-tokens", 200)  # it is skipped now
     return path
 
 
@@ -1294,11 +1294,11 @@ def test_a_damaged_state_is_one_line_or_the_stage_starts_from_scratch(finished, 
         path.write_bytes(path.read_bytes()[:-100])
     if what in ("garbage", "truncated"):
         with pytest.raises(pytest.fail.Exception, match="training has started"):
-            run_program(SFT, "--micro-batch", 2)
+            run_program(SFT, "--micro-batch-tokens", 200)
         assert "is damaged; this stage starts from scratch" in capsys.readouterr().out
     else:
         with pytest.raises(SystemExit) as exit:
-            run_program(SFT, "--micro-batch", 2)
+            run_program(SFT, "--micro-batch-tokens", 200)
         line = error_line(exit.value.code, capsys.readouterr().err)
         has(line, path, "is not a state of this run", f"remove {path.parent}")
     assert not Path("executed").exists()

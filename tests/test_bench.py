@@ -446,6 +446,53 @@ def test_pairs_print_the_ratio_to_another_checkout(monkeypatch, capsys, tmp_path
         assert table[phase] == ["3.50", "2.00", "1.750", "0.500", "to", "3.000"]
 
 
+def test_micro_batches_of_tokens_are_compared_with_those_of_rows(monkeypatch, capsys):
+    """Ten rows of 12 + 12 tokens, each with 7 positions of a prompt. Dropout is 0, so all sides
+    have the same losses."""
+    sides = {}
+
+    def turns(*arguments):
+        answers, initial_memory = turns_in_this_process(*arguments)
+        sides.update(answers)
+        return answers, initial_memory
+
+    monkeypatch.setitem(bench.CASES, "XS", TINY | {"rows": 10})
+    options = ("--size", "XS", "--micro-batches", "31", "92", "1000", "--repeats", "2")
+    _, lines = run_main(monkeypatch, capsys, turns, *options)
+    [header] = [line for line in lines if line[0] == "micro-batches"]
+    table = lines[lines.index(header) + 1 :]
+    table = [line for line in table if line[1:2] in (["rows"], ["tokens"])]
+    assert [line[:4] for line in table] == [
+        ["8", "rows", "2", "310"],
+        ["31", "tokens", "10", "310"],
+        ["92", "tokens", "5", "310"],
+        ["1,000", "tokens", "1", "310"],
+    ]
+    assert [answers[0]["micro_batches"] for answers in sides.values()] == [
+        [[8, 24], [2, 24]],
+        [[1, 24]] * 10,
+        [[2, 24]] * 5,
+        [[10, 24]],
+    ]
+    for answers in sides.values():
+        for answer, expected in zip(answers, sides["8 rows"]):
+            check_losses(answer["losses"], expected["losses"], ("loss", "prompt_loss"))
+    ratios = [line[-3] for line in table]
+    assert ratios[0] == "1.00"
+    assert min(float(ratio) for ratio in ratios) > 0
+    assert all(0.05 < float(line[-1]) < 4 for line in table)  # GB
+
+
+def test_micro_batches_of_rows_start_with_the_longest():
+    shapes = []
+    [first, second] = bench.recording_micro_batches(shapes, 2)(UNEQUAL, 1, CPU)
+    assert [e.index for e in [*first.examples, *second.examples]] == [2, 7, 4]
+    assert shapes == [[2, 17], [1, 2]]
+    batches = bench.recording_micro_batches(shapes)(UNEQUAL, 30, CPU, 7)
+    assert [len(batch.examples) for batch in batches] == [1, 2]
+    assert shapes == [[1, 17], [2, 6]]
+
+
 @pytest.mark.parametrize("n, rank", [(6, 1), (8, 1), (9, 2), (20, 6), (100, 40)])
 def test_interval_of_the_median_has_the_known_ranks(n, rank):
     values = [(7 * i) % n + 1 for i in range(n)] if n % 7 else list(range(n, 0, -1))
@@ -485,6 +532,11 @@ def test_dolly_rows_have_their_own_lengths_within_the_limits(shared, monkeypatch
         (["--size", "S", "--hf"], "--hf needs transformers"),
         (["--size", "S", "--old", "."], "--pairs N, --old DIR and --size S go together"),
         (["--size", "S", "--pairs", "6"], "--pairs N, --old DIR and --size S go together"),
+        (["--sampling", "--micro-batches", "100"], "--micro-batches goes with --size"),
+        (
+            ["--size", "S", "--micro-batches", "9", "--pairs", "6", "--old", "."],
+            "--micro-batches goes with --size, and without --old",
+        ),
         (["--sampling", "--pairs", "6", "--old", "."], "go together"),
         (["--size", "S", "--pairs", "6", "--old", "docs"], "docs: has no tests/bench.py"),
         (["--size", "D", "--source", "docs"], r"train\.jsonl: no such file; run .*prepare dolly"),

@@ -45,6 +45,8 @@ def use_everything(directory):
     lists = [[f"{rank}a"], [f"{rank}a", f"{rank}b", f"{rank}c"]]
     tensor = torch.tensor([1.5, -2.0]) * (rank + 1)
     small = torch.tensor([2.0**-60 * rank], dtype=torch.float64)
+    sent = torch.tensor([0.5, 0.25]) + rank
+    dist.send_to_rank0(sent, 1)
     results = {
         "rank": [rank, dist.world_size(), device.type],
         "threads": torch.get_num_threads(),
@@ -60,7 +62,7 @@ def use_everything(directory):
             dist.all_reduce_sum(torch.tensor(3 + rank)).item(),
             dist.all_reduce_sum(small).item(),
         ],
-        "max": dist.all_reduce_max([4, 9][rank]),
+        "sent": sent.tolist(),
         "on rank 0": dist.run_on_rank0(record_call, {"a": [rank, None]}),
         "nothing": dist.run_on_rank0(record_call, None),
         "errors": [error_on_rank0(refuse), error_on_rank0((directory / "no such file").read_text)],
@@ -82,7 +84,7 @@ def test_two_ranks_gather_reduce_and_read_files_once(server, tmp_path, monkeypat
     for result in results:
         assert result["gathered"] == [["0a", "1a", "1b", "1c"], [7], []]  # in the order of ranks
         assert result["sums"] == [[4.5, -6.0], 7, 2.0**-60] and result["in place"]
-        assert result["max"] == 9
+        assert result["sent"] == [1.5, 1.25]  # rank 1's
         assert result["on rank 0"] == {"a": [0, None]}  # rank 0's arguments
         assert result["nothing"] is None
         assert result["errors"][0] == "rows.jsonl, line 3: is empty"
@@ -177,7 +179,7 @@ def test_without_torchrun_nothing_communicates(alone):
     assert (dist.rank(), dist.world_size()) == (0, 1)
     tensor = torch.tensor([1.0, 2.0])
     assert dist.all_reduce_sum(tensor) is tensor and tensor.tolist() == [1.0, 2.0]
-    assert dist.all_reduce_max(3) == 3 and dist.shard(["a", "b"]) == ["a", "b"]
+    assert dist.shard(["a", "b"]) == ["a", "b"]
     assert dist.all_gather_list(["a", "b"]) == ["a", "b"] and dist.all_gather_list([]) == []
     assert dist.run_on_rank0(lambda *arguments: arguments, 1, "b") == (1, "b")
     assert dist.shutdown() is None

@@ -229,10 +229,10 @@ def pair(tmp_path_factory):
     return tiny_model(TINY), tiny_model(STUDENT_CONFIG), *arrays
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 8])
-def test_kl_of_each_token_equals_an_independent_gpt2(pair, micro_batch_size):
+@pytest.mark.parametrize("micro_batch_tokens", [1, 16, 4096])
+def test_kl_of_each_token_equals_an_independent_gpt2(pair, micro_batch_tokens):
     p, q, p_arrays, q_arrays = pair
-    results = kl_by_step(p, q, REQUESTS, RESPONSES, micro_batch_size)
+    results = kl_by_step(p, q, REQUESTS, RESPONSES, micro_batch_tokens)
     assert [len(kl_steps) for kl_steps in results] == [len(response) for response in RESPONSES]
     for request, response, kl_steps in zip(REQUESTS, RESPONSES, results):
         expected = numpy_kl(p_arrays, q_arrays, 4, request, response)
@@ -477,7 +477,8 @@ def test_fewer_steps_are_the_first_of_more(world, capsys, plain_curve):
 
 
 def test_batch_sizes_do_not_change_the_curve(world, capsys, plain_curve):
-    assert_same_curve(run_student(world, capsys, "--batch", 3, "--micro-batch", 2), plain_curve)
+    curve = run_student(world, capsys, "--batch", 3, "--micro-batch-tokens", 250)
+    assert_same_curve(curve, plain_curve)
 
 
 def test_seed_changes_the_responses_of_both_models(world, capsys, plain_curve):
@@ -704,7 +705,7 @@ def test_a_lack_of_memory_is_one_line_that_names_the_options(world, monkeypatch,
     monkeypatch.setattr(exposure_bias, function, fail)
     arguments = command_line(world, "--rows", 1, "--samples", 1, "--steps", 2, out="never")
     location = f"students of {world / 'teacher'} on {world / 'set'}"
-    fix = "lower --batch or --micro-batch, or use smaller models"
+    fix = "lower --batch or --micro-batch-tokens, or use smaller models"
     assert error_of(main, arguments) == f"{location}: out of memory; {fix}"
 
 

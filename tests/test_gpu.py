@@ -98,7 +98,7 @@ def make_run(method, device, dtype, models):
         **values,
     )
     steps = {"total_steps": 10, "global_batch_size": 8}
-    return train.build(settings, steps, tiny_tokenizer(), 3, device)
+    return train.build(settings, steps, tiny_tokenizer(), 480, device)
 
 
 @dataclass

@@ -198,7 +198,7 @@ def test_rank_size_and_address_make_a_process_one_of_several(monkeypatch, variab
 
 def train_stage(out, s):
     dist.init_process()
-    train.run_stage("stage", s, out, 5, CPU, keep=2)
+    train.run_stage("stage", s, out, 380, CPU, keep=2)
     dist.shutdown()
 
 
@@ -212,7 +212,7 @@ from data.cli import run_command_line
 def main():
     dist.init_process()
     s = train.Settings(**json.loads(sys.argv[3]))
-    train.run_stage("stage", s, pathlib.Path(sys.argv[2]), 5, dist.torch.device("cpu"), keep=2)
+    train.run_stage("stage", s, pathlib.Path(sys.argv[2]), 380, dist.torch.device("cpu"), keep=2)
     dist.shutdown()
 
 

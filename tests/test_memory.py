@@ -64,10 +64,10 @@ class SafetensorError(Exception):
 )
 def test_an_error_for_lack_of_memory_becomes_one_line(error):
     def fail():
-        with explain_out_of_memory("out/x, micro-batch 8", "lower --micro-batch"):
+        with explain_out_of_memory("students of p on dolly", "lower --batch"):
             raise error
 
-    assert error_of(fail) == "out/x, micro-batch 8: out of memory; lower --micro-batch"
+    assert error_of(fail) == "students of p on dolly: out of memory; lower --batch"
 
 
 @pytest.mark.parametrize(
@@ -152,11 +152,11 @@ def test_a_state_that_is_not_written_for_lack_of_memory_is_not_a_full_disk(tmp_p
         raise RuntimeError(CPU_ERROR)
 
     def write():
-        with explain_out_of_memory("out/x", "lower --micro-batch"):
+        with explain_out_of_memory("out/x", "use less"):
             dist.run_on_rank0(write_state, tmp_path / "state.pt", {})
 
     monkeypatch.setattr(torch, "save", fail)
-    assert error_of(write) == "out/x: out of memory; lower --micro-batch"
+    assert error_of(write) == "out/x: out of memory; use less"
 
 
 # ---- ranks -------------------------------------------------------------------------------------
@@ -178,13 +178,14 @@ def test_of_two_ranks_the_one_that_runs_out_of_memory_reports_it_and_both_end(
     for name in ("train", "dev"):
         write_rows(tmp_path / "data" / f"{name}.jsonl", [row] * 4)
     command = ["--method", "sft", "--student", tmp_path / "model", "--data", tmp_path / "data"]
-    command += ["--global-batch", 2, "--micro-batch", 3, "--save-every", 1, "--out", tmp_path]
+    command += ["--global-batch", 2, "--micro-batch-tokens", 300, "--save-every", 1]
+    command += ["--out", tmp_path]
     ranks = fork_ranks(lambda: train.main(list(map(str, command))), 2, tmp_path / "log")
     of_rank_0, of_rank_1 = wait_for(ranks, timeout=60)
     assert of_rank_0 != 0 and of_rank_1 == 2
     run = tmp_path / "sft-model-data-globalbatch2-s10"
     [line] = (tmp_path / "log1").read_text().splitlines()
-    assert line.startswith(f"error: {run}") and "of 3" in line and "out of memory; " in line
+    assert line.startswith(f"error: {run}: micro-batches of 300 tokens: out of memory; ")
     assert find_newest_state(run).name == "step-000001.pt"
 
 
@@ -252,8 +253,8 @@ def limited(tmp_path_factory):
     exposure = ["exposure_bias", "--teacher", model, "--students", model, "--data", sets]
     exposure += ["--samples", 1, "--steps", 2, "--out", directory / "exposure"]
     commands = {
-        "train": [*training, "--micro-batch", 8],
-        "train with less": [*training, "--micro-batch", 1],
+        "train": [*training, "--micro-batch-tokens", 4096],
+        "train with less": [*training, "--micro-batch-tokens", 512],
         "evaluate": evaluation,
         "evaluate with less": [*evaluation, "--batch", 4],
         "load": ["sample", large, "--instruction", "Write.", "--max-new", 1],
@@ -272,7 +273,11 @@ def limited(tmp_path_factory):
 @pytest.mark.parametrize(
     "name, location, fix",
     [
-        ("train", "{directory}/" + f"{RUN}: micro-batch of 8 rows", "run the same command with a "),
+        (
+            "train",
+            "{directory}/" + f"{RUN}: micro-batches of 4,096 tokens",
+            "run the same command with a lower --micro-batch-tokens; what was saved is resumed",
+        ),
         ("evaluate", "model on requests", "run evaluate.py with a lower --batch"),
         ("load", "loading {directory}/large", "use a smaller model"),
         ("sample", "sample.py", "use a smaller model or more memory"),
@@ -291,7 +296,7 @@ def test_a_command_that_runs_out_of_memory_says_what_to_lower(limited, name, loc
 def test_with_less_in_memory_the_same_commands_go_on_from_what_is_saved(limited):
     directory, results = limited
     _, lines = results["train"]
-    assert "smaller --micro-batch" in lines[-1] and "resume" in lines[-1]
+    assert "lower --micro-batch-tokens" in lines[-1] and "resume" in lines[-1]
     status, lines = results["train with less"]
     assert status == 0 and any("resuming after step 2" in line for line in lines), lines
     record = json.loads((directory / RUN / "run.json").read_text())

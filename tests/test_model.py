@@ -10,6 +10,7 @@ import platform
 import struct
 import weakref
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from helpers import (
     write_checkpoint,
 )
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.cli import InputError
 from data.rows import fill_template, pad
@@ -215,6 +217,26 @@ def test_shards_written_by_transformers_load(tmp_path):
     assert_same_weights(load(tmp_path), tiny_model())
 
 
+def test_tensors_move_to_the_device_one_by_one(tmp_path, monkeypatch):
+    """The device `meta` stands for a GPU. It has no values, so the check of them is left out."""
+    write_checkpoint(tmp_path)
+    alive = []
+
+    def read_and_watch(directory):
+        for name, tensor in stored_weights(TINY).items():
+            assert sum(reference() is not None for reference in alive) <= 1
+            tensor = tensor.clone()
+            alive.append(weakref.ref(tensor))
+            yield tmp_path / WEIGHTS, name, tensor
+            del tensor
+
+    monkeypatch.setattr("model.read_tensors", read_and_watch)
+    monkeypatch.setattr(torch, "isfinite", lambda tensor: torch.ones(1))
+    tensors = list(load(tmp_path, device="meta").state_dict().values())
+    assert {(tensor.device.type, tensor.dtype) for tensor in tensors} == {("meta", torch.float32)}
+    assert len(alive) == len(tensors)
+
+
 def test_only_one_shard_is_in_memory_at_a_time(tmp_path, monkeypatch):
     write_checkpoint(tmp_path)
     write_shards(tmp_path, stored_weights(TINY), 4)
@@ -362,6 +384,77 @@ def test_selected_rows_of_the_cache_decode_as_before():
         states = model(torch.full((2, 1), token), cache=cache)
     for state, row in zip(states, [ROWS[2], ROWS[0]]):
         assert_close(state[0], model(torch.tensor([[*row, 50, 51]]))[0, -1], atol=1e-5)
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations create: `peak`, of those that are alive at
+    once. `storages`: of the tensors that there were before, whose views need no memory."""
+
+    def __init__(self, *tensors):
+        super().__init__()
+        self.storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self.alive, self.peak = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            if result.untyped_storage().data_ptr() not in self.storages:
+                self.alive.append(weakref.ref(result))
+            created = [tensor for tensor in (r() for r in self.alive) if tensor is not None]
+            self.peak = max(self.peak, sum(tensor.nbytes for tensor in created))
+        return result
+
+
+def random_cache(n_rows, max_seq_len, n_tokens):
+    """A cache whose rows have so many tokens, with random keys and values."""
+    cache = KVCache(TINY, n_rows, max_seq_len, "cpu", torch.float32)
+    cache.keys[:, :, :n_tokens] = torch.randn(TINY.n_layer, n_rows, n_tokens, 4, 8)
+    cache.values[:, :, :n_tokens] = torch.randn(TINY.n_layer, n_rows, n_tokens, 4, 8)
+    cache.extend(n_tokens)
+    return cache
+
+
+@pytest.mark.parametrize("n_kept", range(1, 6))
+def test_any_rows_of_the_cache_are_selected_in_its_own_memory(n_kept):
+    for kept in combinations(range(5), n_kept):
+        cache = random_cache(5, 20, 11)
+        cache.set_lengths(torch.tensor([11, 3, 8, 5, 9]))
+        before = [cache.keys, cache.values]
+        expected = [tensor[:, list(kept), :11].clone() for tensor in before]
+        cache.select_rows(torch.tensor(kept))
+        for old, new, rows in zip(before, (cache.keys, cache.values), expected):
+            assert torch.equal(new[:, :, :11], rows)
+            assert new.shape == (TINY.n_layer, n_kept, 20, 4, 8)
+            assert new.data_ptr() == old.data_ptr()
+        assert cache.lengths.tolist() == [[11, 3, 8, 5, 9][row] for row in kept]
+
+
+def test_rows_are_selected_from_those_selected_before():
+    cache = random_cache(6, 20, 11)
+    start, expected = cache.keys.data_ptr(), cache.values[:, [1, 4], :11].clone()
+    for rows in ([1, 2, 4, 5], [0, 2, 3], [0, 1]):
+        cache.select_rows(torch.tensor(rows))
+    assert torch.equal(cache.values[:, :, :11], expected)
+    assert cache.keys.data_ptr() == start
+    k, v = torch.randn(2, 2, 1, 4, 8)  # (B, T, H, D)
+    cache.extend(1)
+    _, values = cache.write(1, k, v)
+    assert torch.equal(values, torch.cat([expected[1], v], dim=1))
+
+
+def test_selecting_rows_takes_the_memory_of_one_layer():
+    n_layer, n_rows = 12, 8
+    cache = KVCache(replace(TINY, n_layer=n_layer), n_rows, 40, "cpu", torch.float32)
+    rows = torch.arange(6)
+    cache_bytes = cache.keys.nbytes + cache.values.nbytes
+    with PeakMemory(cache.keys, cache.values) as memory:
+        cache.select_rows(rows)
+    layer_bytes = cache_bytes / n_layer / 2
+    assert 0 < memory.peak <= layer_bytes
+    # This is what the mode counts where all layers are copied at once.
+    with PeakMemory(cache.keys) as memory:
+        cache.keys[:, rows]
+    assert memory.peak == cache.keys.nbytes > 8 * layer_bytes
 
 
 @torch.no_grad()

@@ -90,7 +90,7 @@ def use_small_blocks(patch):
     patch.setitem(losses.BLOCK_BYTES, "cpu", 8 * 4 * V)
 
 
-def train_stage(out, name, method, micro_batch_size=4, **values):
+def train_stage(out, name, method, micro_batch_tokens=300, **values):
     """Train a small stage with the demo's preset and return its directory. It is validated at the
     end only, so that its best weights are its last."""
     small = {
@@ -104,7 +104,7 @@ def train_stage(out, name, method, micro_batch_size=4, **values):
         "max_new_tokens": 16,
     }
     settings = {"method": method, **preset(method, DEMO_STUDENT, demo=True), **small, **values}
-    train.run_stage(name, train.Settings(**settings), out, micro_batch_size, CPU)
+    train.run_stage(name, train.Settings(**settings), out, micro_batch_tokens, CPU)
     return out / name
 
 
@@ -153,7 +153,7 @@ def test_fast_forms_train_like_plain_ones(tmp_path, student_and_teacher, method)
         fast = train_stage(tmp_path, "fast", method, **values)
     with pytest.MonkeyPatch.context() as patch:
         use_plain_forms(patch)
-        plain = train_stage(tmp_path, "plain", method, micro_batch_size=16, **values)
+        plain = train_stage(tmp_path, "plain", method, micro_batch_tokens=10_000, **values)
 
     # Ten times the rounding that was observed: 2e-6 of a loss or norm, and 6e-6 in the weights, as
     # AdamW scales it up.

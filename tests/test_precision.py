@@ -161,7 +161,7 @@ def gradient_of(student):
 
 def model_errors(offset, dtype):
     """Errors against float64 of the KL, the log-probabilities and the student's gradient."""
-    [batch] = micro_batches(make_examples((9, 3, 12, 30, 7, 20, 40, 11)), 8, CPU)
+    [batch] = micro_batches(make_examples((9, 3, 12, 30, 7, 20, 40, 11)), 440, CPU)
     kl, log_probs, gradient = results_in(batch, offset, dtype)
     exact_kl, exact_log_probs, exact_gradient = exact_results(batch, offset)
     return {
@@ -297,7 +297,7 @@ def make_run(method, dtype):
         settings=s,
         total_steps=10,
         global_batch_size=8,
-        micro_batch_size=3,
+        micro_batch_tokens=120,
         device=CPU,
         tokenizer=SimpleNamespace(eot_token=999),
         student=student,
@@ -427,7 +427,7 @@ def test_an_interrupted_run_in_bfloat16_ends_with_the_same_bits(
         dtype="bfloat16",
         **values,
     )
-    train.run_stage("run", s, tmp_path / "complete", 3, CPU)
+    train.run_stage("run", s, tmp_path / "complete", 220, CPU)
 
     train_step = train.train_step
 
@@ -438,8 +438,8 @@ def test_an_interrupted_run_in_bfloat16_ends_with_the_same_bits(
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(train, "train_step", interrupted_step)
-        train.run_stage("run", s, tmp_path / "resumed", 3, CPU)
-    train.run_stage("run", s, tmp_path / "resumed", 3, CPU)
+        train.run_stage("run", s, tmp_path / "resumed", 220, CPU)
+    train.run_stage("run", s, tmp_path / "resumed", 220, CPU)
 
     complete, resumed = (tmp_path / name / "run" for name in ("complete", "resumed"))
     for path in (complete / "best").iterdir():

@@ -74,6 +74,7 @@ def no_plots():
     "n_ranks, steps, kills",
     [
         (1, 8, 4),
+        (2, 8, 3),
         pytest.param(1, 80, 25, marks=pytest.mark.slow),
         pytest.param(2, 60, 25, marks=pytest.mark.slow),
     ],
@@ -103,7 +104,7 @@ def test_torture_a_run_of_every_stage_killed_at_random_ends_with_the_same_bits(
 def uninterrupted(tmp_path_factory, student, teacher):
     """The outcome of a stage of six steps, validated after every second one."""
     out = tmp_path_factory.mktemp("whole")
-    train.run_stage("stage", six_steps(student, teacher), out, 5, CPU, keep=2)
+    train.run_stage("stage", six_steps(student, teacher), out, 380, CPU, keep=2)
     return outcome(out / "stage")
 
 
@@ -134,7 +135,7 @@ def interrupt(out, s, stop_step=5, **kwargs):
     step = train.METHODS[s.method].step
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(train.METHODS[s.method], "step", stopping)
-        train.run_stage("stage", s, out, 5, CPU, keep=2, **kwargs)
+        train.run_stage("stage", s, out, 380, CPU, keep=2, **kwargs)
     return out / "stage"
 
 
@@ -145,7 +146,7 @@ def state_names(directory):
 def resume(out, s, capsys):
     """Resume a stage. Returns its output and its outcome."""
     capsys.readouterr()
-    train.run_stage("stage", s, out, 5, CPU, keep=2)
+    train.run_stage("stage", s, out, 380, CPU, keep=2)
     return capsys.readouterr().out, outcome(out / "stage")
 
 
@@ -236,7 +237,7 @@ def test_a_best_checkpoint_interrupted_after_its_state_was_saved_is_written_agai
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(runs, "save_prompt", stopping)
         patch.setattr(train, "validate", lambda *_: validation(rouge_l=float(len(calls))))
-        train.run_stage("stage", s, tmp_path, 5, CPU)
+        train.run_stage("stage", s, tmp_path, 380, CPU)
     assert state_names(tmp_path / "stage") == ["step-000002.pt", "step-000004.pt"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "validate", lambda *_: validation(rouge_l=0.0))
@@ -255,7 +256,7 @@ def test_hours_of_all_attempts_are_added(tmp_path, student, no_validation):
     clock = itertools.count(0, 1000)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.time, "perf_counter", lambda: float(next(clock)))
-        train.run_stage("stage", s, tmp_path, 5, CPU)
+        train.run_stage("stage", s, tmp_path, 380, CPU)
     assert hours_before > 0
     assert record(tmp_path / "stage")["hours"] > hours_before + 1000 / 3600
 
@@ -286,7 +287,7 @@ def test_a_signal_ends_the_run_after_its_step_with_the_state_saved(
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit:
         patch.setattr(train.METHODS["promptkd"], "step", signal_in_step)
         patch.setattr(train, "validate", signal_in_validation)
-        train.run_stage("stage", s, tmp_path, 5, CPU, keep=2)
+        train.run_stage("stage", s, tmp_path, 380, CPU, keep=2)
     assert exit.value.code == 128 + number
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
     stopped = f"stage: stopped by {number.name}, saved at step {saved_step}; the same command "
@@ -369,7 +370,7 @@ def test_a_state_that_does_not_fit_on_the_disk_is_one_line_and_the_one_before_is
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError) as stopped:
         patch.setattr(torch, "save", save)
-        train.run_stage("stage", s, tmp_path, 5, CPU, keep=2)
+        train.run_stage("stage", s, tmp_path, 380, CPU, keep=2)
     message = str(stopped.value)
     assert "No space left on device" in message and "free some disk space" in message
     assert "\n" not in message and state_names(tmp_path / "stage") == ["step-000002.pt"]
@@ -396,20 +397,20 @@ def test_data_that_has_changed_is_refused_by_name_and_no_file_is_changed(
         global_batch_size=4,
     )
     if complete:
-        train.run_stage("stage", s, tmp_path / "out", 8, CPU)
+        train.run_stage("stage", s, tmp_path / "out", 600, CPU)
     else:
         interrupt(tmp_path / "out", s, stop_step=1)
     lines = (mine / name).read_text().splitlines(keepends=True)
     (mine / name).write_text("".join(lines[1:]))
     before = files(tmp_path / "out")
-    message = error_of(train.run_stage, "stage", s, tmp_path / "out", 8, CPU)
+    message = error_of(train.run_stage, "stage", s, tmp_path / "out", 600, CPU)
     assert message.endswith(
         f"out/stage: {name} (demo) is not what it was made with: its content has changed; "
         "choose another --out, or remove it"
     )
     assert files(tmp_path / "out") == before
     (mine / name).write_text("".join(lines))
-    train.run_stage("stage", s, tmp_path / "out", 8, CPU)
+    train.run_stage("stage", s, tmp_path / "out", 600, CPU)
 
 
 @pytest.mark.parametrize("format", [None, 1, 2, "3"])
@@ -419,7 +420,7 @@ def test_a_run_of_another_format_is_refused_and_no_file_is_changed(
 ):
     s = settings(student=str(student), steps=2)
     if complete:
-        train.run_stage("stage", s, tmp_path, 8, CPU)
+        train.run_stage("stage", s, tmp_path, 600, CPU)
     else:
         interrupt(tmp_path, s, stop_step=1, save_every=1)
     run_json = tmp_path / "stage" / "run.json"
@@ -429,7 +430,7 @@ def test_a_run_of_another_format_is_refused_and_no_file_is_changed(
     other = without(current, ["format"]) | ({} if format is None else {"format": format})
     run_json.write_text(json.dumps(other))
     before = files(tmp_path)
-    message = error_of(train.run_stage, "stage", s, tmp_path, 8, CPU)
+    message = error_of(train.run_stage, "stage", s, tmp_path, 600, CPU)
     assert message == (
         f"{run_json}: was made by another version of this project; choose another --out, or "
         f"remove {tmp_path / 'stage'}"
@@ -441,10 +442,10 @@ def test_a_state_left_by_an_interrupted_end_is_removed(
     tmp_path, student, no_validation, monkeypatch, capsys
 ):
     s = settings(student=str(student), steps=2)
-    train.run_stage("stage", s, tmp_path, 8, CPU)
+    train.run_stage("stage", s, tmp_path, 600, CPU)
     (tmp_path / "stage" / "state").mkdir()
     (tmp_path / "stage" / "state" / "step-000002.pt").write_bytes(b"")
-    train.run_stage("stage", s, tmp_path, 8, CPU)
+    train.run_stage("stage", s, tmp_path, 600, CPU)
     assert "complete, skipped" in capsys.readouterr().out
     assert not (tmp_path / "stage" / "state").exists()
 
@@ -457,7 +458,7 @@ def test_temporary_files_of_interrupted_writes_are_removed_at_the_end(
     (directory / "best").mkdir()
     for name in (".run.json.0a1b2c3d", "best/.config.json.0a1b2c3d", "best/.gitignore.txt"):
         (directory / name).write_text("")
-    train.run_stage("stage", s, tmp_path, 8, CPU)
+    train.run_stage("stage", s, tmp_path, 600, CPU)
     hidden = [path.name for path in directory.rglob(".*")]
     assert hidden == [".gitignore.txt"]  # which no file was written through
 
@@ -505,7 +506,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_state_is_kept
     monkeypatch.setattr(train, "validate", validating)
     directory = tmp_path / "stage"
     with pytest.raises(InputError) as stopped:
-        train.run_stage("stage", s, tmp_path, 5, CPU, save_every=1)
+        train.run_stage("stage", s, tmp_path, 380, CPU, save_every=1)
     rates = "--prompt-lr or --lr" if "prompt phase" in message else "--lr"
     fix = f"the training has diverged: lower {rates}"
     assert str(stopped.value) == f"{directory}: {message}; {fix}" and seen[-1] == 3
@@ -522,7 +523,7 @@ def test_a_learning_rate_far_too_high_ends_with_one_line(tmp_path, student, teac
     values = {"steps": 4, "max_dev_rows": 2, "lr": 1e30, "eval_interval": 1}
     s = settings_of(method, student, teacher, **values)
     with pytest.raises(InputError, match="the training has diverged"):
-        train.run_stage("stage", s, tmp_path, 8, CPU)
+        train.run_stage("stage", s, tmp_path, 600, CPU)
 
 
 # ---- very little data --------------------------------------------------------------------------
@@ -539,7 +540,7 @@ def run_on_rows(directory, method, student, teacher, rows, dev_rows, **values):
     write_rows(directory / "mine" / "dev.jsonl", dev_rows)
     values = {"data": str(directory / "mine"), "epochs": 2, "max_new_tokens": 8} | values
     s = settings_of(method, student, teacher, **({"global_batch_size": 2} | values))
-    train.run_stage("stage", s, directory, 2, CPU)
+    train.run_stage("stage", s, directory, 1100, CPU)
     assert record(directory / "stage")["complete"]
     assert (directory / "stage" / "best" / "model.safetensors").is_file()
     lines = metrics(directory / "stage")

@@ -917,25 +917,56 @@ def test_batch_without_any_response_has_no_targets():
     assert batch.ids.shape == (2, 2)
 
 
-@pytest.mark.parametrize("size", [1, 3, 8, 23, 100])
-def test_micro_batches_have_every_example_once_and_the_longest_come_first(size):
+@pytest.mark.parametrize("prompt_length", [0, 7])
+@pytest.mark.parametrize("max_tokens", [1, 20, 50, 130, 10_000])
+def test_micro_batches_have_every_example_once_and_the_longest_come_first(
+    max_tokens, prompt_length
+):
     examples = [
         Example(i, [100 + i, *e.request], e.response) for i, e in enumerate(random_examples(23))
     ]
     before = list(examples)
-    batches = micro_batches(examples, size, CPU)
+    batches = micro_batches(examples, max_tokens, CPU, prompt_length)
     assert examples == before
-    assert len(batches) == -(-23 // size)
-    assert all(len(batch.ids) == size for batch in batches[:-1])
     order = [int(row[0]) - 100 for batch in batches for row in batch.ids]
     assert sorted(order) == list(range(23))
     lengths = [total_length(examples[i]) for i in order]
     assert lengths == sorted(lengths, reverse=True)
-    for batch, start in zip(batches, range(0, 23, size)):
-        assert batch.ids.shape[1] == lengths[start]  # padded to its own longest
-        expected = make_batch([examples[i] for i in order[start : start + size]], CPU)
-        assert torch.equal(batch.targets, expected.targets)
+    start = 0
+    for batch in batches:
+        n_rows, n_columns = batch.ids.shape
+        assert n_columns == lengths[start]  # padded to its own longest
+        n_positions = prompt_length + n_columns  # of a row
+        assert n_rows == 1 or n_rows * n_positions <= max_tokens
+        # There is no room for another row.
+        assert start + n_rows == 23 or (n_rows + 1) * n_positions > max_tokens
+        assert batch.examples == [examples[i] for i in order[start : start + n_rows]]
+        assert torch.equal(batch.targets, make_batch(batch.examples, CPU).targets)
+        start += n_rows
     assert sum(len(b.targets) for b in batches) == sum(len(e.response) for e in examples)
+
+
+def test_micro_batches_of_rows_of_known_lengths():
+    """Padding and prompt count, and a row that is over the limit is alone."""
+
+    def sizes(max_tokens, prompt_length=0):
+        batches = micro_batches(examples, max_tokens, CPU, prompt_length)
+        return [len(batch.ids) for batch in batches]
+
+    examples = [Example(i, [1] * n, [2]) for i, n in enumerate((1, 29, 9, 8, 3))]
+    # Rows of 30, 10, 9, 4 and 2 tokens: three rows of 10 fit in 30 tokens, the fourth does not.
+    assert sizes(30) == [1, 3, 1]
+    assert sizes(29) == [1, 2, 2]
+    assert sizes(39) == [1, 3, 1]
+    assert sizes(40) == [1, 4]
+    assert sizes(60) == [2, 3]
+    assert sizes(150) == [5]
+    assert sizes(1) == [1] * 5
+    # With 5 positions before each: rows of 35, 15, 14, 9 and 7
+    assert sizes(30, prompt_length=5) == [1, 2, 2]
+    assert sizes(59, prompt_length=5) == [1, 3, 1]
+    assert sizes(174, prompt_length=5) == [4, 1]
+    assert sizes(175, prompt_length=5) == [5]
 
 
 def test_no_examples_make_no_micro_batches():

@@ -63,12 +63,12 @@ def test_a_model_that_was_replaced_is_noticed(tmp_path, models, no_validation, c
     small, wide = models
     s = settings_of("kd", small, wide, steps=2)
     if complete:
-        train.run_stage("stage", s, tmp_path / "out", 8, CPU)
+        train.run_stage("stage", s, tmp_path / "out", 1000, CPU)
     else:
         interrupt(tmp_path / "out", s, stop_step=1, save_every=1)
     source = small if changed == "student" else wide
     changed_weights(source)
-    message = error_of(train.run_stage, "stage", s, tmp_path / "out", 8, CPU)
+    message = error_of(train.run_stage, "stage", s, tmp_path / "out", 1000, CPU)
     assert message == f"{tmp_path / 'out' / 'stage'}: {changed} ({source}) {CHANGED} remove it"
 
 
@@ -78,7 +78,7 @@ def test_a_tokenizer_that_was_replaced_is_noticed(tmp_path, models, no_validatio
     interrupt(tmp_path / "out", s, stop_step=1, save_every=1)
     vocab = json.loads((small / "vocab.json").read_text())
     (small / "vocab.json").write_text(json.dumps(vocab, indent=1))
-    message = error_of(train.run_stage, "stage", s, tmp_path / "out", 8, CPU)
+    message = error_of(train.run_stage, "stage", s, tmp_path / "out", 1000, CPU)
     assert f"student ({small}) {CHANGED}" in message
 
 
@@ -88,7 +88,7 @@ def test_a_corpus_that_was_replaced_is_noticed(tmp_path, student, teacher, no_va
     s = minillm_settings(student, teacher, lm_data=str(corpus), steps=2)
     interrupt(tmp_path / "out", s, stop_step=1, save_every=1)
     write_rows(corpus, [{"text": "four five six " * 900}])
-    message = error_of(train.run_stage, "stage", s, tmp_path / "out", 8, CPU)
+    message = error_of(train.run_stage, "stage", s, tmp_path / "out", 1000, CPU)
     assert f"lm_data ({corpus}) {CHANGED}" in message
 
 
@@ -101,10 +101,10 @@ def test_the_same_models_under_another_spelling_are_the_same(
     os.rename("wide", "renamed")
     os.symlink("renamed", "linked")
     s = settings_of("kd", "./small/", "linked", steps=2)
-    train.run_stage("stage", s, "./out", 8, CPU)
+    train.run_stage("stage", s, "./out", 1000, CPU)
     assert "resuming after step 1" in capsys.readouterr().out
     s = settings_of("kd", "small/../small", "renamed", steps=2)
-    train.run_stage("stage", s, tmp_path / "out", 8, CPU)
+    train.run_stage("stage", s, tmp_path / "out", 1000, CPU)
     assert "complete, skipped" in capsys.readouterr().out
 
 
@@ -113,13 +113,13 @@ def test_an_output_directory_can_be_moved_and_its_stages_are_named_relative_to_i
 ):
     """The stages of train.py in one directory, then in the same one under another name."""
     monkeypatch.chdir(tmp_path)
-    train.run_stage("teacher-wide", settings(student=str(student), steps=1), "out", 8, CPU)
-    train.run_stage("init-small", settings(student=str(student), steps=1), "out", 8, CPU)
+    train.run_stage("teacher-wide", settings(student=str(student), steps=1), "out", 1000, CPU)
+    train.run_stage("init-small", settings(student=str(student), steps=1), "out", 1000, CPU)
 
     def train_from(out):
         models = f"{out}/init-small", f"{out}/teacher-wide/best"
         s = settings_of("kd", *models, steps=2)
-        train.run_stage("kd-small", s, out, 8, CPU)
+        train.run_stage("kd-small", s, out, 1000, CPU)
 
     train_from("out")
     made_from = record(tmp_path / "out" / "kd-small")["settings"]
@@ -132,16 +132,16 @@ def test_an_output_directory_can_be_moved_and_its_stages_are_named_relative_to_i
     assert runs.base_label("elsewhere/init-small") == student.name
     # A stage that was trained from a stage: `small` is two records away.
     s = settings(student="elsewhere/init-small", steps=1)
-    train.run_stage("init-again", s, "elsewhere", 8, CPU)
+    train.run_stage("init-again", s, "elsewhere", 1000, CPU)
     shutil.move("elsewhere", "moved")
     assert runs.base_label("moved/init-again") == student.name
 
 
 def test_a_shape_is_compared_as_it_is(tmp_path, no_validation):
     values = {"method": "pretrain", "metric_for_best": "loss", "steps": 1}
-    train.run_stage("stage", settings(student="1x16x2", **values), tmp_path, 8, CPU)
+    train.run_stage("stage", settings(student="1x16x2", **values), tmp_path, 1000, CPU)
     other = settings(student="1x16x4", **values)
-    message = error_of(train.run_stage, "stage", other, tmp_path, 8, CPU)
+    message = error_of(train.run_stage, "stage", other, tmp_path, 1000, CPU)
     assert "was made with student '1x16x2', not '1x16x4'" in message
 
 
@@ -155,7 +155,7 @@ def test_where_rouge_l_can_score_nothing_the_lower_loss_decides(tmp_path, studen
     write_rows(tmp_path / "mine" / "dev.jsonl", rows)
     values = {"data": str(tmp_path / "mine"), "steps": 4, "eval_interval": 1, "lr": 0.01}
     s = settings(student=str(student), max_new_tokens=4, global_batch_size=2, **values)
-    train.run_stage("stage", s, tmp_path, 8, CPU)
+    train.run_stage("stage", s, tmp_path, 1000, CPU)
     lines = [line for line in metrics(tmp_path / "stage") if line["step"]]
     val_losses = [line["val_loss"] for line in lines]
     assert {line["val_rouge_l"] for line in lines} == {0}
@@ -194,7 +194,7 @@ def command(tmp_path, student):
     write_rows(tmp_path / "mine" / "train.jsonl", [{"instruction": "say", "output": "a"}] * 4)
     write_rows(tmp_path / "mine" / "dev.jsonl", [{"instruction": "say", "output": "a"}])
     options = ("--method", "sft", "--student", student, "--data", tmp_path / "mine")
-    options += ("--out", tmp_path / "out", "--save-every", 5, "--micro-batch", 1)
+    options += ("--out", tmp_path / "out", "--save-every", 5, "--micro-batch-tokens", 1)
     directory = tmp_path / "out" / f"sft-{student.name}-mine-steps100000-s10"
     return ("train.py", *options, "--steps", 100_000), directory
 
@@ -233,10 +233,10 @@ def test_the_same_command_started_twice_is_refused_until_the_first_is_killed(com
 
 def test_a_complete_stage_takes_no_lock(tmp_path, student, no_validation, capsys):
     s = settings(student=str(student), steps=1)
-    train.run_stage("stage", s, tmp_path, 8, CPU)
+    train.run_stage("stage", s, tmp_path, 1000, CPU)
     assert not (tmp_path / "stage" / "state").exists()
     with runs._lock(tmp_path / "stage"):
-        train.run_stage("stage", s, tmp_path, 8, CPU)
+        train.run_stage("stage", s, tmp_path, 1000, CPU)
     assert "complete, skipped" in capsys.readouterr().out
 
 
@@ -247,11 +247,11 @@ def test_a_stage_that_another_process_completed_meanwhile_is_skipped(
 
     def lock_late(directory):
         monkeypatch.setattr(runs, "_lock", lock)
-        train.run_stage("stage", s, tmp_path, 8, CPU)
+        train.run_stage("stage", s, tmp_path, 1000, CPU)
         return lock(directory)
 
     monkeypatch.setattr(runs, "_lock", lock_late)
-    train.run_stage("stage", s, tmp_path, 8, CPU)
+    train.run_stage("stage", s, tmp_path, 1000, CPU)
     assert capsys.readouterr().out.count("complete, skipped") == 1
     assert not (tmp_path / "stage" / "state").exists()
 
@@ -279,7 +279,7 @@ def test_without_locks_there_is_a_warning(
     else:
         monkeypatch.setattr(runs.fcntl, "flock", flock)
         reason = os.strerror(errno.ENOLCK)
-    train.run_stage("stage", settings(student=str(student), steps=1), tmp_path, 8, CPU)
+    train.run_stage("stage", settings(student=str(student), steps=1), tmp_path, 1000, CPU)
     path = tmp_path / "stage" / "state" / "lock"
     assert (
         f"warning: {path}: can't be locked ({reason}); start no second process with this --out\n"
@@ -312,7 +312,7 @@ def test_a_model_needs_no_position_for_the_token_that_is_only_predicted(
             values = {"steps": 1, "data": str(tmp_path / "mine"), **PROMPT}
             values |= {"prompt_length": length, "max_new_tokens": 4, "max_dev_rows": 1}
             s = promptkd_settings(model, model, **values)
-        train.run_stage(f"stage{n_positions}", s, tmp_path, 8, CPU)
+        train.run_stage(f"stage{n_positions}", s, tmp_path, 1000, CPU)
         weights[n_positions] = load(tmp_path / f"stage{n_positions}" / "best").wte.weight
     assert torch.allclose(weights[512], weights[1024], rtol=0, atol=1e-6)
 
@@ -323,5 +323,5 @@ def test_one_position_too_few_is_refused(tmp_path, no_validation):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("one two three " * 900)
     s = minillm_settings(model, model, lm_data=str(corpus), steps=2)
-    message = error_of(train.run_stage, "stage", s, tmp_path, 8, CPU)
+    message = error_of(train.run_stage, "stage", s, tmp_path, 1000, CPU)
     assert message.startswith("the student has 511 positions and the longest row needs 512;")

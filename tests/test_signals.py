@@ -59,7 +59,7 @@ def train_with_a_pause(out, s, phase):
         return rouge_l(*arguments)
 
     train.METHODS[s.method].step, evaluate.rouge_l = pausing_step, pausing_rouge_l
-    run_command_line(lambda: train.run_stage("stage", s, out, 5, CPU, keep=2))
+    run_command_line(lambda: train.run_stage("stage", s, out, 380, CPU, keep=2))
 
 
 def fork_on_terminal(function, controlling=True):
@@ -307,7 +307,7 @@ def pausing_step(run, examples, t):
 
 def main():
     device, _ = dist.init_process()
-    train.run_stage("stage", train.Settings(**json.loads(sys.argv[3])), out, 5, device, keep=2)
+    train.run_stage("stage", train.Settings(**json.loads(sys.argv[3])), out, 380, device, keep=2)
 
 
 train.METHODS["promptkd"].step = pausing_step
@@ -324,7 +324,7 @@ def test_torchrun_passes_a_signal_on_and_both_ranks_save(tmp_path, student, teac
 
     def train_stage(out):
         dist.init_process()
-        train.run_stage("stage", s, out, 5, CPU, keep=2)
+        train.run_stage("stage", s, out, 380, CPU, keep=2)
         dist.shutdown()
 
     (tmp_path / "script.py").write_text(SCRIPT)

@@ -31,7 +31,7 @@ MAX_LINES = {
     "exposure_bias.py": 350,
     "data/demo.py": 420,
 }
-MAX_DATA_LINES, MAX_ALL_LINES, MAX_FUNCTION_LINES, MAX_COLUMNS = 350, 5520, 60, 100
+MAX_DATA_LINES, MAX_ALL_LINES, MAX_FUNCTION_LINES, MAX_COLUMNS = 350, 5436, 60, 100
 MAX_README_LINES = 120  # up to the end of the table that maps the paper to the code
 
 PRODUCT = sorted([*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")])
@@ -185,7 +185,8 @@ def test_every_file_that_is_named_exists(path):
 
 @document
 def test_every_option_exists(path):
-    sources = [*PRODUCT, ROOT / "tests" / "bench.py", ROOT / "tests" / "conftest.py"]
+    others = [ROOT / "tests" / name for name in ("bench.py", "conftest.py", "memory.py")]
+    sources = [*PRODUCT, *others]
     known = set().union(*(re.findall(r'"(--[\w-]+)"', file.read_text()) for file in sources))
     # argparse's; torchrun's; SLURM's; pip's; pytest's; ruff's
     known |= {"--help", "--nproc_per_node", "--max-restarts", "--durations", "--check"}

@@ -85,7 +85,7 @@ from data.cli import run_command_line
 
 step = train.METHODS["sft"].step
 training = "--method sft --student student --data rows --steps 4 --save-every 1".split()
-training += ["--micro-batch", "2", "--global-batch", "2"]
+training += ["--micro-batch-tokens", "200", "--global-batch", "2"]
 
 
 def stopping_step(run, examples, t):

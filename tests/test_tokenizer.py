@@ -40,7 +40,6 @@ TEXTS = [
     "<|endofte <pad> 'LL I'VE it's",
     "العربية 한국어 ½²٣ x" + 40 * " " + "y",
 ]
-GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def parts_of(tokenizer, first=(), after_bytes=(), last=(END_OF_TEXT,)):
@@ -163,13 +162,6 @@ def in_a_sequence(content):
         content[part] = {"type": "Sequence", plural: [content[part]]}
 
 
-def split_by_gpt2(content):
-    pattern = {"Regex": GPT2_SPLIT}
-    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
-    byte_level = content["pre_tokenizer"] | {"use_regex": False}
-    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
-
-
 def end_only_added(content):
     del content["model"]["vocab"][END_OF_TEXT]
 
@@ -196,7 +188,6 @@ READABLE = {
     "merges as strings": merges_as_strings,
     "as old versions write it": like_old_versions,
     "parts in sequences": in_a_sequence,
-    "GPT-2's own Split": split_by_gpt2,
     "end-of-text only among the added tokens": end_only_added,
     "truncation and padding": padded_and_truncated,
     "no post-processor": change_part(post_processor=None),
@@ -227,8 +218,10 @@ def no_regex(content):
 
 
 def another_split(content):
-    split_by_gpt2(content)
-    content["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": r"\p{N}{1,3}|\s+"}
+    pattern = {"Regex": r"\p{N}{1,3}|\s+"}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    byte_level = content["pre_tokenizer"] | {"use_regex": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
 
 
 def split_numbers(content):
@@ -407,33 +400,12 @@ def test_half_of_a_pair_of_files_is_refused(tmp_path, missing):
     assert line.startswith(f"{tmp_path / missing}: can't be read")
 
 
-@pytest.mark.parametrize("layout", ["the same", "added tokens", "no end-of-text"])
-def test_a_pair_of_files_beside_a_tokenizer_json_may_agree_with_it(tmp_path, layout):
+def test_a_tokenizer_json_takes_precedence_over_a_pair_of_files(tmp_path):
+    """As in transformers."""
     ids, merges = parts_of(tiny_tokenizer())
-    content = json_content(ids, merges)
-    if layout == "added tokens":
-        content["added_tokens"].append(added_token("<pad>", len(ids)))
-    if layout == "no end-of-text":
-        ids = {token: i for token, i in ids.items() if token != END_OF_TEXT}
-    write_pair(write_json(tmp_path, content), ids, merges)
+    write_json(tmp_path, json_content(ids, merges))
+    write_pair(tmp_path, {"a": 0}, [])
     assert same_tokenizer(load_tokenizer(tmp_path), tiny_tokenizer())
-
-
-@pytest.mark.parametrize("other", ["ids", "merges", "both", "more tokens", "fewer tokens"])
-def test_a_pair_of_files_that_contradicts_the_tokenizer_json_is_refused(tmp_path, other):
-    ids, merges = parts_of(tiny_tokenizer())
-    write_json(tmp_path, json_content(dict(ids), merges))
-    if other in ("ids", "both"):
-        ids |= {"a": ids["b"], "b": ids["a"]}
-    if other in ("merges", "both"):
-        merges = merges[:-1]
-    if other == "more tokens":
-        ids["<pad>"] = len(ids)
-    if other == "fewer tokens":
-        del ids["a"]
-    write_pair(tmp_path, ids, merges)
-    line = error_of(load_tokenizer, tmp_path)
-    assert line.startswith(f"{tmp_path / 'tokenizer.json'} contradicts vocab.json and merges.txt")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "merges.txt"])

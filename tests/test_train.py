@@ -117,9 +117,9 @@ def pretrain_settings(**values):
     return settings(**{**default, **values})
 
 
-def run_stage(out, s, name="stage", micro_batch_size=8, **kwargs):
+def run_stage(out, s, name="stage", micro_batch_tokens=600, **kwargs):
     """Train a stage and return its directory."""
-    train.run_stage(name, s, out, micro_batch_size, CPU, **kwargs)
+    train.run_stage(name, s, out, micro_batch_tokens, CPU, **kwargs)
     return out / name
 
 
@@ -239,6 +239,8 @@ def hub(tmp_path, monkeypatch):
         (folder / "refs" / "main").write_text("abc")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    gpt2 = SimpleNamespace(n_vocab=50257)  # of which only the size counts here
+    monkeypatch.setattr("data.tokenizer.tiktoken.get_encoding", lambda name: gpt2)
 
 
 def preset_settings(stage, model):
@@ -273,7 +275,7 @@ def test_preset_is_that_of_the_paper(hub, capsys, stage, model):
 
 def test_minillms_optimizer_is_as_released_and_there_is_no_prompt(student, teacher):
     s = minillm_settings(student, teacher, beta2=0.95, weight_decay=1e-6)
-    run = train.build(s, few_steps(8), TOKENIZER, 8, CPU)
+    run = train.build(s, few_steps(8), TOKENIZER, 600, CPU)
     assert {group["betas"] for group in run.optimizer.param_groups} == {(0.9, 0.95)}
     assert [group["weight_decay"] for group in run.optimizer.param_groups] == [1e-6, 0.0]
     assert run.P is None
@@ -303,7 +305,7 @@ def test_steps_of_a_preset_on_dolly(hub, stage, model, n_steps):
 
 
 def test_a_stage_has_the_papers_optimizers_for_student_and_prompt(student, teacher):
-    run = train.build(promptkd_settings(student, teacher), few_steps(16), TOKENIZER, 8, CPU)
+    run = train.build(promptkd_settings(student, teacher), few_steps(16), TOKENIZER, 600, CPU)
     for optimizer, parameters in (
         (run.optimizer, list(run.student.parameters())),
         (run.prompt_optimizer, [run.P]),
@@ -319,7 +321,7 @@ def test_a_stage_has_the_papers_optimizers_for_student_and_prompt(student, teach
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_dropout_is_the_students_only_and_the_teacher_is_frozen(student, teacher, dropout):
     s = promptkd_settings(student, teacher, dropout=dropout)
-    run = train.build(s, few_steps(16), TOKENIZER, 8, CPU)
+    run = train.build(s, few_steps(16), TOKENIZER, 600, CPU)
     modules = [module for module in run.student.modules() if isinstance(module, torch.nn.Dropout)]
     assert {module.p for module in modules} == {dropout}
     assert {block.attn.dropout for block in run.student.h} == {dropout}
@@ -333,7 +335,7 @@ def test_dropout_is_the_students_only_and_the_teacher_is_frozen(student, teacher
 )
 def test_prompt_is_initialized_from_the_teachers_embeddings(student, teacher, init, length):
     s = promptkd_settings(student, teacher, prompt_init=init, prompt_length=length)
-    run = train.build(s, few_steps(16), TOKENIZER, 8, CPU)
+    run = train.build(s, few_steps(16), TOKENIZER, 600, CPU)
     tokens = TOKENIZER.encode("Suppose you are a student.")
     n = length or len(tokens)
     assert run.P.shape == (n, 24)
@@ -389,8 +391,9 @@ def plan(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     planned = []
 
-    def run_stage(name, s, out, micro_batch_size, device, paper, keep, save_every):
-        fields = {"micro_batch_size": micro_batch_size, "keep": keep, "save_every": save_every}
+    def run_stage(name, s, out, micro_batch_tokens, device, paper, keep, save_every):
+        fields = {"micro_batch_tokens": micro_batch_tokens, "keep": keep}
+        fields["save_every"] = save_every
         planned.append(SimpleNamespace(name=name, settings=s, paper=paper, **fields))
         best = tmp_path / out / name / "best"
         if s.method == "pretrain":
@@ -557,7 +560,7 @@ def test_every_method_runs_the_demo_and_shares_its_stages_with_promptkd(plan, me
     [
         ("--student gpt2", ["teacher xl", "init base", "promptkd base"]),
         (
-            "--student gpt2-medium --seed 11 --micro-batch 2",
+            "--student gpt2-medium --seed 11 --micro-batch-tokens 1000",
             ["teacher xl", "init medium", "promptkd medium"],
         ),
         ("--method sft --student gpt2-large", ["sft large"]),
@@ -661,13 +664,42 @@ def test_different_prompt_texts_have_different_names(plan):
     assert len(set(names(planned))) == 2
 
 
-def test_rows_and_micro_batch_size_apply_to_every_stage(plan):
-    planned = plan("--student gpt2 --train-rows 100 --dev-rows 20 --micro-batch 3")
+def test_rows_and_micro_batch_tokens_apply_to_every_stage(plan):
+    planned = plan("--student gpt2 --train-rows 100 --dev-rows 20 --micro-batch-tokens 300")
     assert len(planned) == 3
     for stage in planned:
         s = stage.settings
-        assert (s.max_train_rows, s.max_dev_rows, stage.micro_batch_size) == (100, 20, 3)
+        assert (s.max_train_rows, s.max_dev_rows, stage.micro_batch_tokens) == (100, 20, 300)
         assert "100rows" in stage.name  # another number of rows is another stage
+    assert {stage.micro_batch_tokens for stage in plan("--student gpt2")} == {None}
+
+
+@pytest.mark.parametrize(
+    "stage, student, n_tokens",
+    [
+        ("teacher", "gpt2-xl", 1024),
+        ("kd", "gpt2-large", 2048),
+        ("promptkd", "gpt2", 2048),
+        ("promptkd", "gpt2-xl", 1024),
+    ],
+)
+def test_default_micro_batch_tokens_depend_on_the_students_size(hub, stage, student, n_tokens):
+    assert stages.default_micro_batch_tokens(preset_settings(stage, student)) == n_tokens
+
+
+def test_a_stage_without_a_number_of_tokens_has_the_default(tmp_path, student, monkeypatch):
+    """Also a pre-training, whose student is a shape and no model."""
+    seen, build = [], train.build
+
+    def recording_build(*arguments):
+        seen.append(build(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(train, "build", recording_build)
+    for s in (settings(student=str(student)), pretrain_settings(block_size=32)):
+        s = replace(s, steps=1, max_dev_rows=2, metric_for_best="loss")
+        run_stage(tmp_path, s, name=s.method, micro_batch_tokens=None)
+    assert [run.micro_batch_tokens for run in seen] == [2048, 2048]
 
 
 def test_other_data_is_in_the_names_of_all_stages(plan, tmp_path):
@@ -767,7 +799,8 @@ def test_a_command_that_cannot_run_ends_with_status_2_and_one_line(
         ("--prompt-length", "0"),
         ("--prompt-init", "zeros"),
         ("--prompt-kl", "both"),
-        ("--micro-batch", "0"),
+        ("--micro-batch-tokens", "0"),
+        ("--micro-batch", "8"),  # the option of before, in rows: not an abbreviation
         ("--method", "guess"),
         ("--seed", "-1"),
     ],
@@ -976,7 +1009,7 @@ def test_kept_checkpoints_are_evenly_spaced_and_the_last_step_is_one(
     tmp_path, student, no_validation, keep, steps
 ):
     s = settings(student=str(student), steps=6)
-    directory = run_stage(tmp_path, s, micro_batch_size=16, keep=keep)
+    directory = run_stage(tmp_path, s, micro_batch_tokens=1200, keep=keep)
     kept = sorted((directory / "kept").glob("*"))
     assert [path.name for path in kept] == [f"step-{step:06d}" for step in steps]
     if keep:
@@ -1052,7 +1085,7 @@ def stop_before_the_end(patch, method):
 def options_for(method, student, teacher):
     """36 rows, 16 per step: two steps per epoch, so validations after steps 2, 4 and 6."""
     options = f"--method {method} --data demo --steps 6 --global-batch 16 --dropout 0.2 "
-    options += "--micro-batch 5 --lr 0.01 --dev-rows 4"
+    options += "--micro-batch-tokens 380 --lr 0.01 --dev-rows 4"
     if method == "minillm":
         options += f" --global-batch 8 --lm-data {demo_texts()[0]}"
     if method == "promptkd":
@@ -1670,7 +1703,9 @@ def run_on_ranks(n, out, commands, uneven):
 def by_ranks(tmp_path_factory, student, teacher):
     """Every method's whole command on one, two and four ranks: the directory that each leaves, and
     what was printed. On one and two ranks the methods that sample also have uneven responses."""
-    common = "--data demo --steps 2 --global-batch 16 --dropout 0 --micro-batch 3 --lr 0.01"
+    common = (
+        "--data demo --steps 2 --global-batch 16 --dropout 0 --lr 0.01 --micro-batch-tokens 240"
+    )
     start, init = f"--student {student}", f"--init {student}"
     taught = f"--sft-teacher {teacher}"
     methods = {

@@ -61,7 +61,7 @@ def plan_commands(data_dir, steps):
     dist.shutdown = lambda: None  # the ranks stay together for the next command
     data.prepare.DATA_DIR = data_dir
     options = ["--data", "demo", "--out", "out", "--keep", "3", "--save-every", "3"]
-    options += ["--micro-batch", "5", "--dev-rows", "4"]
+    options += ["--micro-batch-tokens", "240", "--dev-rows", "4"]
     text = ["--lm-data", str(data_dir / "demo" / "pretrain.jsonl")]
     return [
         ["--method", "seqkd", *options],
