@@ -421,11 +421,11 @@ def run_stage(name, s, out, micro_batch_tokens, device, paper=None, keep=0, save
     validations.
     """
     directory = Path(out) / name
-    micro_batch_tokens = micro_batch_tokens or stages.default_micro_batch_tokens(s)
     with stages.open_stage(directory, asdict(s), stages.data_files(s), paper) as record:
         if record.get("complete"):
             print0(f"{directory}: complete, skipped")
             return str(directory)
+        micro_batch_tokens = micro_batch_tokens or stages.default_micro_batch_tokens(s)
         with stages.explain_memory(directory, micro_batch_tokens):
             runs.reset_peak_memory(device)
             data = stages.load_data(s)

@@ -3,7 +3,6 @@
 import math
 
 import torch
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from data import dist
 
@@ -18,13 +17,13 @@ def adamw(parameters, s, sharded=False):
     part (ZeRO stage 1, Rajbhandari et al. 2020). The bits are those of plain AdamW.
     """
     parameters = list(parameters)
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1]},
-        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    matrices = {"params": [p for p in parameters if p.ndim > 1]}
+    others = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}
+    groups = [group for group in (matrices, others) if group["params"]]
     kwargs = {"betas": (0.9, s.beta2), "weight_decay": s.weight_decay, "fused": True}
     if sharded and dist.world_size() > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second
+
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **kwargs)
     return torch.optim.AdamW(groups, **kwargs)
 
@@ -35,7 +34,7 @@ def optimizer_state(optimizer):
     Tensors pass one by one: ZeRO's own consolidate_state_dict takes minutes and GPU memory.
     """
     state = torch.optim.Optimizer.state_dict(optimizer)
-    if not isinstance(optimizer, ZeroRedundancyOptimizer):
+    if isinstance(optimizer, torch.optim.AdamW):  # not sharded
         return state
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     shard, rank = optimizer.optim.state, dist.rank()  # {parameter: {name: tensor}}
@@ -56,7 +55,7 @@ def optimizer_state(optimizer):
 def load_optimizer_state(optimizer, state):
     """Load a state on the CPU that any number of ranks saved. Changes `state`."""
     optimizer.load_state_dict(state)
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
+    if not isinstance(optimizer, torch.optim.AdamW):  # sharded
         optimizer.state.clear()  # a second copy: the inner optimizer has its own
         for p, values in optimizer.optim.state.items():
             values["step"] = values["step"].to(p.device)  # fused AdamW needs it there

@@ -17,6 +17,7 @@ from test_train import (  # noqa: F401
     CPU,
     STUDENT,
     TOKENIZER,
+    change_weights,
     metrics,
     minillm_settings,
     no_validation,
@@ -31,16 +32,9 @@ from test_train import (  # noqa: F401
 import train
 from data import runs
 from data.paper import PROMPT
-from model import load, save
+from model import load
 
 CHANGED = "is not what it was made with: its content has changed; choose another --out, or"
-
-
-def changed_weights(directory):
-    """Add to one weight of a checkpoint."""
-    model = load(directory)
-    model.wte.weight.data[0, 0] += 1
-    save(model, directory)
 
 
 def copy_of(model, path):
@@ -67,7 +61,7 @@ def test_a_model_that_was_replaced_is_noticed(tmp_path, models, no_validation, c
     else:
         interrupt(tmp_path / "out", s, stop_step=1, save_every=1)
     source = small if changed == "student" else wide
-    changed_weights(source)
+    change_weights(source)
     message = error_of(train.run_stage, "stage", s, tmp_path / "out", 1000, CPU)
     assert message == f"{tmp_path / 'out' / 'stage'}: {changed} ({source}) {CHANGED} remove it"
 

@@ -84,6 +84,13 @@ def teacher(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("models") / "wide", TEACHER, TOKENIZER)
 
 
+def change_weights(directory):
+    """Add to one weight of a checkpoint."""
+    model = load(directory)
+    model.wte.weight.data[0, 0] += 1
+    save(model, directory)
+
+
 def demo_rows(name):
     return read_rows(data.prepare.DATA_DIR / "demo" / f"{name}.jsonl")
 
@@ -1448,9 +1455,7 @@ def test_seqkds_sampling_resumes_after_an_interruption(tmp_path, seqkd, built):
 def test_the_responses_of_another_teacher_under_the_same_name_are_refused(tmp_path, seqkd):
     other = write_checkpoint(tmp_path / "wide", TEACHER, TOKENIZER)
     before = files(seqkd.out)
-    model = load(other)
-    model.wte.weight.data[0, 0] += 1
-    save(model, other)
+    change_weights(other)
     with pytest.raises(InputError, match="responses-wide-demo: student .* its content has changed"):
         main(seqkd.out, *seqkd.options, "--sft-teacher", other)
     assert files(seqkd.out) == before
