@@ -10,11 +10,9 @@ from data.threads import configure_threads
 
 configure_threads()  # before torch is imported
 
-import argparse
 import hashlib
 import itertools
 import json
-import math
 import statistics
 from contextlib import suppress
 from dataclasses import dataclass
@@ -112,14 +110,14 @@ class Column:
     as_in_paper: bool = False
 
 
-def open_columns(names, limit=None, bans=()):
-    """Columns of data sets {label: Column}, and averages over sets {label: labels of columns}.
+def open_columns(names, limit=None, ban=None):
+    """Columns of data sets {label: Column}, and their average {"average": labels of columns}.
 
     names: public sets, directories, or "demo" for the demo's five sets. limit: only so many rows of
-    each. bans: the lengths of the n-grams to ban; several give each set a column per ban. Default:
-    as in the paper. Raises InputError if two different sets have the same label.
+    each. ban: the length of the n-grams to ban, 0 for no ban; None: as in the paper. Raises
+    InputError if two different sets have the same label.
     """
-    paths, columns, averages = {}, {}, {}
+    paths, columns = {}, {}
     for label, name in zip(unique_labels(names), names):
         data_dir = dist.run_on_rank0(find_data_dir, name)
         found = {label: data_dir}
@@ -132,23 +130,14 @@ def open_columns(names, limit=None, bans=()):
         rows = read_rows(path / "test.jsonl", limit)
         print_unscorable(name, [row.references for row in rows])
         is_public = name in PUBLIC_SETS and name in names
+        paper_ban = paper.BANNED_NGRAM if is_public else 0
+        n = paper_ban if ban is None else ban
         all_rows = is_public and len(rows) == paper.PAPER_SETS[name]
-        for ban in bans or [paper.BANNED_NGRAM if is_public else 0]:
-            note = f", ban {ban}" if ban else ", no ban"
-            suffix = note if len(bans) > 1 else ""
-            columns[name + suffix] = Column(name, rows, ban, all_rows and ban == paper.BANNED_NGRAM)
-            averages.setdefault(f"average{suffix}", []).append(name + suffix)
-    return columns, averages
+        columns[name] = Column(name, rows, n, all_rows and n == paper_ban)
+    return columns, {"average": list(columns)}
 
 
 # ---- kept responses: on disk, with all that they depend on -----------------------------------
-def response_path(response_dir, label, column, seed):
-    """The file of a model's responses, one JSON object per line, that --score can read."""
-    label = label.removesuffix(UNFINISHED).strip("/")
-    suffix = f"-ngram{column.ban}" if column.ban else ""
-    return response_dir / label / f"{column.set_name.strip('/')}-s{seed}{suffix}.jsonl"
-
-
 def write_kept(path, provenance, results):
     """Keep responses and, in a .json beside them, their provenance and their hash."""
     write_atomic(path, "".join(json.dumps(result) + "\n" for result in results))
@@ -180,7 +169,8 @@ def evaluate_models(
     same form the files of the responses.
 
     models: {label: name of a model}. columns: {label: Column}. response_dir: where responses are
-    kept, and read if they have the same provenance; default: they are not kept.
+    kept, in files that --score can read, and used again if they have the same provenance; default:
+    they are not kept.
     """
     scores = {label: {column: [] for column in columns} for label in models}
     paths = {label: {column: [] for column in columns} for label in models}
@@ -191,10 +181,11 @@ def evaluate_models(
         for label, name in models.items():
             model = None  # loaded when responses are missing
             model_id = dist.run_on_rank0(model_hash, name) if response_dir else None
+            directory = response_dir and response_dir / label.removesuffix(UNFINISHED).strip("/")
             for (column, c), seed in itertools.product(columns.items(), seeds):
                 kwargs = {"no_repeat_ngram": c.ban} | sampling_kwargs
                 provenance = {"model": model_id, "data": data[column], "seed": seed} | kwargs
-                path = response_dir and response_path(response_dir, label, c, seed)
+                path = directory and directory / f"{c.set_name.strip('/')}-s{seed}.jsonl"
                 results = dist.run_on_rank0(read_kept, path, provenance) if path else None
                 if results is not None:
                     bar.total -= len(c.rows)
@@ -226,72 +217,50 @@ def add_averages(scores, averages):
 
 
 # ---- Table 1 ---------------------------------------------------------------------------------
-def best_and_ties(scores, sizes):
-    """The best of each size in each column and what ties with it: {column: labels}.
-
-    A tie is worse by at most the standard deviation of the difference; one seed gives no best.
-    scores: {label: {column: [score per seed]}}. sizes: {label: parameters} of those to compare.
-    """
-    found = {}
-    for column, label in itertools.product(next(iter(scores.values())), sizes):
-        rivals = [scores[other][column] for other in sizes if sizes[other] == sizes[label]]
-        ours, best = scores[label][column], max(rivals, key=statistics.fmean)
-        if len(rivals) > 1 and len(ours) > 1:
-            difference = statistics.fmean(best) - statistics.fmean(ours)
-            if difference <= math.hypot(report.std(ours), report.std(best)):
-                found.setdefault(column, []).append(label)
-    return found
-
-
 def table_1(args, device):
     """Evaluate models. Print, write and plot Table 1 and what else is asked for."""
     out, models = Path(args.out), open_models(args.models)
     groups = group_runs(models, args.by) if args.by else {}
     data = {model.record["settings"].get("data") for model in models.values() if model.record}
     sets = args.data or (["demo"] if data == {"demo"} else PUBLIC_SETS)
-    columns, averages = open_columns(sets, args.rows, dict.fromkeys(args.no_repeat_ngram or ()))
+    columns, averages = open_columns(sets, args.rows, args.no_repeat_ngram)
     sampling = {name: getattr(args, name) for name in (*paper.PAPER_SAMPLING, "dtype")}
     names, kept = {label: model.name for label, model in models.items()}, out / "responses"
-    results = evaluate_models(names, columns, args.seeds, device, kept, args.batch, **sampling)
+    options = args.seeds, device, kept, args.batch
+    scores, paths = evaluate_models(names, columns, *options, **sampling)
     if dist.rank() > 0:
         return
-    scores, paths = results
     scores, reported = add_averages(scores, averages), {}
     if paper.PAPER_SAMPLING.items() <= sampling.items():
         for label, m in models.items():
             reported[label] = paper.paper_reported(m.paper, columns, averages)
-    rivals = {label: m.size for label, m in models.items() if m.kind not in ("teacher", "pretrain")}
-    content = {"paper": reported, "best": best_and_ties(scores, rivals)}
-    content |= {"settings": vars(args), "responses": paths}
-    write_table_1(out, models, columns, averages, scores, content)
+    content = {"settings": vars(args), "scores": scores, "paper": reported, "responses": paths}
+    content["no_repeat_ngram"] = {label: column.ban for label, column in columns.items()}
+    write_table_1(out, content)
 
-    average, averaged = next(iter(averages.items()))
-    over = f"average over {', '.join(averaged)}"
-    means = {label: by_column[average] for label, by_column in scores.items()}
-    bars = {label: means[label] for label in rivals}
+    over = f"average over {', '.join(columns)}"
+    means = {label: by_column["average"] for label, by_column in scores.items()}
+    bars = {m: means[m] for m in models if models[m].kind not in ("teacher", "pretrain")}
     lines = {m: statistics.fmean(means[m]) for m in models if models[m].kind == "teacher"}
     print(report.plot_bars(out / "figure1.png", bars, lines, f"Figure 1: {over}"))
     if args.by:
         title = f"ROUGE-L by {' and '.join(args.by)}, {over}"
         report.write_group_table(out, args.by, groups, means, title)
     if args.samples:
-        label, column = next(iter(columns.items()))
-        first = {model: by_column[label][0] for model, by_column in paths.items()}
-        report.write_samples(out, args.samples, column.set_name, column.rows, first)
+        name, column = next(iter(columns.items()))
+        first = {label: by_column[name][0] for label, by_column in paths.items()}
+        report.write_samples(out, args.samples, name, column.rows, first)
 
 
-def write_table_1(out, models, columns, averages, scores, content):
-    """Print and write Table 1. content: what its JSON has besides."""
-    bans = {label: column.ban for label, column in columns.items()}
-    content |= {"no_repeat_ngram": bans, "models": {}, "scores": {}, "averages": {}}
-    for label, m in models.items():
-        content["models"][label] = {"name": m.name, "kind": m.kind, "parameters": m.size}
-        content["scores"][label] = {column: scores[label][column] for column in columns}
-        content["averages"][label] = {average: scores[label][average] for average in averages}
-    table = report.score_table(scores, content["paper"], content["best"])
-    banned = ", ".join(f"{label} {ban or 'no'}" for label, ban in bans.items())
+def write_table_1(out, content):
+    """Print and write Table 1. content: that of its JSON file."""
+    bans = content["no_repeat_ngram"].items()
     seeds = " ".join(map(str, content["settings"]["seeds"]))
-    notes = [*report.legend(table), f"seeds {seeds}; repeated n-grams banned: {banned}"]
+    banned = ", ".join(f"{column} {ban or 'no'}" for column, ban in bans)
+    notes = [f"seeds {seeds}; repeated n-grams banned: {banned}"]
+    if any(content["paper"].values()):
+        notes.append("in brackets: the paper's scores")
+    table = report.score_table(content["scores"], content["paper"])
     title = "Table 1: ROUGE-L, mean ± standard deviation over seeds"
     report.write_table(out, "table1", title, table, notes, content)
 
@@ -320,13 +289,12 @@ def table_2(names, out):
     if not costs:
         raise InputError("none of the directories has a run.json; name runs, as in: --cost out/*/")
     costs = {label: costs[label] for label in sorted(costs, key=order.get)}
-    fields = [field for field in paper.COSTS if any(field in c["measured"] for c in costs.values())]
-    table = [["cost", *(paper.COSTS[field] for field in fields)]]
+    table = [["cost", *paper.COSTS.values()]]
     for label, run in costs.items():
         ours = {field: f"{value:.2f}" for field, value in run["measured"].items()}
         for field in ours.keys() & run["paper"].keys():
             ours[field] += f" ({run['paper'][field]:.2f})"
-        table.append([label, *(ours.get(field, "-") for field in fields)])
+        table.append([label, *(ours.get(field, "-") for field in paper.COSTS)])
     note = "memory: the peak on one rank; in brackets: the paper's, of a run that is one of its own"
     report.write_table(out, "table2", "Table 2: memory and time", table, [note], {"costs": costs})
 
@@ -336,73 +304,59 @@ def group_runs(models, fields):
 
     A field is a setting or another field of run.json. Raises InputError if no run has it.
     """
-    runs = {label: m.record["settings"] | m.record for label, m in models.items() if m.record}
-    known = set().union(*runs.values()) - {"settings"}
-    for field in fields:
-        if field not in known:
-            options = ", ".join(sorted(known)) or "no runs"
-            raise InputError(f"--by {field}: no run named has this field; there are {options}")
-    groups = {}
-    for label, run in runs.items():
-        values = [run.get(field) for field in fields]
-        if any(value is not None for value in values):
-            values = tuple(json.dumps(v) if isinstance(v, list | dict) else v for v in values)
-            groups.setdefault(values, []).append(label)
-        else:
-            print0(f"{label}: has no {' or '.join(fields)}, left out of the groups")
+    groups, known = {}, set()
+    for label, m in models.items():
+        if m.record:
+            fields_of_run = (m.record["settings"] | m.record).items()
+            run = {name: value for name, value in fields_of_run if not isinstance(value, dict)}
+            known |= run.keys()
+            groups.setdefault(tuple(map(run.get, fields)), []).append(label)
+    if unknown := [field for field in fields if field not in known]:
+        options = ", ".join(sorted(known)) or "no runs"
+        raise InputError(f"--by {unknown[0]}: no run named has this field; there are {options}")
 
-    def sort_key(values):  # numbers, then strings, then what is missing
-        return [(v is None, isinstance(v, str), v) for v in values]
+    def sort_key(group):  # what is missing comes last
+        return [(value is None, value) for value in group[0]]
 
-    return {values: groups[values] for values in sorted(groups, key=sort_key)}
+    return dict(sorted(groups.items(), key=sort_key))
 
 
 # ---- the command -----------------------------------------------------------------------------
 def print_file_score(args):
-    """Print the ROUGE-L of a file of responses, and write it row by row to --json."""
+    """Print the ROUGE-L of a file of responses."""
     responses = [text_field(row, "text", place) for place, row in read_jsonl(args.score)]
     references = [references_field(row, place) for place, row in read_jsonl(args.references)]
     scores = rouge_l(responses, references)
     print_unscorable(args.references, references)
-    mean = statistics.fmean(scores)
-    print(f"ROUGE-L {mean:.4f} over {len(scores)} rows")
-    if args.json:
-        write_atomic(args.json, json.dumps({"rouge_l": mean, "rows": scores}) + "\n")
+    print(f"ROUGE-L {statistics.fmean(scores):.4f} over {len(scores)} rows")
 
 
 def parse_args(argv):
     """Parse and check the command line. Raises InputError if options do not go together."""
     description = "ROUGE-L of models or of a file of responses; memory and hours of runs."
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=description)
+    parser = cli.ArgumentParser("evaluate.py", description=description)
     add, positive = parser.add_argument, number_in_range(int, 1, 10**6)
     add("models", nargs="*", metavar="RUN|MODEL", help="directories, official names or hub ids")
     help = f"{', '.join(PUBLIC_SETS)}, demo or directories (default: demo for its runs, or public)"
     add("--data", nargs="+", metavar="SET|DIR", help=help)
     add("--seeds", nargs="+", type=number_in_range(int, 0, 2**32), default=[10, 20, 30, 40, 50])
     add("--rows", type=number_in_range(int, 1, 10**9), help="only the first N rows of each set")
-    help = f"no N-gram twice; several: a column each (default: {paper.BANNED_NGRAM} on public sets)"
-    add("--no-repeat-ngram", nargs="+", type=number_in_range(int, 0, 100), metavar="N", help=help)
     add("--batch", type=positive, help="rows sampled at once (default: what fits; 64 on a CPU)")
     add("--out", default="out/evaluation", metavar="DIR", help="tables and plots go here")
     add("--samples", type=positive, metavar="N", help="Table 6: all responses to N requests")
-    add("--by", nargs="+", metavar="FIELD", help="also by one or two settings, as in reg_weight")
+    add("--by", nargs="+", metavar="FIELD", help="also by settings, as in reg_weight")
     add("--cost", action="store_true", help="Table 2: memory and hours of runs; runs no model")
     add("--score", metavar="RESPONSES", help="score these responses (JSON lines with 'text')")
     add("--references", metavar="TEST", help="with --score: the data file with their 'output'")
-    add("--json", metavar="FILE", help="with --score: the scores of all rows go here")
     add_decoding_options(parser)
     add_precision_option(parser)
-    args = cli.parse_arguments(parser, argv)
+    args = parser.parse_args(argv)
     if bool(args.score) != bool(args.references) or (args.score and args.models):
         raise InputError("--score RESPONSES.jsonl goes with --references TEST.jsonl without models")
     if args.score:
         return args
-    if args.json:
-        raise InputError("--json goes with --score; of models, --out DIR has a table1.json")
     if not args.models:
         raise InputError("name at least one run or model, as in: evaluate.py gpt2 --data dolly")
-    if args.by and len(args.by) > 2:
-        raise InputError(f"--by takes one or two fields, not {len(args.by)}")
     cli.check_output_dir(args.out)
     args.seeds = list(dict.fromkeys(args.seeds))
     return args

@@ -18,13 +18,11 @@ from data.threads import configure_threads
 
 configure_threads()  # before torch is imported
 
-import argparse
 import itertools
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from data import cli, dist
 from data.cli import InputError
@@ -32,7 +30,7 @@ from data.dist import print0
 from data.models import find_model, load_model
 from data.options import add_precision_option, number_in_range
 from data.prepare import find_data_dir
-from data.report import MIN_ALIVE, last_reliable_step, plot_steps, plot_training, write_figure
+from data.report import MIN_ALIVE, last_reliable_step, write_figure
 from data.rows import MAX_NEW_TOKENS, Example, encode_request, micro_batches, read_rows
 from data.runs import checkpoints, unique_labels
 from data.tokenizer import check_same_vocabulary
@@ -54,9 +52,7 @@ def kl_by_step(p, q, requests, responses, micro_batch_tokens=4096, dtype="float3
     device = p.wte.weight.device
     examples = [Example(i, x, y) for i, (x, y) in enumerate(zip(requests, responses))]
     results = [None] * len(examples)
-    batches = micro_batches(examples, micro_batch_tokens, device)
-    # disable=None: there is a bar if this is a terminal
-    for batch in tqdm(batches, desc="scoring", leave=False, disable=dist.rank() > 0 or None):
+    for batch in micro_batches(examples, micro_batch_tokens, device):
         positions = batch.response_positions
         with precision(device, dtype):
             p_logits = p.logits(p(batch.ids, output_positions=positions))  # (N, V)
@@ -176,7 +172,9 @@ def write_figure_3a(teacher, students, settings, out):
     for label, student in students.items():
         series[label] = teacher.measure(student, label, teacher.args.steps)
         print_point(label, series[label], min(REPORT_STEP, last_reliable_step(series[label])))
-    print0(dist.run_on_rank0(write_figure, out, "student", series, settings, plot_steps))
+    title = "Exposure bias over generation steps"
+    xlabel = f"generation step l, while at least {100 * MIN_ALIVE:.0f} % of the responses are alive"
+    print0(dist.run_on_rank0(write_figure, out, "student", series, settings, "l", title, xlabel))
 
 
 def write_figure_3b(teacher, runs, settings, out):
@@ -188,20 +186,20 @@ def write_figure_3b(teacher, runs, settings, out):
             curves[run, step] = teacher.measure(student, f"{run}, step {step:,}", max_l)
     l = min(map(last_reliable_step, curves.values()))
     if l < max_l:
-        few = f"fewer than {100 * MIN_ALIVE:.0f} % of the responses are alive"
-        print0(f"at l = {l}, not {max_l}: beyond it {few} at some checkpoint")
+        print0(f"at l = {l}, not {max_l}: too few responses are alive beyond it at some checkpoint")
     for (run, step), columns in curves.items():
         point = {"step": step, "percent": 100 * step / max(runs[run])}
         point |= print_point(f"{run}, step {step:,}", columns, l)
         for name, value in point.items():
             series.setdefault(run, {}).setdefault(name, []).append(value)
-    print0(dist.run_on_rank0(write_figure, out, "run", series, settings, plot_training))
+    title = f"Exposure bias along training, at generation step l = {l}"
+    xlabel = "optimizer step (% of the best one)"
+    print0(dist.run_on_rank0(write_figure, out, "run", series, settings, "percent", title, xlabel))
 
 
 def parse_args(argv):
-    description = "Exposure bias of students (ExAccErr): over generation steps and along training."
-    kwargs = {"description": description, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(prog="exposure_bias.py", **kwargs)
+    help = "Exposure bias of students (ExAccErr): over generation steps and along training."
+    parser = cli.ArgumentParser("exposure_bias.py", description=help, allow_abbrev=False)
     positive, length = number_in_range(int, 1, 10**6), number_in_range(int, 1, MAX_NEW_TOKENS)
     add = parser.add_argument
     add("--teacher", required=True, metavar="MODEL", help="fine-tuned: run, directory or hub id")
@@ -217,7 +215,7 @@ def parse_args(argv):
     add("--micro-batch-tokens", type=positive, default=4096, metavar="N", help=help)
     add("--out", default="out/exposure_bias", metavar="DIR", help="tables and plots go here")
     add_precision_option(parser, "float32")
-    args = cli.parse_arguments(parser, argv)
+    args = parser.parse_args(argv)
     if not args.students and not args.along:
         raise InputError("name --students RUN|MODEL... for Figure 3a, or --along RUN... for 3b")
     return args
@@ -237,8 +235,6 @@ def main(argv=None):
     for student in itertools.chain(args.students, *(steps.values() for steps in kept)):
         check_same_vocabulary(args.teacher, student, tokenizer, find_model(student)[1])
     settings = vars(args) | {"requests": len(rows)}
-    for name in ("out", "batch", "micro_batch_tokens"):  # batch sizes change the speed only
-        del settings[name]
     fix = "lower --batch or --micro-batch-tokens, or use smaller models"
     with cli.explain_out_of_memory(f"students of {args.teacher} on {args.data}", fix):
         teacher = Teacher(p, tokenizer, rows, args)

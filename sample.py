@@ -5,7 +5,6 @@ from data.threads import configure_threads
 
 configure_threads()  # before torch is imported
 
-import argparse
 import json
 import sys
 import zlib
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from data import dist
 from data import rows as data_rows
-from data.cli import InputError, parse_arguments, run_command_line
+from data.cli import ArgumentParser, InputError, run_command_line
 from data.models import load_model
 from data.options import add_decoding_options, add_precision_option, number_in_range
 from model import KVCache, packed_weights, precision
@@ -38,7 +37,7 @@ def sample(
     temperature=1.0,
     top_k=0,
     top_p=1.0,
-    no_repeat_ngram=0,
+    no_repeat_ngram=None,
     P=None,
     teacher_mix=None,
     dtype="float32",
@@ -46,7 +45,7 @@ def sample(
     """Responses y ~ q(· | x) to a batch of B requests of any lengths, decoded together.
 
     uniforms: random numbers (B, max_new_tokens) from `row_uniforms`, or None for greedy decoding.
-    no_repeat_ngram: n of the n-grams that may not repeat, 0 for no ban. P: a soft prompt
+    no_repeat_ngram: n of the n-grams that may not repeat, 0 or None for no ban. P: a soft prompt
     (prompt_length, C) in front of every request; not together with teacher_mix. teacher_mix:
     (teacher, α), to sample each token from the mixture (1 - α) q(· | x, y_<t) + α p(· | x, y_<t)
     (MiniLLM, section 2.2). dtype: as in `precision`.
@@ -282,7 +281,7 @@ def decode_response(response, tokenizer):
 
 def parse_args(argv):
     help = "Let a model respond to an instruction, or to a file of them."
-    parser = argparse.ArgumentParser(prog="sample.py", description=help)
+    parser = ArgumentParser("sample.py", description=help)
     option = parser.add_argument
     help = "a run or checkpoint directory, an official name such as gpt2-xl, or a hub id owner/name"
     option("model", help=help)
@@ -292,11 +291,9 @@ def parse_args(argv):
     option("--prompt", metavar="FILE", help="a soft prompt: prompt.safetensors or its directory")
     option("--json", action="store_true", help="JSON lines with tokens and log-probabilities")
     option("--seed", type=number_in_range(int, 0, 2**32), default=10)
-    ngram, help = number_in_range(int, 0, 100), "no N-gram twice in request and response (0: off)"
-    option("--no-repeat-ngram", type=ngram, default=0, metavar="N", help=help)
     add_decoding_options(parser)
     add_precision_option(parser)
-    args = parse_arguments(parser, argv)
+    args = parser.parse_args(argv)
     if (args.instruction is None) == (args.file is None) or (args.file and args.input):
         raise InputError("give either --instruction TEXT, perhaps with --input, or --file FILE")
     return args

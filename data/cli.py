@@ -1,5 +1,6 @@
 """What every command needs: one-line errors, the command line, atomic writes."""
 
+import argparse
 import errno
 import io
 import json
@@ -33,10 +34,11 @@ def is_launched():
     return is_one_of_several or torch.distributed.is_torchelastic_launched()
 
 
-def launched_rank():
-    """This process's rank as its launcher set it, 0 without a launcher."""
-    rank = os.environ.get("RANK", "").strip()
-    return int(rank) if is_launched() and rank.isdecimal() else 0
+class ArgumentParser(argparse.ArgumentParser):
+    """Reports a mistake in one line, and by one of several ranks (see `run_command_line`)."""
+
+    def error(self, message):
+        raise InputError(f"{message}; see --help")
 
 
 def run_command_line(main):
@@ -59,7 +61,7 @@ def run_command_line(main):
     except (InputError, OSError) as error:
         # Under torchrun all ranks tend to fail with the same error. Rank 0 reports it and exits
         # first, which ends the others. A rank that is still here later has an error of its own.
-        if launched_rank() > 0:
+        if launched and os.environ.get("RANK", "").strip() not in ("", "0"):
             time.sleep(5)
         # One write, so that lines of several ranks don't mix.
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
@@ -150,17 +152,6 @@ def explain_out_of_memory(location, fix):
         # The frames hold the tensors that took the memory. The message needs a little of it.
         traceback.clear_frames(reason.__traceback__)
         raise InputError(f"{location}: out of memory; {fix}") from None
-
-
-def parse_arguments(parser, argv):
-    """Parse a command line. Of several ranks only rank 0 prints how the command is used."""
-
-    def raise_error(message):
-        raise InputError(message)
-
-    if launched_rank() > 0:
-        parser.error = raise_error
-    return parser.parse_args(argv)
 
 
 def check_output_dir(path, option="--out", fix="choose another"):

@@ -87,8 +87,6 @@ def hub_path(name):
 
 def _find_token():
     """The user's token for the hub, None if there is none."""
-    if os.environ.get("HF_HUB_DISABLE_IMPLICIT_TOKEN", "").upper() in TRUE:
-        return None
     texts = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
     with suppress(OSError):  # there is no such file, or it can't be read
         texts.append(hub_path("token").read_text(encoding="utf-8", errors="replace"))

@@ -3,7 +3,7 @@
 import argparse
 
 from data import dist
-from data.cli import InputError, parse_arguments
+from data.cli import ArgumentParser, InputError
 from data.paper import PROMPT
 from data.rows import MAX_NEW_TOKENS
 from model import Config
@@ -48,11 +48,13 @@ def add_decoding_options(parser):
     help = "sample from the most likely tokens with this total probability"
     option("--top-p", type=number_in_range(float, 0, 1, low_open=True), default=1.0, help=help)
     option("--greedy", action="store_true", help="take the most likely token each time")
+    help = "no N-gram twice in request and response (default: off; in evaluate.py 6 on public sets)"
+    option("--no-repeat-ngram", type=number_in_range(int, 0, 100), metavar="N", help=help)
 
 
 def parse_train_args(argv, methods):
     """The command line of train.py. methods: the values of --method."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="train.py",
         allow_abbrev=False,  # an old --micro-batch 8 would be 8 tokens
         description="Train a student by PromptKD or a method that the paper compares it with, and "
@@ -101,7 +103,7 @@ def parse_train_args(argv, methods):
     option("--save-every", type=positive, metavar="STEPS", help=help)
     option("--dev-rows", type=positive, metavar="N", help="only the first N validation rows")
     add_precision_option(every_stage)
-    return parse_arguments(parser, argv)
+    return parser.parse_args(argv)
 
 
 def check_options(args, method):

@@ -1,6 +1,5 @@
-"""Tables and plots: text, Markdown, JSON, CSV and PNG."""
+"""Tables and plots: text, Markdown, JSON and PNG."""
 
-import csv
 import io
 import json
 import statistics
@@ -29,40 +28,19 @@ def format_score(scores):
     return f"{mean} ± {std(scores):.1f}" if len(scores) > 1 else mean
 
 
-def score_table(scores, reported=None, best=None):
+def score_table(scores, reported=None):
     """A table with a row per model and a column per data set, as a list of rows of cells.
 
-    scores: {label: {column: [score per seed]}}. reported: the paper's scores,
-    {label: {column: score}}. best: the labels to mark, {column: labels}.
+    scores: {label: {column: [score per seed]}}. reported: the paper's scores, to add in brackets,
+    {label: {column: score}}.
     """
-    reported, best = reported or {}, best or {}
-    table = [["ROUGE-L"], *([label] for label in scores)]
-    for column in next(iter(scores.values())):
-        numbers, marks = [column], [""]
-        for label, by_column in scores.items():
-            ours, mark = by_column[column], ""
-            numbers.append(format_score(ours))
-            if column in best:
-                mark = " *" if label in best[column] else "  "
-            if column in reported.get(label, {}):
-                score = reported[label][column]
-                differs = len(ours) > 1 and abs(statistics.fmean(ours) - score) > std(ours)
-                mark += f" ({score:.1f}{' ≠' if differs else ''})"
-            marks.append(mark)
-        width = max(map(len, marks))
-        for row, number, mark in zip(table, numbers, marks):
-            row.append(number + mark.ljust(width))
+    table = [["ROUGE-L", *next(iter(scores.values()))]]
+    for label, by_column in scores.items():
+        cells = {column: format_score(ours) for column, ours in by_column.items()}
+        for column, score in (reported or {}).get(label, {}).items():
+            cells[column] += f" ({score:.1f})"
+        table.append([label, *cells.values()])
     return table
-
-
-def legend(table):
-    """Explanations of the marks that occur in a `score_table`, one line each."""
-    scores = "".join(cell for row in table[1:] for cell in row[1:])
-    tie = "not worse by more than the standard deviation of the difference, √(s₁² + s₂²)"
-    sign = "; ≠: ours differs by more than our standard deviation" if "≠" in scores else ""
-    lines = {"*": f"*: the best of its size in the column, or {tie}"}
-    lines["("] = f"in brackets: the paper's score{sign}"
-    return [line for mark, line in lines.items() if mark in scores]
 
 
 def format_table(table, markdown=False):
@@ -181,8 +159,6 @@ def plot_bars(path, bars, lines, title):
 
     bars: {label: scores}, from top to bottom. lines: vertical lines, {label: score}.
     """
-    if not bars:
-        return "no plot (there is nothing to compare)"
 
     def draw(figure):
         figure.set_size_inches(8, 1.5 + 0.3 * len(bars))
@@ -209,59 +185,29 @@ def last_reliable_step(columns):
     return int((alive >= MIN_ALIVE * alive[0]).sum())
 
 
-def write_figure(stem, series_name, series, settings, draw):
-    """Write a figure's curves as `stem`.csv and .json, and plot them. Returns a line of the files.
+def write_figure(stem, series_name, series, settings, x, title, xlabel):
+    """Write the curves of ExAccErr as `stem`.json, and plot them over the column x as `stem`.png.
 
-    series: {label: {column: values}}. series_name: what a label is, as "student". draw(figure,
-    series, subtitle): draws on a matplotlib Figure.
+    series: {label: {column: values}}. series_name: what a label is, as "student". Returns a line
+    that names the files.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([series_name, *next(iter(series.values()))])
-    for label, columns in series.items():
-        writer.writerows([label, *values] for values in zip(*columns.values()))
-    write_atomic(f"{stem}.csv", text.getvalue())
     content = {"settings": settings, f"{series_name}s": series}
     write_atomic(f"{stem}.json", json.dumps(content) + "\n")
-    size = f"{settings['requests']} requests × {settings['samples']} samples"
     [data] = unique_labels([settings["data"]])
-    subtitle = f"{data}: {size}; bands: 95 %, bootstrap over requests"
-    curves = {f" {label}": columns for label, columns in series.items()}  # as in plot_bars
-    plot = save_plot(f"{stem}.png", lambda figure: draw(figure, curves, subtitle))
-    return f"also in {stem}.csv and .json; {plot}"
+    size = f"{data}: {settings['requests']} requests × {settings['samples']} samples"
 
+    def draw(figure):
+        axes = figure.subplots()
+        for label, columns in series.items():
+            # Over generation steps, a curve ends at its last reliable one.
+            end = last_reliable_step(columns) if x == "l" else None
+            steps, error = columns[x][:end], columns["ex_acc_err"][:end]
+            [line] = axes.plot(steps, error, ".-", label=f" {label}")  # as in plot_bars
+            band = columns["low"][:end], columns["high"][:end]
+            axes.fill_between(steps, *band, color=line.get_color(), alpha=0.15, lw=0)
+        axes.axhline(0, color="black", linewidth=0.8)
+        title_lines = f"{title}\n{size}; bands: 95 %, bootstrap over requests"
+        axes.set(title=title_lines, xlabel=xlabel, ylabel="ExAccErr (%)")
+        axes.legend()
 
-def plot_error(axes, x, series, title):
-    """Plot ExAccErr with its band over column x; dotted after the last reliable generation step."""
-    for label, columns in series.items():
-        steps, error = columns[x], columns["ex_acc_err"]
-        n = last_reliable_step(columns) if x == "l" else len(steps)
-        [line] = axes.plot(steps[:n], error[:n], label=label, marker=None if x == "l" else "o")
-        color = line.get_color()
-        axes.plot(steps[n - 1 :], error[n - 1 :], color=color, linestyle=":")
-        axes.fill_between(steps, columns["low"], columns["high"], color=color, alpha=0.15, lw=0)
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_title(title)
-    axes.legend()
-
-
-def plot_steps(figure, series, subtitle):
-    """Plot Figure 3a: ExAccErr over generation steps, and below it the responses alive."""
-    figure.set_size_inches(7, 6)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    plot_error(top, "l", series, f"Exposure bias over generation steps\n{subtitle}")
-    top.set_ylabel("ExAccErr (%)")
-    for columns in series.values():
-        bottom.plot(columns["l"], columns["alive_student"])
-    longest = max(series.values(), key=lambda columns: len(columns["l"]))
-    bottom.plot(longest["l"], longest["alive_teacher"], "k--", label="teacher's")
-    xlabel = f"generation step l (tokens); dotted: fewer than {100 * MIN_ALIVE:.0f} % alive"
-    bottom.set(xlabel=xlabel, ylabel="responses alive", ylim=(0, None))
-    bottom.legend()
-
-
-def plot_training(figure, series, subtitle):
-    """Plot Figure 3b: ExAccErr along training, at one generation step for all runs."""
-    axes, step = figure.subplots(), next(iter(series.values()))["l"][0]
-    plot_error(axes, "percent", series, f"Exposure bias along training\n{subtitle}")
-    axes.set(xlabel="optimizer step (% of the best one)", ylabel=f"ExAccErr at l = {step} (%)")
+    return f"also in {stem}.json; {save_plot(f'{stem}.png', draw)}"

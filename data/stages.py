@@ -9,7 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from data import dist, report, runs
-from data.cli import InputError, explain_out_of_memory, write_atomic
+from data import rows as data_rows
+from data.cli import InputError, explain_out_of_memory
 from data.demo import TOKENIZER_DIR
 from data.dist import print0
 from data.hub import file_hash, find_model_dir, model_hash
@@ -17,14 +18,6 @@ from data.models import count_parameters, find_model, load_model, preset
 from data.options import OVERRIDES
 from data.paper import DEMO, paper_row
 from data.prepare import find_data_dir
-from data.rows import (
-    corpus_format,
-    encode_training_rows,
-    epoch_order,
-    packed_examples,
-    read_rows,
-    read_texts,
-)
 from data.runs import LOCATIONS, Settings, base_label, finish_run, format_time, override_suffix
 from data.tokenizer import check_same_vocabulary, load_tokenizer
 from prompt import freeze
@@ -79,9 +72,9 @@ def print_stage(run, directory, n_examples, start_step):
         f"{n_examples:,} rows, {run.total_steps:,} steps of {run.global_batch_size}{resuming}"
     )
     if run.P is not None:
-        (length, width), n, n_teacher = run.P.shape, run.P.numel(), run.teacher.n_parameters()
+        n, n_teacher = run.P.numel(), run.teacher.n_parameters()
         share = f"{100 * n / n_teacher:.4f} % of the teacher's {n_teacher:,} parameters"
-        print0(f"prompt: {length} × {width} = {n:,} numbers, {share}")
+        print0(f"prompt: {len(run.P)} × {run.P.shape[1]} = {n:,} numbers, {share}")
 
 
 @dataclass
@@ -128,13 +121,14 @@ def open_stage(directory, settings, files, paper=None):
 def load_data(s):
     """The StageData for Settings `s`. Raises InputError if nothing is left to train on."""
     train_path, dev_path, *text_paths = data_files(s)
-    rows, dev_rows = read_rows(train_path, s.max_train_rows), read_rows(dev_path, s.max_dev_rows)
+    rows = data_rows.read_rows(train_path, s.max_train_rows)
+    dev_rows = data_rows.read_rows(dev_path, s.max_dev_rows)
     if s.method == "pretrain":
         tokenizer = load_tokenizer(TOKENIZER_DIR if s.data == "demo" else None)
     else:
         tokenizer = load_tokenizer(dist.run_on_rank0(find_model_dir, s.student))
-    dev_examples = encode_training_rows(dev_rows, tokenizer)
-    examples = [] if text_paths else encode_training_rows(rows, tokenizer)
+    dev_examples = data_rows.encode_training_rows(dev_rows, tokenizer)
+    examples = [] if text_paths else data_rows.encode_training_rows(rows, tokenizer)
     documents = [e.request + e.response for e in examples]
     if text_paths:
         documents = encode_texts(read_corpus(text_paths[0], s.max_train_rows), tokenizer)
@@ -145,8 +139,8 @@ def load_data(s):
     @lru_cache(maxsize=1)  # the loop asks at every step
     def epoch_examples(epoch):
         if s.method == "pretrain":
-            return packed_examples(documents, s.block_size, s.seed, epoch)
-        return [examples[i] for i in epoch_order(len(examples), s.seed, epoch)]
+            return data_rows.packed_examples(documents, s.block_size, s.seed, epoch)
+        return [examples[i] for i in data_rows.epoch_order(len(examples), s.seed, epoch)]
 
     if not epoch_examples(0):
         problem = "train.jsonl is too little to train on; give more or shorter rows"
@@ -159,8 +153,8 @@ def load_data(s):
 
 def read_corpus(path, limit=None):
     """The first texts of a corpus. Reports how many there are and how they were read."""
-    texts = read_texts(path, limit)
-    print0(f"{path}: {len(texts):,} documents, read as {corpus_format(path)}")
+    texts = data_rows.read_texts(path, limit)
+    print0(f"{path}: {len(texts):,} documents, read as {data_rows.corpus_format(path)}")
     return texts
 
 
@@ -179,7 +173,7 @@ def read_lm_blocks(s, tokenizer, n_rows):
     if n_tokens <= s.block_size:
         problem = f"has {n_tokens} tokens, and a block has {s.block_size}; give a longer text"
         raise InputError(f"{s.lm_data}: {problem}")
-    return packed_examples(documents, s.block_size, s.seed)
+    return data_rows.packed_examples(documents, s.block_size, s.seed)
 
 
 def check_positions(run, examples):
@@ -198,9 +192,8 @@ def check_finite(directory, metrics):
     numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
     bad = ", ".join(f"{name} {x}" for name, x in numbers.items() if not math.isfinite(x))
     if bad:
-        phase = "prompt" if "prompt" in bad else "student"
-        options = "--prompt-lr or --lr" if phase == "prompt" else "--lr"
-        found = f"{bad} at step {metrics['step']}, {phase} phase"
+        options = "--prompt-lr or --lr" if "prompt" in bad else "--lr"
+        found = f"{bad} at step {metrics['step']}"
         raise InputError(f"{directory}: {found}; the training has diverged: lower {options}")
 
 
@@ -237,9 +230,9 @@ def check_later_inputs(args, data_dir, teacher, student):
 
     teacher, student: names of models; None where an earlier stage trains the model.
     """
-    read_rows(data_dir / "dev.jsonl", args.dev_rows)
+    data_rows.read_rows(data_dir / "dev.jsonl", args.dev_rows)
     if args.lm_data is not None:
-        dist.run_on_rank0(lambda: len(read_texts(args.lm_data)))
+        dist.run_on_rank0(lambda: len(data_rows.read_texts(args.lm_data)))
     tokenizers = [find_model(name)[1] for name in (teacher, student) if name]
     if len(tokenizers) == 2:
         check_same_vocabulary(teacher, student, *tokenizers)
@@ -254,35 +247,22 @@ def plan_responses(args, teacher, dtype):
 
 
 def sample_responses(directory, s, device):
-    """Sample a teacher's responses to the training requests, once for all runs of SeqKD.
-
-    The directory becomes a data set like the one that the requests come from. Returns it.
-    """
-    source = dist.run_on_rank0(find_data_dir, s["data"])
-    with open_stage(directory, s, [source / "train.jsonl"]) as record:
+    """Sample a teacher's responses to the training requests, once for all runs of SeqKD. Returns
+    the directory, whose train.jsonl has them."""
+    source = dist.run_on_rank0(find_data_dir, s["data"]) / "train.jsonl"
+    path, start = directory / "train.jsonl", time.perf_counter()
+    fix = "use a smaller teacher or more memory; what was sampled is kept"
+    with open_stage(directory, s, [source]) as record, explain_out_of_memory(directory, fix):
         if record.get("complete"):
             print0(f"{directory}: complete, skipped")
-        else:
-            fix = "use a smaller teacher or more memory; what was sampled is kept"
-            with explain_out_of_memory(directory, fix):
-                _sample_responses(directory, s, device, source, record)
+            return str(directory)
+        model, tokenizer = load_model(s["student"], device)
+        rows = data_rows.read_rows(source, s["max_train_rows"])
+        dist.run_on_rank0(runs.write_record, directory, record)
+        print0(f"\n{directory}: sampling the responses of {s['student']} to {len(rows):,} requests")
+        if not dist.run_on_rank0(path.is_file):
+            model, key = freeze(model, s["dtype"]), (s["seed"], "responses")
+            sample_to_file(model, tokenizer, rows, key, path, s["max_new_tokens"], s["dtype"])
+        record["hours"] = (time.perf_counter() - start) / 3600
+        dist.run_on_rank0(finish_run, directory, record)
     return str(directory)
-
-
-def _sample_responses(directory, s, device, source, record):
-    start = time.perf_counter()
-    model, tokenizer = load_model(s["student"], device)
-    path, rows = directory / "train.jsonl", read_rows(source / "train.jsonl", s["max_train_rows"])
-    dist.run_on_rank0(runs.write_record, directory, record)
-    print0(f"\n{directory}: sampling the responses of {s['student']} to {len(rows):,} requests")
-    if not dist.run_on_rank0(path.is_file):
-        model, key = freeze(model, s["dtype"]), (s["seed"], "responses")
-        sample_to_file(model, tokenizer, rows, key, path, s["max_new_tokens"], s["dtype"])
-
-    def finish():
-        for name in ("dev.jsonl", "test.jsonl"):
-            if (source / name).is_file():
-                write_atomic(directory / name, (source / name).read_bytes())
-        finish_run(directory, record | {"hours": (time.perf_counter() - start) / 3600})
-
-    dist.run_on_rank0(finish)

@@ -36,12 +36,8 @@ def read_tensor_file(path):
     except Exception as error:  # damaged files fail in many ways
         problem = f"is truncated, damaged or not a file of tensors ({type(error).__name__})"
         raise InputError(f"{path}: {problem}; fetch it again") from error
-
-    def is_weight(name, tensor):
-        is_named_tensor = isinstance(name, str) and isinstance(tensor, torch.Tensor)
-        return is_named_tensor and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
-
-    if not isinstance(state, dict) or not all(is_weight(*item) for item in state.items()):
+    has_names = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not has_names or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise InputError(f"{path}: must hold a dictionary of tensors, GPT-2's weights by name")
     return state
 

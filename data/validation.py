@@ -7,7 +7,7 @@ import torch
 import evaluate
 from data import dist
 from data.dist import print0
-from data.paper import DEMO, PROMPT
+from data.paper import DEMO
 from data.report import format_table, score_table
 from data.rows import micro_batches
 from data.runs import format_metrics
@@ -84,9 +84,5 @@ def show_demo(models, device, dtype):
     columns, averages = evaluate.open_columns(["demo"])
     scores, _ = evaluate.evaluate_models(models, columns, [10, 20, 30], device, **sampling)
     print0(f"\n{format_table(score_table(evaluate.add_averages(scores, averages)))}")
-    print0(
-        "Mean ± standard deviation over three sampling seeds. The sets after `test` have wordings, "
-        "words, lengths\nand combinations of tasks that no training row has. Both models were "
-        "pre-trained on text in which many rows\nfollow sentences like "
-        f"{PROMPT['prompt_text']!r}, so that the prompt costs the teacher little at first."
-    )
+    print0("Mean ± standard deviation over three sampling seeds. The sets after `test` have")
+    print0("wordings, words, lengths and combinations of tasks that no training row has.")

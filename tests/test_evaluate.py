@@ -39,7 +39,6 @@ from data.paper import DEMO_SETS, PAPER_SCORES, PAPER_SETS
 from data.report import (
     format_score,
     format_table,
-    legend,
     plot_bars,
     plot_curves,
     save_plot,
@@ -50,7 +49,6 @@ from data.runs import RUN_FORMAT, unique_labels
 from evaluate import (
     Column,
     add_averages,
-    best_and_ties,
     evaluate,
     evaluate_models,
     main,
@@ -188,52 +186,23 @@ def test_the_table_has_a_row_per_model_a_column_per_set_and_the_average():
     ]
 
 
-def test_the_best_of_a_size_and_those_within_the_standard_deviation_of_the_difference():
-    # a and b have means of 11 and 9 and standard deviations of √2, that of the difference is 2:
-    # a tie. c is worse by 2.5 > √(2 + 1/2) = 1.58.
-    scores = {
-        "a": [10.0, 12.0],
-        "b": [8.0, 10.0],
-        "c": [8.0, 9.0],
-        "d": [30.0, 30.0],
-        "e": [29.9, 29.9],
-        "alone": [50.0, 51.0],
-        "teacher": [60.0, 61.0],
-    }
-    sizes = {"a": 1, "b": 1, "c": 1, "d": 2, "e": 2, "alone": 3}
-    best = best_and_ties({label: {"near": s} for label, s in scores.items()}, sizes)
-    assert best == {"near": ["a", "b", "d"]}
-    assert best_and_ties({label: {"near": s[:1]} for label, s in scores.items()}, sizes) == {}
-
-
-def test_marks_are_next_to_the_numbers_and_the_legend_explains_them():
+def test_the_papers_scores_are_in_brackets():
     scores = {
         "a": {"near": [10.0, 12.0], "far": [1.0, 2.0]},
         "longer": {"near": [8.0, 9.0], "far": [1.0, 2.0]},
     }
-    # 1.5 off with a standard deviation of 1.41, and 0.7 with 0.71
-    reported = {"a": {"near": 12.5}, "longer": {"near": 9.2}}
-    best = {"near": ["a"]}
-    table = score_table(scores, reported, best)
+    table = score_table(scores, {"a": {"near": 12.5}, "other": {"far": 3.0}})
     assert format_table(table).splitlines() == [
-        "ROUGE-L        near                   far",
-        "a        11.0 ± 1.4 * (12.5 ≠)  1.5 ± 0.7",
-        "longer    8.5 ± 0.7   (9.2)     1.5 ± 0.7",
+        "ROUGE-L               near        far",
+        "a        11.0 ± 1.4 (12.5)  1.5 ± 0.7",
+        "longer           8.5 ± 0.7  1.5 ± 0.7",
     ]
     assert format_table(table, markdown=True).splitlines() == [
         "| ROUGE-L | near | far |",
         "| :-- | --: | --: |",
-        "| a | 11.0 ± 1.4 * (12.5 ≠) | 1.5 ± 0.7 |",
-        "| longer | 8.5 ± 0.7   (9.2) | 1.5 ± 0.7 |",
+        "| a | 11.0 ± 1.4 (12.5) | 1.5 ± 0.7 |",
+        "| longer | 8.5 ± 0.7 | 1.5 ± 0.7 |",
     ]
-    lines = legend(table)
-    assert [line.split(":")[0] for line in lines] == ["*", "in brackets"]
-    assert "≠" in lines[1]
-    assert "≠" not in legend(score_table(scores, {"longer": {"near": 9.2}}, best))[1]
-    one_seed = {"a": {"near": [10.0]}}
-    table = score_table(one_seed, {"a": {"near": 12.5}})
-    assert format_table(table).splitlines()[1] == "a        10.0 (12.5)"
-    assert legend(score_table(one_seed)) == []
 
 
 def test_labels_have_as_many_directories_as_make_them_unique(tmp_path):
@@ -311,14 +280,14 @@ def run(world, out, *options, models=("model",), sets=("near", "far"), seeds=(10
 
 
 def table_of(content):
-    """Table 1 of the content of table1.json, without marks."""
-    scores, averages = content["scores"], content["averages"]
-    return score_table({label: scores[label] | averages[label] for label in scores})
+    """Table 1 of the content of table1.json."""
+    return score_table(content["scores"], content["paper"])
 
 
 def scores_of(*arguments, **options):
-    """The scores of the first model that `run` evaluates."""
-    return next(iter(run(*arguments, **options)[0]["scores"].values()))
+    """The scores of the first model that `run` evaluates, without the average."""
+    scores = next(iter(run(*arguments, **options)[0]["scores"].values()))
+    return {column: scores[column] for column in scores if column != "average"}
 
 
 @pytest.fixture(scope="module")
@@ -361,17 +330,11 @@ def test_the_json_file_has_the_score_of_each_seed_and_the_settings(world, tmp_pa
         ]
         assert content["scores"]["model"][name] == pytest.approx(means)
         assert means[0] > means[1] + 5
-    averages = [sum(pair) / 2 for pair in zip(*content["scores"]["model"].values())]
-    assert content["averages"]["model"]["average"] == pytest.approx(averages)
+    near, far, average = content["scores"]["model"].values()
+    assert average == pytest.approx([sum(pair) / 2 for pair in zip(near, far)])
     assert content["no_repeat_ngram"] == {"near": 0, "far": 0}
-    description = {
-        "name": str(world / "model"),
-        "kind": "",
-        "parameters": talker().n_parameters(),
-    }
-    assert content["models"] == {"model": description}
-    settings = {"seeds": [10, 20], "max_new_tokens": 20, "batch": 2, "greedy": False}
-    settings |= {"temperature": 1.0, "rows": None}
+    settings = {"models": [str(world / "model")], "seeds": [10, 20], "max_new_tokens": 20}
+    settings |= {"batch": 2, "greedy": False, "temperature": 1.0, "rows": None}
     assert content["settings"] == content["settings"] | settings
 
 
@@ -389,7 +352,7 @@ def test_the_table_is_printed_and_written_as_markdown_with_its_seeds_and_ban(pla
 
 def test_equal_seeds_give_equal_scores_and_different_seeds_do_not(world, tmp_path, plain):
     scores = plain[1]["scores"]["model"]
-    assert scores_of(world, tmp_path / "a", "--batch", 1) == scores
+    assert scores_of(world, tmp_path / "a", "--batch", 1).items() <= scores.items()
     assert scores_of(world, tmp_path / "b", seeds=[20, 30])["near"][0] == scores["near"][1]
     assert len(set(scores_of(world, tmp_path / "c", seeds=[10, 11, 12])["near"])) == 3
 
@@ -632,7 +595,7 @@ def test_the_papers_scores_are_next_to_a_run_evaluated_as_in_the_paper(reported_
     assert reported == pytest.approx(TABLE_1 | {"dolly": 25.6, "average": 111.2 / 5})
     assert printed.splitlines()[1].split("  ") == [
         "promptkd-gpt2-s10",
-        "25.9 ± 0.1 (25.6 ≠)",
+        "25.9 ± 0.1 (25.6)",
         "13.1 ± 0.1 (13.1)",
         "16.8 ± 0.1 (16.8)",
         "26.8 ± 0.1 (26.8)",
@@ -735,7 +698,7 @@ def test_sets_default_to_the_demos_for_its_runs_and_else_to_the_public_ones(
     ]:
         call(*models, "--out", tmp_path / "out")
         for scores in table_1(tmp_path / "out")["scores"].values():
-            assert list(scores) == sets
+            assert list(scores) == [*sets, "average"]
 
 
 def test_demo_names_five_sets_and_no_others_may_have_their_names(tmp_path, demo):
@@ -864,6 +827,7 @@ def damage_provenance(directory, kept):
         (["--top-k", 3], "top_k"),
         (["--top-p", 0.5], "top_p"),
         (["--greedy"], "greedy"),
+        (["--no-repeat-ngram", 1], "no_repeat_ngram"),
         (["--rows", 2], "data"),
     ],
 )
@@ -887,29 +851,6 @@ def test_responses_of_another_provenance_are_sampled_again(
     same_scores = callable(change) and change is not change_weights
     assert (after["scores"] == before["scores"]) == same_scores
     assert "sampling again" not in run(tmp_path, out, *options, **what)[1]
-
-
-def test_several_bans_are_columns_next_to_each_other(world, tmp_path, plain):
-    content, printed = run(world, tmp_path / "both", "--no-repeat-ngram", 1, 0)
-    columns = ["near, ban 1", "near, no ban", "far, ban 1", "far, no ban"]
-    scores = content["scores"]["model"]
-    assert list(scores) == columns
-    assert content["no_repeat_ngram"] == dict(zip(columns, [1, 0, 1, 0]))
-    banned = scores_of(world, tmp_path / "one", "--no-repeat-ngram", 1)
-    for alone, suffix in [(banned, ", ban 1"), (plain[1]["scores"]["model"], ", no ban")]:
-        assert {name: scores[name + suffix] for name in ("near", "far")} == alone
-        average = add_averages({"a": alone}, {"average": list(alone)})["a"]["average"]
-        assert content["averages"]["model"]["average" + suffix] == average
-    assert scores[columns[0]] != scores[columns[1]]
-    files = [Path(paths[0]).name for paths in content["responses"]["model"].values()]
-    assert files == [
-        "near-s10-ngram1.jsonl",
-        "near-s10.jsonl",
-        "far-s10-ngram1.jsonl",
-        "far-s10.jsonl",
-    ]
-    header = [cell.strip() for cell in re.split("  +", printed.splitlines()[0])]
-    assert header == ["ROUGE-L", *columns, "average, ban 1", "average, no ban"]
 
 
 def test_one_progress_bar_counts_the_rows_of_the_whole_evaluation(world, tmp_path, monkeypatch):
@@ -993,11 +934,11 @@ def test_by_a_field_pools_the_runs_of_a_value(tmp_path, group_by, plots):
             "runs": ["promptkd-a-s10", "promptkd-a-s20", "promptkd-a-promptinitrandom-s10"],
             "scores": [1, 3, 2, 4, 4, 6],
         },
+        {"values": ["-"], "runs": ["sft-a-s10"], "scores": [5, 7]},
     ]
-    assert printed.startswith("sft-a-s10: has no reg_weight, left out of the groups\n")
-    assert (
-        "reg_weight  runs    ROUGE-L\n0.0            1  4.0 ± 1.4\n1.0            3  3.3 ± 1.8\n"
-    ) in printed
+    lines = ["reg_weight  runs    ROUGE-L", "0.0            1  4.0 ± 1.4"]
+    lines += ["1.0            3  3.3 ± 1.8", "-              1  6.0 ± 1.4"]
+    assert "\n".join(lines) in printed
     assert "| 1.0 | 3 | 3.3 ± 1.8 |" in (tmp_path / "out" / "table-by-reg_weight.md").read_text()
     assert (tmp_path / "out" / "figure-by-reg_weight.png").read_bytes().startswith(b"\x89PNG")
 
@@ -1015,6 +956,7 @@ def test_by_two_fields_has_a_bar_for_each_pair(tmp_path, group_by, monkeypatch):
         "reg_weight 0.0, prompt_init text": [3, 5],
         "reg_weight 1.0, prompt_init random": [4, 6],
         "reg_weight 1.0, prompt_init text": [1, 3, 2, 4],
+        "reg_weight -, prompt_init -": [5, 7],
     }
     assert str(tmp_path / "out" / "figure-by-reg_weight-prompt_init.png") in printed
     groups, _ = group_by("name")
@@ -1023,8 +965,10 @@ def test_by_two_fields_has_a_bar_for_each_pair(tmp_path, group_by, monkeypatch):
 
 def test_an_unknown_field_is_an_error_with_those_there_are(group_by):
     fields = "complete, data, format, hours, name, prompt_init, reg_weight, seed"
-    with pytest.raises(InputError, match=f"--by rag: no run named has this field; .* {fields}"):
-        group_by("rag")
+    for field in ("rag", "settings"):
+        message = f"--by {field}: no run named has this field; .* {fields}"
+        with pytest.raises(InputError, match=message):
+            group_by(field)
 
 
 # ---- plots -------------------------------------------------------------------------------------
@@ -1088,8 +1032,8 @@ def test_an_error_while_drawing_is_one_line(tmp_path, plots):
         assert plot_curves(tmp_path).startswith("no plot (InputError: ")
         (tmp_path / "metrics.jsonl").write_text("{")
     assert not list(tmp_path.glob("*.png"))
-    nothing_to_compare = plot_bars(tmp_path / "a.png", {}, {}, "title")
-    assert nothing_to_compare == "no plot (there is nothing to compare)"
+    nothing_to_compare = plot_bars(tmp_path / "a.png", {}, {"teacher": 1.0}, "title")
+    assert nothing_to_compare == str(tmp_path / "a.png")
 
 
 # ---- Table 2 -----------------------------------------------------------------------------------
@@ -1134,8 +1078,6 @@ def test_table_2_has_each_runs_peak_memory_and_hours_next_to_the_papers(tmp_path
         "measured": {"memory_allocated_gb": 6.0, "memory_reserved_gb": 7.0, "hours": 8.0},
         "paper": {"memory_allocated_gb": 6.23, "memory_reserved_gb": 6.93, "hours": 8.48},
     }
-    _, printed = table_2(tmp_path, "responses-gpt2-xl")
-    assert printed.splitlines()[0].split() == ["cost", "hours"]  # only what there is
     with pytest.raises(InputError, match="none of the directories has a run.json"):
         table_2(tmp_path, "empty")
 
@@ -1174,19 +1116,15 @@ def score(directory, texts, outputs):
     responses = write_rows(directory / "responses.jsonl", texts)
     references = write_rows(directory / "test.jsonl", outputs)
     options = ["--score", responses, "--references", references]
-    options += ["--json", directory / "out" / "s.json"]
     run_command_line(lambda: main([str(option) for option in options]))
 
 
-def test_a_file_of_responses_is_scored_row_by_row(tmp_path, capsys):
+def test_a_file_of_responses_is_scored(tmp_path, capsys):
     score(tmp_path, TEXTS, OUTPUTS)
-    assert capsys.readouterr().out == "ROUGE-L 55.5556 over 3 rows\n"
-    content = json.loads((tmp_path / "out" / "s.json").read_text())
-    assert content["rows"] == pytest.approx([200 / 3, 100, 0])
-    assert content["rouge_l"] == pytest.approx(500 / 9)
+    assert capsys.readouterr().out == f"ROUGE-L {500 / 9:.4f} over 3 rows\n"  # 200 / 3, 100 and 0
 
 
-def test_scoring_a_file_writes_nothing_by_default(tmp_path, monkeypatch):
+def test_scoring_a_file_writes_nothing(tmp_path, monkeypatch):
     write_rows(tmp_path / "responses.jsonl", TEXTS)
     write_rows(tmp_path / "test.jsonl", OUTPUTS)
     monkeypatch.chdir(tmp_path)
@@ -1221,7 +1159,6 @@ def test_a_file_that_does_not_fit_is_one_line_of_error(tmp_path, capsys, texts, 
     printed = capsys.readouterr()
     assert_one_line_of_error(exit, printed.err, message)
     assert printed.out == ""
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -1236,8 +1173,6 @@ def test_a_file_that_does_not_fit_is_one_line_of_error(tmp_path, capsys, texts, 
         (["model", "--data", "model"], "test.jsonl: no such file"),
         (["nonsense", "--data", "near"], "'nonsense': no such directory"),
         (["near", "--data", "near"], "none of the directories has a model"),
-        (["model", "--json", "s.json"], "--json goes with --score"),
-        (["model", "--data", "near", "--by", "a", "b", "c"], "one or two fields, not 3"),
         (
             ["model", "--data", "near", "--by", "reg_weight"],
             "--by reg_weight: no run named has this field; there are no runs",

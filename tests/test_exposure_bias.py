@@ -1,7 +1,6 @@
 """Exposure bias: the sums against the definition, the KL against an independent GPT-2, and the
 command."""
 
-import csv
 import json
 import runpy
 import sys
@@ -30,9 +29,10 @@ from reference import as_arrays, gpt2_logits, token_kl
 from safetensors.torch import load_file, save_file
 
 import exposure_bias
+from data import report
 from data.cli import InputError, run_command_line
 from data.demo import TOKENIZER_DIR
-from data.report import last_reliable_step, plot_steps, plot_training
+from data.report import last_reliable_step
 from data.rows import fill_template
 from data.runs import RUN_FORMAT, checkpoints, unique_labels
 from data.tokenizer import load_tokenizer
@@ -379,18 +379,15 @@ def command_line(world, *options, out, students=("student",), along=()):
 
 
 def run(world, capsys, *options, out="out", **models):
-    """Run the command. Returns {figure: (content of its JSON, lines of its CSV)} and the output."""
+    """Run the command. Returns {figure: content of its JSON} and the output."""
     main(command_line(world, *options, out=out, **models))
-    figures = {}
-    for path in sorted((world / out).glob("*.json")):
-        with open(path.with_suffix(".csv"), newline="") as file:
-            figures[path.stem] = json.loads(path.read_text()), list(csv.DictReader(file))
-    return figures, capsys.readouterr().out
+    paths = sorted((world / out).glob("*.json"))
+    return {path.stem: json.loads(path.read_text()) for path in paths}, capsys.readouterr().out
 
 
 def run_student(world, capsys, *options):
     """Run the command for the student. Returns its curve."""
-    return run(world, capsys, *options)[0]["figure_3a"][0]["students"]["student"]
+    return run(world, capsys, *options)[0]["figure_3a"]["students"]["student"]
 
 
 @pytest.fixture(scope="module")
@@ -443,15 +440,11 @@ def test_curve_equals_an_independent_computation(world, plain_curve):
         assert len(set(lengths)) > 2  # responses end at different steps
 
 
-def test_csv_and_json_agree_and_the_settings_are_recorded(world, capsys):
+def test_the_json_file_has_the_curves_and_the_settings(world, capsys):
     figures, out = run(world, capsys, students=("student", "run"))
-    content, lines = figures["figure_3a"]
+    content = figures["figure_3a"]
     assert set(figures) == {"figure_3a"}
     assert list(content["students"]) == ["student", "run"]
-    assert list(lines[0]) == ["student", *COLUMNS]
-    for label, columns in content["students"].items():
-        own_lines = [line for line in lines if line["student"] == label]
-        assert {name: [float(line[name]) for line in own_lines] for name in COLUMNS} == columns
     assert content["settings"] == {
         "teacher": str(world / "teacher"),
         "students": [str(world / "student"), str(world / "run")],
@@ -461,14 +454,17 @@ def test_csv_and_json_agree_and_the_settings_are_recorded(world, capsys):
         "steps": STEPS,
         "samples": SAMPLES,
         "seed": 10,
+        "batch": None,
+        "micro_batch_tokens": 4096,
         "dtype": "float32",
+        "out": str(world / "out"),
         "requests": 5,
     }
     columns = content["students"]["student"]
     l = last_reliable_step(columns)
     start = f"student: ExAccErr {columns['ex_acc_err'][l - 1]:+.1f} % (95 %: "
     assert out.startswith(start) and f"at l = {l}, " in out
-    assert "figure_3a.csv" in out.splitlines()[-1]
+    assert "figure_3a.json" in out.splitlines()[-1]
 
 
 def test_fewer_steps_are_the_first_of_more(world, capsys, plain_curve):
@@ -490,9 +486,8 @@ def test_seed_changes_the_responses_of_both_models(world, capsys, plain_curve):
 def test_rows_and_samples_set_the_number_of_responses(world, capsys, plain_curve):
     assert plain_curve["alive_student"][0] == plain_curve["alive_teacher"][0] == 5 * SAMPLES
     figures, _ = run(world, capsys, "--rows", 2, "--samples", 4)
-    content, lines = figures["figure_3a"]
-    assert lines[0]["alive_student"] == "8"
-    assert content["settings"]["requests"] == 2
+    assert figures["figure_3a"]["students"]["student"]["alive_student"][0] == 8
+    assert figures["figure_3a"]["settings"]["requests"] == 2
 
 
 def test_sampling_is_plain_and_the_teacher_is_sampled_from_once_with_its_own_random_numbers(
@@ -526,17 +521,13 @@ def test_shortened_requests_are_counted(world, capsys):
 def test_points_along_training_are_those_of_the_checkpoints_curves(world, capsys):
     figures, out = run(world, capsys, students=(), along=("run",), out="along")
     assert set(figures) == {"figure_3b"}
-    content, lines = figures["figure_3b"]
-    columns = content["runs"]["run"]
+    columns = figures["figure_3b"]["runs"]["run"]
     assert list(columns) == ["step", "percent", *COLUMNS]
-    assert list(lines[0]) == ["run", *columns]
     assert columns["step"] == [3, 6, 9]
     assert columns["percent"] == pytest.approx([100 / 3, 200 / 3, 100])
-    assert [line["run"] for line in lines] == ["run"] * 3
-    assert [float(line["R"]) for line in lines] == columns["R"]
     students = ("run/kept/step-03", "run/kept/step-06", "run")
     figures, _ = run(world, capsys, students=students, out="curves")
-    curves = list(figures["figure_3a"][0]["students"].values())
+    curves = list(figures["figure_3a"]["students"].values())
     l = min(map(last_reliable_step, curves))
     assert columns["l"] == [l] * 3
     assert (f"at l = {l}, not {STEPS}" in out) == (l < STEPS)
@@ -547,10 +538,10 @@ def test_points_along_training_are_those_of_the_checkpoints_curves(world, capsys
 def test_l_along_training_is_at_most_the_report_step(world, capsys, monkeypatch):
     monkeypatch.setattr(exposure_bias, "REPORT_STEP", 2)
     figures, out = run(world, capsys, along=("run",), out="both")
-    assert figures["figure_3b"][0]["runs"]["run"]["l"] == [2] * 3
+    assert figures["figure_3b"]["runs"]["run"]["l"] == [2] * 3
     assert "not 2" not in out
-    assert figures["figure_3a"][0]["students"]["student"]["l"][-1] > 2
-    kinds = ("csv", "json", "png") if find_spec("matplotlib") else ("csv", "json")
+    assert figures["figure_3a"]["students"]["student"]["l"][-1] > 2
+    kinds = ("json", "png") if find_spec("matplotlib") else ("json",)
     assert files_below(world / "both") == [f"figure_3{x}.{kind}" for x in "ab" for kind in kinds]
 
 
@@ -568,72 +559,62 @@ def test_two_ranks_give_the_curve_of_one(world, tmp_path, plain_curve):
 
 
 @pytest.fixture
-def figure():
-    return pytest.importorskip("matplotlib.figure").Figure(layout="constrained")
+def draw(tmp_path, monkeypatch):
+    """A function that writes a figure. Returns what is drawn on its axes."""
+    figure = pytest.importorskip("matplotlib.figure").Figure(layout="constrained")
+    monkeypatch.setattr(report, "save_plot", lambda path, draw: draw(figure))
+    settings = {"requests": 5, "samples": 2, "data": "dolly"}
+
+    def draw(series, x):
+        report.write_figure(tmp_path / "figure", "student", series, settings, x, "title", "x label")
+        [axes] = figure.axes
+        assert "title" in axes.get_title() and "dolly: 5 requests × 2" in axes.get_title()
+        assert axes.get_xlabel() == "x label" and "%" in axes.get_ylabel()
+        labels = [label.strip() for label in axes.get_legend_handles_labels()[1]]
+        *lines, zero_line = axes.lines
+        assert labels == list(series) and set(zero_line.get_ydata()) == {0}
+        assert len({line.get_color() for line in lines}) == len(series)
+        bands = [path.get_paths()[0].vertices for path in axes.collections]
+        return lines, bands
+
+    return draw
 
 
-def zero_lines(axes):
-    return [line for line in axes.lines if set(np.ravel(line.get_ydata())) == {0}]
-
-
-def labels_of(axes):
-    return axes.get_legend_handles_labels()[1]
-
-
-def line_of(axes, label):
-    [line] = [line for line in axes.lines if line.get_label() == label]
-    return line
-
-
-def test_figure_3a_has_a_line_per_student_bands_a_zero_line_and_the_responses_alive(figure):
+def test_figure_3a_has_a_line_per_student_up_to_its_last_reliable_step_and_bands(draw):
+    one_long = [[[1.0] * 12]]
     series = {
-        "first": exposure_curve(random_kl(1, 30), random_kl(2, 30), 10, "x"),
-        "second": exposure_curve(random_kl(3, 30, steps=5), random_kl(2, 30), 10, "x"),
+        "first": exposure_curve(random_kl(1) + one_long, random_kl(2) + one_long, 10, "x"),
+        "_second": exposure_curve(random_kl(3, steps=5), random_kl(2), 10, "x"),
     }
-    plot_steps(figure, series, "dolly")
-    top, bottom = figure.axes
-    assert labels_of(top) == ["first", "second"]
-    assert labels_of(bottom) == ["teacher's"]
-    assert "%" in top.get_ylabel() and "dolly" in top.get_title()
-    assert "step" in bottom.get_xlabel() and "alive" in bottom.get_ylabel()
-    assert zero_lines(top)
-    assert len(top.collections) == 2
-    first, second = line_of(top, "first"), line_of(top, "second")
-    n = last_reliable_step(series["first"])
-    assert list(first.get_xdata()) == list(range(1, n + 1))
-    assert list(first.get_ydata()) == series["first"]["ex_acc_err"][:n]
-    assert first.get_color() != second.get_color()
-    assert [list(line.get_ydata()) for line in bottom.lines] == [
-        series["first"]["alive_student"],
-        series["second"]["alive_student"],
-        series["first"]["alive_teacher"],
-    ]
+    lengths = [last_reliable_step(columns) for columns in series.values()]
+    assert lengths[0] < len(series["first"]["l"]) == 12 and lengths[1] == 5
+    for line, band, n, columns in zip(*draw(series, "l"), lengths, series.values(), strict=True):
+        assert list(line.get_xdata()) == list(range(1, n + 1))
+        assert list(line.get_ydata()) == columns["ex_acc_err"][:n]
+        assert band[:, 0].max() == n
+        assert band[:, 1].max() == pytest.approx(max(columns["high"][:n]))
+        assert band[:, 1].min() == pytest.approx(min(columns["low"][:n]))
 
 
-def test_figure_3b_has_a_line_per_run_over_the_percent_of_the_best_step(figure):
+def test_figure_3b_has_a_line_per_run_over_the_percent_of_the_best_step(draw):
     columns = {
         "percent": [10.0, 50.0, 100.0],
         "l": [50] * 3,
         "ex_acc_err": [9.0, 5.0, -1.0],
         "low": [8.0, 4.0, -2.0],
         "high": [10.0, 6.0, 0.5],
+        "alive_student": [100, 1, 1],  # of three checkpoints, all of them reliable
+        "alive_teacher": [100, 1, 1],
     }
-    plot_training(figure, {"promptkd": columns, "gkd": columns}, "dolly")
-    [axes] = figure.axes
-    assert labels_of(axes) == ["promptkd", "gkd"]
-    assert zero_lines(axes)
-    assert len(axes.collections) == 2
-    assert "l = 50" in axes.get_ylabel() and "%" in axes.get_ylabel()
-    assert "%" in axes.get_xlabel()
-    line = line_of(axes, "gkd")
-    assert list(line.get_xdata()) == columns["percent"]
-    assert list(line.get_ydata()) == columns["ex_acc_err"]
+    for line in draw({"promptkd": columns, "gkd": columns}, "percent")[0]:
+        assert list(line.get_xdata()) == columns["percent"]
+        assert list(line.get_ydata()) == columns["ex_acc_err"]
 
 
 def test_without_matplotlib_the_tables_are_written(world, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     _, out = run(world, capsys, "--rows", 2, "--steps", 3, out="tables")
-    assert files_below(world / "tables") == ["figure_3a.csv", "figure_3a.json"]
+    assert files_below(world / "tables") == ["figure_3a.json"]
     assert "no plot (ModuleNotFoundError" in out
 
 
@@ -730,8 +711,5 @@ def test_unusable_student_is_an_error_before_anything_is_sampled(broken, monkeyp
         ["--students"],
     ],
 )
-def test_option_out_of_range_is_an_error_of_the_parser(capsys, option):
-    with pytest.raises(SystemExit) as exit:
-        main(["--teacher", "x", "--students", "y", *option])
-    assert exit.value.code == 2
-    assert option[0] in capsys.readouterr().err
+def test_option_out_of_range_is_an_error_of_the_parser(option):
+    assert option[0] in error_of(main, ["--teacher", "x", "--students", "y", *option])

@@ -699,8 +699,6 @@ def test_the_token_is_found_in_the_hub_library_s_order(server, token_file, tmp_p
     assert sent_tokens(server, tmp_path) == ["Bearer hf_new"]
     monkeypatch.setenv("HF_TOKEN", " ")
     assert sent_tokens(server, tmp_path) == ["Bearer hf_older"]
-    monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
-    assert sent_tokens(server, tmp_path) == [None]
 
 
 def test_the_token_is_sent_with_every_request_for_a_model(server, cache, monkeypatch):

@@ -21,8 +21,9 @@ from helpers import (
     write_rows,
 )
 
+from data import report
 from data.prepare import find_data_dir
-from data.report import format_table, plot_bars, plot_curves, save_plot, write_figure
+from data.report import format_table, plot_bars, plot_curves, save_plot
 from data.runs import read_record, unique_labels
 from prompt import load_prompt, save_prompt
 from sample import row_uniforms
@@ -76,22 +77,21 @@ def test_any_name_is_drawn(tmp_path, monkeypatch, recwarn, name):
     assert not recwarn.list
 
 
-def test_name_that_begins_with_an_underscore_is_in_the_legend(tmp_path):
-    labels = []
+def test_name_that_begins_with_an_underscore_is_in_the_legend(tmp_path, monkeypatch):
+    def save_plot(path, draw):
+        draw(figure)
+        return str(path)
 
-    def draw(figure, series, subtitle):
-        axes = figure.subplots()
-        for label in series:
-            axes.plot([1, 2], label=label)
-        labels.extend(text.get_text().strip() for text in axes.legend().get_texts())
-
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    monkeypatch.setattr(report, "save_plot", save_plot)
     settings = {"requests": 1, "samples": 1, "data": "x"}
     names = unique_labels(["_x", "y", LATIN_1, "a\nb"])
-    series = {name: {"l": [1]} for name in names}
-    line = write_figure(tmp_path / "f", "student", series, settings, draw)
-    assert line == f"also in {tmp_path}/f.csv and .json; {tmp_path}/f.png"
+    columns = dict.fromkeys(("percent", "ex_acc_err", "low", "high"), [1])
+    series = dict.fromkeys(names, columns)
+    line = report.write_figure(tmp_path / "f", "student", series, settings, "percent", "", "")
+    assert line == f"also in {tmp_path}/f.json; {tmp_path}/f.png"
+    labels = [text.get_text().strip() for text in figure.axes[0].get_legend().get_texts()]
     assert labels == ["_x", "y", "mod\\udce9le", "a b"]
-    assert "_x,1\ny,1\nmod\\udce9le,1\na b,1\n" in (tmp_path / "f.csv").read_text("utf-8")
     assert list(json.loads((tmp_path / "f.json").read_text("utf-8"))["students"]) == names
 
 
