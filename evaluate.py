@@ -29,7 +29,7 @@ from data.hub import file_hash, model_hash
 from data.models import load_model, open_models, table_sort_key
 from data.options import add_decoding_options, add_precision_option, number_in_range
 from data.prepare import PUBLIC_SETS, find_data_dir
-from data.rows import encode_request, read_jsonl, read_rows, references_field, text_field
+from data.rows import encode_request, read_jsonl, read_rows, references_field, text_field, to_jsonl
 from data.runs import UNFINISHED, read_record, run_dir, run_kind, run_labels, unique_labels
 from sample import decode_response, sample_all, sampling_batch_size
 
@@ -104,14 +104,13 @@ def progress_bar(n_rows, label=None):
 class Column:
     """A column of Table 1: the test rows of a data set, and how they are evaluated."""
 
-    set_name: str  # the set's label
     rows: list
     ban: int = 0  # no n-gram of this length may repeat; 0: no ban
     as_in_paper: bool = False
 
 
 def open_columns(names, limit=None, ban=None):
-    """Columns of data sets {label: Column}, and their average {"average": labels of columns}.
+    """The columns of data sets, {label of the set: Column}.
 
     names: public sets, directories, or "demo" for the demo's five sets. limit: only so many rows of
     each. ban: the length of the n-grams to ban, 0 for no ban; None: as in the paper. Raises
@@ -133,14 +132,14 @@ def open_columns(names, limit=None, ban=None):
         paper_ban = paper.BANNED_NGRAM if is_public else 0
         n = paper_ban if ban is None else ban
         all_rows = is_public and len(rows) == paper.PAPER_SETS[name]
-        columns[name] = Column(name, rows, n, all_rows and n == paper_ban)
-    return columns, {"average": list(columns)}
+        columns[name] = Column(rows, n, all_rows and n == paper_ban)
+    return columns
 
 
 # ---- kept responses: on disk, with all that they depend on -----------------------------------
 def write_kept(path, provenance, results):
     """Keep responses and, in a .json beside them, their provenance and their hash."""
-    write_atomic(path, "".join(json.dumps(result) + "\n" for result in results))
+    write_atomic(path, to_jsonl(results))
     provenance = provenance | {"responses": file_hash(path)}
     write_atomic(path.with_suffix(".json"), json.dumps(provenance, indent=1) + "\n")
 
@@ -168,9 +167,8 @@ def evaluate_models(
     """Mean ROUGE-L of every model in every column, {model: {column: [score per seed]}}, and in the
     same form the files of the responses.
 
-    models: {label: name of a model}. columns: {label: Column}. response_dir: where responses are
-    kept, in files that --score can read, and used again if they have the same provenance; default:
-    they are not kept.
+    models: {label: name of a model}. columns: {label: Column}. response_dir: if given, responses
+    are kept there, in files that --score can read, and used again if their provenance is the same.
     """
     scores = {label: {column: [] for column in columns} for label in models}
     paths = {label: {column: [] for column in columns} for label in models}
@@ -185,7 +183,7 @@ def evaluate_models(
             for (column, c), seed in itertools.product(columns.items(), seeds):
                 kwargs = {"no_repeat_ngram": c.ban} | sampling_kwargs
                 provenance = {"model": model_id, "data": data[column], "seed": seed} | kwargs
-                path = directory and directory / f"{c.set_name.strip('/')}-s{seed}.jsonl"
+                path = directory and directory / f"{column.strip('/')}-s{seed}.jsonl"
                 results = dist.run_on_rank0(read_kept, path, provenance) if path else None
                 if results is not None:
                     bar.total -= len(c.rows)
@@ -193,7 +191,7 @@ def evaluate_models(
                     if model is None:
                         model, tokenizer = load_model(name, device)
                     bar.set_description(f"{label} on {column}, seed {seed}")
-                    key = (seed, "evaluate", c.set_name.rsplit("/")[-1])
+                    key = (seed, "evaluate", column.rsplit("/")[-1])
                     with cli.explain_out_of_memory(f"{label} on {column}", fix):
                         results = evaluate(model, tokenizer, c.rows, key, bar, batch_size, **kwargs)
                     if path:
@@ -207,13 +205,10 @@ def evaluate_models(
     return scores, paths
 
 
-def add_averages(scores, averages):
-    """`scores` of evaluate_models with averages {label: columns} added, for each seed."""
-    extended = {label: dict(by_column) for label, by_column in scores.items()}
-    for by_column, (label, columns) in itertools.product(extended.values(), averages.items()):
-        by_seed = zip(*(by_column[column] for column in columns))
-        by_column[label] = [statistics.fmean(of_seed) for of_seed in by_seed]
-    return extended
+def add_average(scores):
+    """Add the average over all columns, for each seed, to `scores` of evaluate_models."""
+    for by_column in scores.values():
+        by_column["average"] = [statistics.fmean(of_seed) for of_seed in zip(*by_column.values())]
 
 
 # ---- Table 1 ---------------------------------------------------------------------------------
@@ -223,20 +218,26 @@ def table_1(args, device):
     groups = group_runs(models, args.by) if args.by else {}
     data = {model.record["settings"].get("data") for model in models.values() if model.record}
     sets = args.data or (["demo"] if data == {"demo"} else PUBLIC_SETS)
-    columns, averages = open_columns(sets, args.rows, args.no_repeat_ngram)
+    columns = open_columns(sets, args.rows, args.no_repeat_ngram)
     sampling = {name: getattr(args, name) for name in (*paper.PAPER_SAMPLING, "dtype")}
     names, kept = {label: model.name for label, model in models.items()}, out / "responses"
     options = args.seeds, device, kept, args.batch
     scores, paths = evaluate_models(names, columns, *options, **sampling)
     if dist.rank() > 0:
         return
-    scores, reported = add_averages(scores, averages), {}
+    add_average(scores)
+    reported, bans = {}, {label: column.ban for label, column in columns.items()}
     if paper.PAPER_SAMPLING.items() <= sampling.items():
-        for label, m in models.items():
-            reported[label] = paper.paper_reported(m.paper, columns, averages)
+        reported = {label: paper.paper_reported(m.paper, columns) for label, m in models.items()}
     content = {"settings": vars(args), "scores": scores, "paper": reported, "responses": paths}
-    content["no_repeat_ngram"] = {label: column.ban for label, column in columns.items()}
-    write_table_1(out, content)
+    content["no_repeat_ngram"] = bans
+    banned = ", ".join(f"{label} {ban or 'no'}" for label, ban in bans.items())
+    notes = [f"seeds {' '.join(map(str, args.seeds))}; repeated n-grams banned: {banned}"]
+    if any(reported.values()):
+        notes.append("in brackets: the paper's scores")
+    table = report.score_table(scores, reported)
+    title = "Table 1: ROUGE-L, mean ± standard deviation over seeds"
+    report.write_table(out, "table1", title, table, notes, content)
 
     over = f"average over {', '.join(columns)}"
     means = {label: by_column["average"] for label, by_column in scores.items()}
@@ -252,29 +253,7 @@ def table_1(args, device):
         report.write_samples(out, args.samples, name, column.rows, first)
 
 
-def write_table_1(out, content):
-    """Print and write Table 1. content: that of its JSON file."""
-    bans = content["no_repeat_ngram"].items()
-    seeds = " ".join(map(str, content["settings"]["seeds"]))
-    banned = ", ".join(f"{column} {ban or 'no'}" for column, ban in bans)
-    notes = [f"seeds {seeds}; repeated n-grams banned: {banned}"]
-    if any(content["paper"].values()):
-        notes.append("in brackets: the paper's scores")
-    table = report.score_table(content["scores"], content["paper"])
-    title = "Table 1: ROUGE-L, mean ± standard deviation over seeds"
-    report.write_table(out, "table1", title, table, notes, content)
-
-
 # ---- Tables 2, 3 and 5, Figure 4 -------------------------------------------------------------
-def measured_costs(name, record):
-    """A run's peak memory (GB), from its metrics.jsonl, and its hours: {field of COSTS: value}."""
-    path = run_dir(name) / "metrics.jsonl"
-    has_steps = path.is_file() and path.stat().st_size > 0
-    steps = [step for _, step in read_jsonl(path)] if has_steps else []
-    found = {field: [s[field] for s in (record, *steps) if field in s] for field in paper.COSTS}
-    return {field: max(values) for field, values in found.items() if values}
-
-
 def table_2(names, out):
     """Print and write Table 2, the peak memory and hours of runs. Runs no model."""
     costs, order = {}, {}
@@ -283,8 +262,13 @@ def table_2(names, out):
         if not record:
             print0(f"{name}: has no run.json, left out")
             continue
+        path = run_dir(name) / "metrics.jsonl"
+        has_steps = path.is_file() and path.stat().st_size > 0
+        steps = [record, *(step for _, step in read_jsonl(path))] if has_steps else [record]
+        found = {field: [s[field] for s in steps if field in s] for field in paper.COSTS}
+        measured = {field: max(values) for field, values in found.items() if values}
         reported = dict(zip(paper.COSTS, paper.PAPER_COSTS.get(record.get("paper"), ())))
-        costs[label] = {"measured": measured_costs(name, record), "paper": reported}
+        costs[label] = {"measured": measured, "paper": reported}
         order[label] = table_sort_key(run_kind(record), record.get("parameters", 0))
     if not costs:
         raise InputError("none of the directories has a run.json; name runs, as in: --cost out/*/")
@@ -300,10 +284,8 @@ def table_2(names, out):
 
 
 def group_runs(models, fields):
-    """The runs among models by the values of fields: {values: labels}, sorted by values.
-
-    A field is a setting or another field of run.json. Raises InputError if no run has it.
-    """
+    """The runs among models by the values of fields: {values: labels}, sorted by values. A field is
+    a setting or another field of run.json. Raises InputError if no run has it."""
     groups, known = {}, set()
     for label, m in models.items():
         if m.record:

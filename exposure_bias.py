@@ -46,9 +46,7 @@ BOOTSTRAP_SAMPLES = 1000
 @torch.no_grad()
 def kl_by_step(p, q, requests, responses, micro_batch_tokens=4096, dtype="float32"):
     """KL(p || q) at each token of each response, exact over the vocabulary, in nats: lists.
-
-    requests and responses are lists of token ids, one of each per response.
-    """
+    requests, responses: lists of token ids, one of each per response."""
     device = p.wte.weight.device
     examples = [Example(i, x, y) for i, (x, y) in enumerate(zip(requests, responses))]
     results = [None] * len(examples)

@@ -1,12 +1,19 @@
-"""The soft prompt P (PromptKD, section 3.2): trainable embeddings in front of a frozen teacher."""
+"""The soft prompt P (PromptKD, section 3.2): trainable embeddings in front of a frozen teacher.
+`python prompt.py RUN` shows what the tuned prompt of a run does."""
 
-from pathlib import Path
+from data.threads import configure_threads
+
+configure_threads()  # before torch is imported
 
 import torch
-from safetensors import SafetensorError
 
-from data.cli import InputError
-from data.tensors import load_tensors, save_tensors
+from data import dist, models, prepare, report, runs
+from data import rows as data_rows
+from data.cli import ArgumentParser, InputError, run_command_line
+from data.tensors import load_prompt
+from losses import cross_entropy, kl, kls
+from model import head_logits, precision
+from sample import sample_all
 
 
 def hidden_states(model, ids, P=None, output_positions=None):
@@ -66,34 +73,76 @@ def initial_prompt(embedding, init, length, text_tokens, pad_token, seed):
     return embedding.detach()[tokens].float().cpu().clone()
 
 
-def save_prompt(P, directory):
-    """Write P (prompt_length, C) to `prompt.safetensors` in a checkpoint directory."""
-    tensor = P.detach().float().cpu().contiguous()
-    save_tensors({"prompt": tensor}, Path(directory) / "prompt.safetensors")
+# --- The command: what a tuned prompt does ---
 
 
-def load_prompt(path, width):
-    """Read a soft prompt, float32 (prompt_length, C), from a file or from `prompt.safetensors` in a
-    directory. width: the C of the model that it will be prepended to. Raises InputError if it does
-    not fit or the file can't be read."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / "prompt.safetensors"
-    hint = "a PromptKD run keeps its prompt in best/prompt.safetensors"
-    try:
-        P = load_tensors(path).get("prompt")
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; {hint}") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: is truncated or damaged ({error}); {hint}") from error
-    is_matrix = P is not None and P.ndim == 2 and len(P) > 0 and P.is_floating_point()
-    if not is_matrix or not torch.isfinite(P).all():
-        raise InputError(
-            f"{path}: has no finite floating-point tensor 'prompt' of two dimensions; {hint}"
-        )
-    if P.shape[1] != width:
-        raise InputError(
-            f"{path}: tensor 'prompt' is {P.shape[1]} wide and the model {width}; "
-            "use the teacher that it was tuned for"
-        )
-    return P.float()
+@torch.no_grad()
+def describe_vectors(P, P_0, wte):
+    """How far each vector of P (prompt_length, C) has moved from P_0, ‖P_i - P_0i‖ / ‖P_0i‖, and
+    its cosine with P_0i; the cosines of the five nearest embeddings of wte (V, C), and which they
+    are: four lists. Nearest by angle: a tuned vector may be longer than all embeddings."""
+    moved = (P - P_0).norm(dim=1) / P_0.norm(dim=1)  # (prompt_length,)
+    cosines = P @ wte.T / P.norm(dim=1, keepdim=True) / wte.norm(dim=1)  # (prompt_length, V)
+    columns = moved, torch.cosine_similarity(P, P_0), *cosines.topk(5)
+    return [column.tolist() for column in columns]
+
+
+MEASURES = ("KL(p || q)", "KL(p_P || q)", "KL(p_P || p)", "loss of p", "loss of p_P", "loss of q")
+
+
+@torch.no_grad()
+def measure(p, q, P, batch, dtype):
+    """MEASURES of a batch's N response tokens, in nats, (6, N). p_P: the teacher p with the prompt
+    P; q: the student."""
+    with precision(P.device, dtype):
+        inputs = (p, batch), (p, batch, P), (q, batch)
+        logits = [head_logits(*response_hidden(*each)) for each in inputs]  # (N, V) each
+    losses = [cross_entropy(z, batch.targets) for z in logits]
+    bare, prompted, student = logits
+    return torch.stack([kl(bare, student), *kls(prompted, student, bare), *losses])
+
+
+def main(argv=None):
+    parser = ArgumentParser("prompt.py", description="What a run's tuned prompt does.")
+    parser.add_argument("run", metavar="RUN", help="the directory of a complete PromptKD run")
+    run = parser.parse_args(argv).run
+    directory, record = runs.run_dir(run), runs.read_record(run)
+    s = record.get("settings", {})
+    if s.get("method") != "promptkd" or not record.get("complete"):
+        raise InputError(f"{directory}: is not a complete run of train.py --method promptkd")
+    paths = {field: directory.parent / s[field] for field in ("teacher", "data")}
+    teacher, data = (str(path) if path.exists() else s[field] for field, path in paths.items())
+    device, dtype = dist.init_process(s["dtype"])
+    rows = data_rows.read_rows(prepare.find_data_dir(data) / "dev.jsonl", s["max_dev_rows"])
+    q, tokenizer = models.load_model(directory, device)
+    p, _ = models.load_model(teacher, device)
+    P = load_prompt(directory / "best", p.config.n_embd).to(device)
+
+    def show(token):
+        return "-" if token is None else repr(tokenizer.decode([token]))
+
+    text, eos = tokenizer.encode_ordinary(s["prompt_text"]), tokenizer.eot_token
+    P_0 = initial_prompt(p.wte.weight, s["prompt_init"], len(P), text, eos, s["seed"]).to(device)
+    source = {"text": text, "padding": [eos], "random": [None]}[s["prompt_init"]]
+    columns, vectors = describe_vectors(P, P_0, p.wte.weight), []
+    for i, (moved, cosine, cosines, tokens) in enumerate(zip(*columns)):
+        began_as, near = show(source[i % len(source)]), list(zip(map(show, tokens), cosines))
+        vectors.append({"began_as": began_as, "moved": moved, "cosine": cosine, "nearest": near})
+
+    examples = data_rows.encode_training_rows(rows, tokenizer)
+    batches = data_rows.micro_batches(examples, 1024, device, len(P))
+    means = torch.cat([measure(p, q, P, batch, dtype) for batch in batches], dim=1).mean(1)  # (6,)
+
+    request, row = examples[0].request, examples[0].index + 1
+    rng_key = (s["seed"], "prompt", row)
+    [response], _ = sample_all(q, [request], [rng_key], eos, s["max_new_tokens"], dtype=dtype)
+    batch = data_rows.make_batch([data_rows.Example(0, request, response)], device)
+    probabilities = (-measure(p, q, P, batch, dtype)[3:]).exp().tolist()  # (3, N)
+    by_model = dict(zip(("bare teacher", "prompted teacher", "student"), probabilities))
+    response = {"row": row, "tokens": list(map(show, response)), "probabilities": by_model}
+    means = dict(zip(MEASURES, means.tolist()))
+    report.write_prompt(directory, {"vectors": vectors, "references": means, "response": response})
+
+
+if __name__ == "__main__":
+    run_command_line(main)

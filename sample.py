@@ -18,8 +18,8 @@ from data import rows as data_rows
 from data.cli import ArgumentParser, InputError, run_command_line
 from data.models import load_model
 from data.options import add_decoding_options, add_precision_option, number_in_range
+from data.tensors import load_prompt
 from model import KVCache, packed_weights, precision
-from prompt import load_prompt
 
 CPU_BATCH_SIZE = 64  # more rows at once are not faster on a CPU
 CACHE_SHARE = 0.1  # of a GPU's memory, next to weights, gradients and the states of AdamW

@@ -22,12 +22,11 @@ from pathlib import Path
 import torch
 
 import losses
-from data import dist, options, runs, stages
+from data import demo, dist, options, runs, stages
 from data.cli import InputError, check_output_dir, run_command_line
 from data.dist import print0
 from data.models import load_model
 from data.optim import adamw, clip_and_step, set_learning_rates
-from data.paper import DEMO_STUDENT, DEMO_TEACHER
 from data.prepare import find_data_dir
 from data.rows import Example, epoch_order, micro_batches
 from data.runs import Settings, format_time
@@ -446,7 +445,7 @@ def run_stage(name, s, out, micro_batch_tokens, device, paper=None, keep=0, save
 
 def run_stages(args, device, dtype):
     """Stages: teacher SFT, student SFT ("init"), the method itself. Returns {label: directory}."""
-    method, demo = METHODS[args.method], args.data == "demo"
+    method, is_demo = METHODS[args.method], args.data == "demo"
 
     def stage(kind, student, teacher=None, responses=None):
         models = {"student": student, "teacher": teacher, "responses": responses, "dtype": dtype}
@@ -460,13 +459,13 @@ def run_stages(args, device, dtype):
     if args.method == "pretrain":
         return {"pretrain": stage("pretrain", args.shape)}
     teacher = responses = None
+    pretrained = (demo.TEACHER, demo.STUDENT) if is_demo else ("gpt2-xl", "gpt2")
     if method.needs_teacher:
-        teacher = args.sft_teacher or args.teacher or (None if demo else "gpt2-xl")
-    student = args.init or args.student or (None if demo else "gpt2")
+        teacher = args.sft_teacher or args.teacher or pretrained[0]
+    student = args.init or args.student or pretrained[1]
     stages.check_later_inputs(args, data_dir, teacher, student)
     if method.needs_teacher and not args.sft_teacher:
-        teacher = stage("teacher", teacher or stage("pretrain", DEMO_TEACHER))
-    student = student or stage("pretrain", DEMO_STUDENT)
+        teacher = stage("teacher", teacher)
     if method.start == "init" and not args.init:
         student = stage("init", student)
     if args.method == "seqkd":

@@ -58,10 +58,10 @@ def count_parameters(name):
 def preset(kind, name, demo=False):
     """The settings that a stage of a kind has by default, for a model by its name: outside the demo
     the paper's for the GPT-2 nearest in parameter count. For pretrain `name` is a shape."""
-    if kind == "pretrain":
-        return DEMO.get(name, PRETRAIN) if demo else PRETRAIN
     if demo:
         return DEMO[kind]
+    if kind == "pretrain":
+        return PRETRAIN
     n_parameters = count_parameters(name)
     size = min(SIZES, key=lambda size: abs(math.log(n_parameters / SIZES[size])))
     if abs(n_parameters / SIZES[size] - 1) > 0.05:

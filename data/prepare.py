@@ -4,7 +4,6 @@ python -m data.prepare dolly self_inst vicuna sinst uinst [--source DIR]
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -14,10 +13,11 @@ from data import demo
 from data.cli import InputError, check_output_dir, run_command_line, write_atomic
 from data.hub import download, hub_url
 from data.paper import PAPER_SETS
-from data.rows import Row, read_jsonl, read_rows, text_field
+from data.rows import Row, read_jsonl, read_rows, text_field, to_jsonl
 
 DATA_DIR = Path(__file__).parent
 RAW_DOLLY = "databricks-dolly-15k"  # the original release; its split is not the paper's
+PRETRAINING_FILE = "pretrain.jsonl"
 WAY_OUT = "set the variable PROMPTKD_DATA_DIR to a writable directory"
 
 # Repository and files on the hub. 11_ has the rows with references of 11 words or more.
@@ -57,12 +57,11 @@ def prepare(name, source=None, target=None):
         raise InputError(f"{directory}: leaves no rows for {empty[0]}; check its files")
     # The training rows come last: a set that has them is complete.
     for split in reversed(expected):
-        lines = []
+        values = []
         for row in splits[split]:
             output = row.references[0] if len(row.references) == 1 else row.references
-            value = {"instruction": row.instruction, "input": row.input, "output": output}
-            lines.append(json.dumps(value) + "\n")
-        write_atomic(target / f"{split}.jsonl", "".join(lines))
+            values.append({"instruction": row.instruction, "input": row.input, "output": output})
+        write_atomic(target / f"{split}.jsonl", to_jsonl(values))
 
     def format_counts(counts):
         return ", ".join(f"{count:,} {split}" for split, count in counts.items())
@@ -126,14 +125,31 @@ def _read_test_set(name, source):
     return {"test": rows}, ""
 
 
+def _write_demo(directory):
+    """Write the demo's sets, if they are missing or those of another version of the demo."""
+    version = directory / "version.txt"  # written last
+    if version.is_file() and version.read_text("utf-8") == demo.VERSION:
+        return
+    check_output_dir(directory, "data", WAY_OUT)
+    (directory / PRETRAINING_FILE).unlink(missing_ok=True)
+    for name, text in (demo.data_files() | {version.name: demo.VERSION}).items():
+        write_atomic(directory / name, text)
+
+
+def write_pretraining_text(directory):
+    """Write the demo's pre-training text if it is missing. It takes ten seconds and 76 MB."""
+    if not (directory / PRETRAINING_FILE).is_file():
+        check_output_dir(directory, "data", WAY_OUT)
+        write_atomic(directory / PRETRAINING_FILE, demo.pretraining_text())
+
+
 def find_data_dir(name):
     """The directory of a data set: `name` itself, or that of one of PUBLIC_SETS or "demo", which is
     prepared first if need be. Under torchrun, call this through `dist.run_on_rank0`."""
     known = (*PUBLIC_SETS, "demo")
     directory = prepared_dir(name) if name in known else Path(name)
-    if name == "demo" and not (directory / "pretrain.jsonl").is_file():
-        check_output_dir(directory, "data", WAY_OUT)
-        demo.write_demo(directory)
+    if name == "demo":
+        _write_demo(directory)
     if not all((directory / f"{split}.jsonl").is_file() for split in PAPER_COUNTS.get(name, ())):
         print(prepare(name), flush=True)
     if name not in known and not os.path.isdir(name):

@@ -29,11 +29,8 @@ def format_score(scores):
 
 
 def score_table(scores, reported=None):
-    """A table with a row per model and a column per data set, as a list of rows of cells.
-
-    scores: {label: {column: [score per seed]}}. reported: the paper's scores, to add in brackets,
-    {label: {column: score}}.
-    """
+    """Rows of cells, a row per model and a column per data set. scores: {label: {column: [score per
+    seed]}}. reported: the paper's, to add in brackets, {label: {column: score}}."""
     table = [["ROUGE-L", *next(iter(scores.values()))]]
     for label, by_column in scores.items():
         cells = {column: format_score(ours) for column, ours in by_column.items()}
@@ -87,10 +84,8 @@ def write_group_table(out, fields, groups, scores, title):
 
 
 def write_samples(out, n, set_name, rows, paths):
-    """Print and write Table 6: n of a set's rows, with each model's response to them.
-
-    paths: the files of the responses, {label: path}.
-    """
+    """Print and write Table 6: n of a set's rows, with each model's response to them. paths: the
+    files of the responses, {label: path}."""
     n = min(n, len(rows))
     results = {label: [result for _, result in read_jsonl(path)] for label, path in paths.items()}
     page = [f"### Table 6: requests of {set_name} and the responses to them"]
@@ -106,13 +101,27 @@ def write_samples(out, n, set_name, rows, paths):
     print(f"\n{text}\nalso in {out / 'table6.md'}")
 
 
+def write_prompt(directory, content):
+    """Print what a tuned prompt does, `content` (see prompt.main), and write it to a run's
+    prompt.json; plot the response in it as prompt.png."""
+    vectors = [["began as", "moved", "cosine", *(f"nearest {n}" for n in range(1, 6))]]
+    for vector in content["vectors"]:
+        nearest = [f"{text} {cosine:.2f}" for text, cosine in vector["nearest"]]
+        distances = [f"{vector[name]:.3f}" for name in ("moved", "cosine")]
+        vectors.append([vector["began_as"], *distances, *nearest])
+    means = [["validation references", "nats per token"]]
+    means += [[name, f"{value:.3f}"] for name, value in content["references"].items()]
+    print(format_table(vectors), format_table(means), sep="\n\n")
+    print("p: teacher, p_P: with the prompt, q: student")
+    write_atomic(directory / "prompt.json", json.dumps(content, indent=1) + "\n")
+    plot = plot_response(directory / "prompt.png", **content["response"])
+    print(f"also in {directory / 'prompt.json'}; {plot}")
+
+
 # ---- plots -----------------------------------------------------------------------------------
 def save_plot(path, draw):
-    """Draw a plot with draw(figure), which gets a matplotlib Figure, and write it as a PNG.
-
-    Returns the path or one line with the reason why there is no plot: hours of work must not end
-    with an error in a plot.
-    """
+    """Write what draw(figure) draws, in a matplotlib Figure, as a PNG. Returns the path, or a line
+    that says why there is no plot: hours of work must not end with an error in one."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -154,11 +163,30 @@ def plot_curves(run_dir):
     return save_plot(run_dir / "curves.png", draw)
 
 
-def plot_bars(path, bars, lines, title):
-    """Plot mean scores as bars, with the standard deviation as error bar (see `save_plot`).
+def plot_response(path, row, tokens, probabilities, width=40):
+    """Plot the probability of each token of a response, {model: values}, in panels of `width`
+    tokens (see `save_plot`). row: number of the row with this request. tokens: their texts."""
 
-    bars: {label: scores}, from top to bottom. lines: vertical lines, {label: score}.
-    """
+    def draw(figure):
+        starts = range(0, len(tokens), width)
+        figure.set_size_inches(11, 1.2 + 2.4 * len(starts))
+        panels = figure.subplots(len(starts), squeeze=False)[:, 0]
+        for axes, start in zip(panels, starts):
+            texts = tokens[start : start + width]
+            for label, values in probabilities.items():
+                axes.plot(values[start : start + width], ".-", label=label, linewidth=1)
+            axes.set_xticks(range(len(texts)), texts, rotation=90, fontsize=8)
+            axes.set(xlim=(-1, min(width, len(tokens))), ylim=(-0.03, 1.03), ylabel="probability")
+        [label] = unique_labels([path.parent])
+        panels[0].set_title(f"{label}: the student's response to validation row {row}")
+        figure.legend(handles=panels[0].lines, loc="outside lower center", ncols=3)
+
+    return save_plot(path, draw)
+
+
+def plot_bars(path, bars, lines, title):
+    """Plot mean scores as bars, with the standard deviation as error bar (see `save_plot`). bars:
+    {label: scores}, from top to bottom. lines: vertical lines, {label: score}."""
 
     def draw(figure):
         figure.set_size_inches(8, 1.5 + 0.3 * len(bars))
@@ -186,11 +214,8 @@ def last_reliable_step(columns):
 
 
 def write_figure(stem, series_name, series, settings, x, title, xlabel):
-    """Write the curves of ExAccErr as `stem`.json, and plot them over the column x as `stem`.png.
-
-    series: {label: {column: values}}. series_name: what a label is, as "student". Returns a line
-    that names the files.
-    """
+    """Write the curves of ExAccErr, {label: {column: values}}, as `stem`.json, and plot them over
+    the column x as `stem`.png. Returns a line that names both. series_name: what a label is."""
     content = {"settings": settings, f"{series_name}s": series}
     write_atomic(f"{stem}.json", json.dumps(content) + "\n")
     [data] = unique_labels([settings["data"]])

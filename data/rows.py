@@ -62,6 +62,10 @@ def read_jsonl(path):
     return rows
 
 
+def to_jsonl(objects):
+    return "".join(json.dumps(value) + "\n" for value in objects)
+
+
 def _parse_object(text, location):
     problem = "is not a JSON object"
     try:
@@ -95,12 +99,9 @@ def references_field(value, location, required=True):
 
 
 def corpus_format(path):
-    """How a corpus is stored: "JSON lines" if the first line that is not blank begins as JSON, or
-    if the file has the name of JSON; else "plain text".
-
-    JSON of another layout, such as one array of objects, counts as JSON lines as well: `read_jsonl`
-    refuses it, and it is never taken for prose.
-    """
+    """How a corpus is stored: "JSON lines" if its first line that is not blank begins as JSON, or
+    its name ends so; else "plain text". JSON of another layout, such as one array of objects,
+    counts as JSON lines as well: `read_jsonl` refuses it, and it is never taken for prose."""
     path = check_text_file(path)
     with path.open(encoding="utf-8-sig", errors="replace", newline="\n") as file:
         line = next((line for line in file if line.strip()), "")

@@ -22,9 +22,9 @@ from data import dist
 from data.cli import InputError, read_json, write_atomic
 from data.dist import print0
 from data.rows import MAX_NEW_TOKENS
+from data.tensors import save_prompt
 from data.tokenizer import tokenizer_files
 from model import save
-from prompt import save_prompt
 
 RUN_FORMAT = 3  # of run.json and the files beside it; raise it when their meaning changes
 # The fields of run.json that are read. An optional one may be null or missing.
@@ -83,9 +83,7 @@ def run_dir(model):
 
 def read_record(model):
     """The run.json of a run, {} for any other model. model: a run's directory or its `best/`.
-
-    Raises InputError if the file is damaged or was written by another version of this project.
-    """
+    Raises InputError if the file is damaged or of another version of this project."""
     directory = run_dir(model)
     path, fix = directory / "run.json", f"remove {directory} and train it again"
     if not path.is_file():
@@ -204,11 +202,9 @@ class MetricsLog:
     def __init__(self, path, start_step):
         self.path = path
         if dist.rank() == 0:
-            lines = []
-            if path.is_file():
-                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            text = path.read_text(encoding="utf-8") if start_step and path.is_file() else ""
             # The last line may have been cut short.
-            whole = [line for line in lines if start_step and line.endswith("\n")]
+            whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in whole if json.loads(line)["step"] <= start_step]
             write_atomic(path, "".join(kept))
 

@@ -17,7 +17,7 @@ from data.hub import file_hash, find_model_dir, model_hash
 from data.models import count_parameters, find_model, load_model, preset
 from data.options import OVERRIDES
 from data.paper import DEMO, paper_row
-from data.prepare import find_data_dir
+from data.prepare import PRETRAINING_FILE, find_data_dir, write_pretraining_text
 from data.runs import LOCATIONS, Settings, base_label, finish_run, format_time, override_suffix
 from data.tokenizer import check_same_vocabulary, load_tokenizer
 from prompt import freeze
@@ -91,15 +91,15 @@ def data_files(s):
     """The paths of a stage's training rows, validation rows and, for pretrain, texts."""
     directory = dist.run_on_rank0(find_data_dir, s.data)
     files = [Path(s.responses or directory) / "train.jsonl", directory / "dev.jsonl"]
-    texts = directory / "pretrain.jsonl"
+    texts = directory / PRETRAINING_FILE
+    if s.method == "pretrain" and s.data == "demo":
+        dist.run_on_rank0(write_pretraining_text, directory)
     return [*files, texts] if s.method == "pretrain" and texts.is_file() else files
 
 
 def open_stage(directory, settings, files, paper=None):
-    """Open a stage's run (see `data.runs.open_run`).
-
-    settings: a dict. files: the paths of its data files. paper: which of the paper's runs it is.
-    """
+    """Open a stage's run (see `data.runs.open_run`). settings: a dict. files: the paths of its data
+    files. paper: which of the paper's runs it is."""
 
     def hash_inputs():
         hashes = {path.name: file_hash(path) for path in files if path.is_file()}
@@ -213,11 +213,10 @@ def explain_memory(directory, micro_batch_tokens):
 def finish_stage(run, directory, record, progress):
     """Complete a stage, and draw its curves."""
     record |= {"parameters": run.student.n_parameters(), "total_steps": run.total_steps}
-    record |= {"ranks": dist.world_size(), "device": run.device.type}
+    record |= {"ranks": dist.world_size(), "device": run.device.type, "hours": progress["hours"]}
     if run.P is not None:
         record["prompt_length"] = len(run.P)
     record |= {"best": abs(progress["best"][0]), "best_step": progress["best_step"]}
-    record["hours"] = progress["hours"]
     dist.run_on_rank0(finish_run, directory, record)
     plot = dist.run_on_rank0(report.plot_curves, directory)  # last: drawing may fail
     took = format_time(3600 * record["hours"])
@@ -227,9 +226,7 @@ def finish_stage(run, directory, record, progress):
 
 def check_later_inputs(args, data_dir, teacher, student):
     """Raise InputError if a later stage would fail, before the earlier ones take their hours.
-
-    teacher, student: names of models; None where an earlier stage trains the model.
-    """
+    teacher, student: names of models; the teacher may be None."""
     data_rows.read_rows(data_dir / "dev.jsonl", args.dev_rows)
     if args.lm_data is not None:
         dist.run_on_rank0(lambda: len(data_rows.read_texts(args.lm_data)))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from data.cli import InputError, atomic_path, check_lfs_pointer
 from data.hub import weights_files
@@ -13,9 +14,7 @@ from data.hub import weights_files
 
 def read_tensors(directory):
     """Yield the path, name and tensor of a directory's weights, one file in memory at a time.
-
-    Raises InputError if there are none or a file is damaged.
-    """
+    Raises InputError if there are none or a file is damaged."""
     paths = [path for path in weights_files(directory) if path.suffix != ".json"]  # no index
     if not paths:
         layout = "a checkpoint directory has config.json and model.safetensors"
@@ -67,3 +66,33 @@ def save_tensors(tensors, path):
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in tensors:
             file.write(tensor.numpy())
+
+
+def save_prompt(P, directory):
+    """Write P (prompt_length, C) to `prompt.safetensors` in a checkpoint directory."""
+    tensor = P.detach().float().cpu().contiguous()
+    save_tensors({"prompt": tensor}, Path(directory) / "prompt.safetensors")
+
+
+def load_prompt(path, width):
+    """Read a soft prompt, float32 (prompt_length, C), from a file or from `prompt.safetensors` in a
+    directory. width: the C of the model that it will be prepended to. Raises InputError if it does
+    not fit or the file can't be read."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "prompt.safetensors"
+    hint = "a PromptKD run keeps its prompt in best/prompt.safetensors"
+    try:
+        P = load_tensors(path).get("prompt")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; {hint}") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path}: is truncated or damaged ({error}); {hint}") from error
+    is_matrix = P is not None and P.ndim == 2 and len(P) > 0 and P.is_floating_point()
+    if not is_matrix or not torch.isfinite(P).all():
+        problem = "has no finite floating-point tensor 'prompt' of two dimensions"
+        raise InputError(f"{path}: {problem}; {hint}")
+    if P.shape[1] != width:
+        problem = f"tensor 'prompt' is {P.shape[1]} wide and the model {width}"
+        raise InputError(f"{path}: {problem}; use the teacher that it was tuned for")
+    return P.float()

@@ -185,10 +185,8 @@ def tokenizer_files(tokenizer):
 
 @functools.lru_cache(maxsize=4)
 def _derive_merges(tokens):
-    """The pairs from which tiktoken merges the tokens longer than a byte.
-
-    tokens: in the order of their ids, with a character for each byte.
-    """
+    """The pairs from which tiktoken merges the tokens longer than a byte. tokens: in the order of
+    their ids, with a character for each byte."""
     ranks, pairs = {token: i for i, token in enumerate(tokens)}, []
     for token in tokens:
         # Merge the token's bytes, lowest rank first, until only the pair of its own merge is left.

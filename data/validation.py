@@ -81,8 +81,9 @@ def check_prompt(run, metrics, examples):
 def show_demo(models, device, dtype):
     """Print the demo's table: models on the test set and on the sets unlike the training data."""
     sampling = {"max_new_tokens": DEMO["promptkd"]["max_new_tokens"], "dtype": dtype}
-    columns, averages = evaluate.open_columns(["demo"])
+    columns = evaluate.open_columns(["demo"])
     scores, _ = evaluate.evaluate_models(models, columns, [10, 20, 30], device, **sampling)
-    print0(f"\n{format_table(score_table(evaluate.add_averages(scores, averages)))}")
+    evaluate.add_average(scores)
+    print0(f"\n{format_table(score_table(scores))}")
     print0("Mean ± standard deviation over three sampling seeds. The sets after `test` have")
     print0("wordings, words, lengths and combinations of tasks that no training row has.")

@@ -21,8 +21,9 @@ MAX_VOCAB_SIZE = 1000  # training ends before if every word of the text is one t
 
 def write_tokenizer(directory):
     """Train the tokenizer on the pre-training text, and write its vocab.json and merges.txt."""
-    documents, _ = make_documents(10)
-    counts = Counter(word for text in documents for word in regex.findall(r50k_pat_str, text))
+    counts = Counter(
+        word for text in make_documents(10) for word in regex.findall(r50k_pat_str, text)
+    )
     parts = {word: [BYTE_ENCODER[byte] for byte in word.encode()] for word in counts}
     # GPT-2's order of the token ids: 256 bytes, the merges, end-of-text.
     tokens, merges = [*BYTE_ENCODER.values()], ["#version: 0.2"]

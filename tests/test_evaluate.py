@@ -48,7 +48,7 @@ from data.rows import fill_template, read_rows
 from data.runs import RUN_FORMAT, unique_labels
 from evaluate import (
     Column,
-    add_averages,
+    add_average,
     evaluate,
     evaluate_models,
     main,
@@ -173,14 +173,15 @@ def test_the_table_has_a_row_per_model_a_column_per_set_and_the_average():
         "teacher": {"near": [50.0, 52.0], "far": [20.0, 30.0]},  # the averages are 35 and 41
         "init-of-a-student": {"near": [9.0, 9.0], "far": [1.0, 2.0]},
     }
-    with_averages = add_averages(scores, {"average": ["near", "far"]})
-    assert format_table(score_table(with_averages)).splitlines() == [
+    add_average(scores)
+    assert format_table(score_table(scores)).splitlines() == [
         "ROUGE-L                  near         far     average",
         "teacher            51.0 ± 1.4  25.0 ± 7.1  38.0 ± 4.2",
         "init-of-a-student   9.0 ± 0.0   1.5 ± 0.7   5.2 ± 0.4",
     ]
-    with_average = add_averages({"a": {"near": [50.0]}}, {"average": ["near"]})
-    assert format_table(score_table(with_average)).splitlines() == [
+    scores = {"a": {"near": [50.0]}}
+    add_average(scores)
+    assert format_table(score_table(scores)).splitlines() == [
         "ROUGE-L  near  average",
         "a        50.0     50.0",
     ]
@@ -509,10 +510,7 @@ def fixed_scores(monkeypatch):
     def fix(scores):
         def evaluate_models(models, columns, seeds, *args, **kwargs):
             of_columns = {
-                label: {
-                    name: scores[label][column.set_name][: len(seeds)]
-                    for name, column in columns.items()
-                }
+                label: {name: scores[label][name][: len(seeds)] for name in columns}
                 for label in models
             }
             return of_columns, {}
@@ -702,10 +700,9 @@ def test_sets_default_to_the_demos_for_its_runs_and_else_to_the_public_ones(
 
 
 def test_demo_names_five_sets_and_no_others_may_have_their_names(tmp_path, demo):
-    columns, averages = open_columns(["demo"])
+    columns = open_columns(["demo"])
     instructions = {name: column.rows[0].instruction for name, column in columns.items()}
     assert instructions == {name: name for name in DEMO_SETS}
-    assert averages == {"average": list(DEMO_SETS)}
     other = one_row_set(tmp_path / "other", "words")
     with pytest.raises(InputError, match="two sets are called 'words'"):
         open_columns(["demo", str(other)])
@@ -714,7 +711,7 @@ def test_demo_names_five_sets_and_no_others_may_have_their_names(tmp_path, demo)
 def test_evaluate_models_writes_no_files_by_default(world, tmp_path, near, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = {"max_new_tokens": 20, "dtype": "float32"}
-    columns = {"near": Column("near", near)}
+    columns = {"near": Column(near)}
     scores, paths = evaluate_models({"one": world / "model"}, columns, [10], "cpu", **options)
     assert scores == {"one": {"near": [mean_rouge_l(evaluate_near(near))]}}
     assert paths == {"one": {"near": [None]}}

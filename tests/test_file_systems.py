@@ -12,9 +12,8 @@ from helpers import TINY, run_command, soft_prompt, stored_weights, tiny_model
 from safetensors.torch import load_file, save_file
 
 import model
-import prompt
 from data.cli import write_atomic
-from data.tensors import save_tensors
+from data.tensors import save_prompt, save_tensors
 
 # Each call fails as it does on a mounted object store or on CIFS.
 SHIM = """
@@ -97,7 +96,7 @@ def test_checkpoints_have_the_permissions_of_other_files(tmp_path, umask, mode):
     previous = os.umask(umask)
     try:
         model.save(tiny_model(), tmp_path)
-        prompt.save_prompt(soft_prompt(3), tmp_path)
+        save_prompt(soft_prompt(3), tmp_path)
     finally:
         os.umask(previous)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}

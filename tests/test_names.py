@@ -25,7 +25,7 @@ from data import report
 from data.prepare import find_data_dir
 from data.report import format_table, plot_bars, plot_curves, save_plot
 from data.runs import read_record, unique_labels
-from prompt import load_prompt, save_prompt
+from data.tensors import load_prompt, save_prompt
 from sample import row_uniforms
 
 LATIN_1 = os.fsdecode(b"mod\xe9le")  # a lone surrogate

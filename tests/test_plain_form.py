@@ -16,7 +16,6 @@ import data.prepare
 import losses
 import train
 from data.models import preset
-from data.paper import DEMO_STUDENT
 from model import Config
 
 V = TOKENIZER.n_vocab
@@ -103,7 +102,7 @@ def train_stage(out, name, method, micro_batch_tokens=300, **values):
         "max_dev_rows": 4,
         "max_new_tokens": 16,
     }
-    settings = {"method": method, **preset(method, DEMO_STUDENT, demo=True), **small, **values}
+    settings = {"method": method, **preset(method, None, demo=True), **small, **values}
     train.run_stage(name, train.Settings(**settings), out, micro_batch_tokens, CPU)
     return out / name
 

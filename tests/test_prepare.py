@@ -576,17 +576,34 @@ def test_training_rows_are_written_last(data_dir, tmp_path, monkeypatch):
     assert written[-1] == "train.jsonl"
 
 
-def test_demo_is_written_once(data_dir, monkeypatch):
+def test_demo_is_written_once_and_again_for_another_version(data_dir, monkeypatch):
+    demo, version = data_dir / "demo", prepare_module.demo.VERSION
     written = []
 
-    def write_demo(directory):
-        written.append(directory)
-        write_rows(directory / "pretrain.jsonl", [{"text": "x"}])
+    def data_files():
+        written.append(version)
+        return {"test.jsonl": "{}\n", "longer/test.jsonl": "[]\n"}
 
-    monkeypatch.setattr(prepare_module.demo, "write_demo", write_demo)
+    monkeypatch.setattr(prepare_module.demo, "data_files", data_files)
     for _ in range(2):
-        assert find_data_dir("demo") == data_dir / "demo"
-    assert written == [data_dir / "demo"]
+        assert find_data_dir("demo") == demo
+    assert len(written) == 1
+    assert (demo / "longer" / "test.jsonl").read_text() == "[]\n"
+    monkeypatch.setattr(prepare_module.demo, "pretraining_text", lambda: "text\n")
+    prepare_module.write_pretraining_text(demo)
+    assert (demo / "pretrain.jsonl").read_text() == "text\n"
+    # A demo of before: without the version's file, with the text next to the sets.
+    (demo / "version.txt").unlink()
+    find_data_dir("demo")
+    assert len(written) == 2
+    assert not (demo / "pretrain.jsonl").exists()
+
+
+def test_pretraining_text_is_written_once(data_dir, monkeypatch):
+    monkeypatch.setattr(prepare_module.demo, "pretraining_text", iter(["text\n"]).__next__)
+    for _ in range(2):
+        prepare_module.write_pretraining_text(data_dir)
+    assert (data_dir / "pretrain.jsonl").read_text() == "text\n"
 
 
 @pytest.mark.parametrize(
@@ -656,7 +673,6 @@ def test_variable_names_the_directory_of_prepared_sets(
 def test_set_directory_that_can_not_be_written_is_an_error_with_the_way_out(
     data_dir, tmp_path, server, monkeypatch
 ):
-    monkeypatch.setattr(prepare_module.demo, "make_documents", lambda seed: ([], set()))
     server.answers[VICUNA] = encode_rows(small_rows(80))
     write_rows(tmp_path / "in" / "valid.jsonl", small_rows(3))
     for name in ("demo", "vicuna"):
@@ -695,10 +711,9 @@ def read_only(directory, command):
 
 # Commands one after another, each with its exit status; then with the variable
 SCRIPT = """
-import functools, importlib, json, os, sys
+import importlib, json, os, sys
 sys.path.insert(0, sys.argv[1])
-from data import cli, demo
-demo.make_documents = functools.partial(demo.make_documents, count=500)
+from data import cli
 for line in json.loads(sys.argv[2]):
     program, *arguments = line.split()
     if program == "set":

@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 
 from data.cli import InputError
 from data.rows import pad
+from data.tensors import load_prompt, save_prompt
 from data.tokenizer import load_tokenizer
 from losses import kl
-from prompt import freeze, hidden_states, initial_prompt, load_prompt, save_prompt
+from prompt import freeze, hidden_states, initial_prompt
 
 TEXT_TOKENS, PAD_TOKEN = [11, 7, 30, 7, 2], 60
 ROWS = [[5, 17, 60, 3, 8], [22], [9, 60, 1, 30, 12, 55, 2]]

@@ -30,9 +30,8 @@ from test_train import (  # noqa: F401
 )
 
 import data.prepare
-import prompt
 import train
-from data import report, runs
+from data import report, runs, tensors
 from data.cli import InputError
 from data.rows import fill_template
 from model import load
@@ -223,7 +222,7 @@ def test_a_best_checkpoint_interrupted_after_its_state_was_saved_is_written_agai
     tmp_path, student, teacher, uninterrupted, capsys
 ):
     """Otherwise it would hold the student's weights of one step and the prompt of another."""
-    s, save_prompt, calls = six_steps(student, teacher), prompt.save_prompt, []
+    s, save_prompt, calls = six_steps(student, teacher), tensors.save_prompt, []
 
     def validation(rouge_l):
         return {"val_loss": 1.0, "val_rouge_l": rouge_l, "val_prompted_loss": 1.0}

@@ -32,7 +32,7 @@ import sample as sample_module
 from data import dist
 from data.cli import InputError, run_command_line
 from data.rows import fill_template, pad, read_rows
-from prompt import save_prompt
+from data.tensors import save_prompt
 from sample import (
     ban_repeated_ngrams,
     decode_response,

@@ -31,7 +31,7 @@ MAX_LINES = {
     "exposure_bias.py": 350,
     "data/demo.py": 420,
 }
-MAX_DATA_LINES, MAX_ALL_LINES, MAX_FUNCTION_LINES, MAX_COLUMNS = 350, 5300, 60, 100
+MAX_DATA_LINES, MAX_ALL_LINES, MAX_FUNCTION_LINES, MAX_COLUMNS = 350, 5500, 60, 100
 MAX_README_LINES = 120  # up to the end of the table that maps the paper to the code
 
 PRODUCT = sorted([*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")])

@@ -31,13 +31,13 @@ from helpers import (
 
 import data.prepare
 import train
-from data import dist, report, runs, stages, validation
+from data import demo, dist, report, runs, stages, validation
 from data.cli import InputError, run_command_line
 from data.demo import TOKENIZER_DIR, make_document, make_rows
 from data.hub import find_model_dir
 from data.models import preset
 from data.optim import MAX_GRAD_NORM, learning_rate
-from data.paper import DEMO, DEMO_SETS, DEMO_STUDENT, DEMO_TEACHER, PROMPT
+from data.paper import DEMO, DEMO_SETS, PROMPT
 from data.report import plot_curves
 from data.rows import fill_template, read_rows
 from data.tokenizer import load_tokenizer
@@ -54,12 +54,13 @@ UNLIKE = ("tokens_per_second", "seconds", "memory_resident_gb")
 
 
 def write_world(directory):
-    rng, used = random.Random(1), set()
+    rng, used = random.Random(2), set()
     counts = {"train": 36, "dev": 8, "test": 3, **{f"{name}/test": 3 for name in DEMO_SETS[1:]}}
     for name, count in counts.items():
         write_rows(directory / f"{name}.jsonl", make_rows(rng, count, used))
     documents = [{"text": make_document(rng, used)} for _ in range(60)]
     write_rows(directory / "pretrain.jsonl", documents)
+    (directory / "version.txt").write_text(demo.VERSION)
     return directory
 
 
@@ -466,13 +467,16 @@ def test_models_that_are_already_fine_tuned_skip_their_stages(plan, tmp_path):
 
 def test_without_options_the_demo_runs_with_its_own_sizes_and_presets(plan):
     planned = plan()
-    assert kinds(planned) == ["pretrain", "teacher", "pretrain", "init", "promptkd"]
+    assert names(planned) == [
+        "teacher-3x128x4-demo",
+        "init-1x96x4-demo",
+        "promptkd-1x96x4-demo-s10",
+    ]
     assert {stage.settings.data for stage in planned} == {"demo"}
-    assert len(set(names(planned))) == 5
-    assert planned[0].settings.student == DEMO_TEACHER
-    assert planned[2].settings.student == DEMO_STUDENT
-    assert planned[-1].settings.teacher == f"out/{planned[1].name}"
-    assert planned[-1].settings.student == f"out/{planned[3].name}"
+    assert planned[0].settings.student == demo.TEACHER
+    assert planned[1].settings.student == demo.STUDENT
+    assert planned[2].settings.teacher == f"out/{planned[0].name}"
+    assert planned[2].settings.student == f"out/{planned[1].name}"
 
 
 def test_sft_is_one_stage_from_the_pre_trained_model(plan):
@@ -541,25 +545,23 @@ def test_minillms_corpus_is_in_its_settings_and_its_name(plan):
 @pytest.mark.parametrize(
     "method, expected",
     [
-        ("sft", ["STUDENT", "sft"]),
-        ("kd", ["TEACHER", "teacher", "STUDENT", "kd"]),
-        ("seqkd", ["TEACHER", "teacher", "STUDENT", "responses", "seqkd"]),
-        ("minillm", ["TEACHER", "teacher", "STUDENT", "init", "minillm"]),
-        ("gkd", ["TEACHER", "teacher", "STUDENT", "init", "gkd"]),
+        ("sft", ["sft"]),
+        ("kd", ["teacher", "kd"]),
+        ("seqkd", ["teacher", "responses", "seqkd"]),
+        ("minillm", ["teacher", "init", "minillm"]),
+        ("gkd", ["teacher", "init", "gkd"]),
     ],
 )
 def test_every_method_runs_the_demo_and_shares_its_stages_with_promptkd(plan, method, expected):
     planned, promptkd = plan(f"--method {method}"), plan()
-    pretrain = {"TEACHER": f"pretrain-{DEMO_TEACHER}-demo"}
-    pretrain["STUDENT"] = f"pretrain-{DEMO_STUDENT}-demo"
-    for stage, kind in zip(planned, expected, strict=True):
-        assert stage.name.startswith(pretrain.get(kind, f"{kind}-"))
+    assert kinds(planned) == expected
+    for stage, kind in zip(planned, expected):
         assert stage in promptkd or kind in ("responses", method)
     assert planned[-1].settings.max_new_tokens == 40
-    assert planned[-1].name == f"{method}-{DEMO_STUDENT}-demo-s10"
+    assert planned[-1].name == f"{method}-1x96x4-demo-s10"
     if method == "seqkd":
-        assert planned[3].name == f"responses-{DEMO_TEACHER}-demo"
-        assert planned[3].settings["max_new_tokens"] == 40
+        assert planned[1].name == "responses-3x128x4-demo"
+        assert planned[1].settings["max_new_tokens"] == 40
 
 
 @pytest.mark.parametrize(
@@ -595,7 +597,7 @@ def test_every_method_runs_the_demo_and_shares_its_stages_with_promptkd(plan, me
         ("--init gpt2", ["teacher xl", None]),  # not fine-tuned
         ("--student mine", ["teacher xl", None, None]),
         ("--method pretrain --shape 12x768x12 --data dolly", [None]),
-        ("", [None] * 5),
+        ("", [None] * 3),
     ],
 )
 def test_a_stage_is_the_papers_only_with_its_models_data_and_settings(

@@ -29,8 +29,8 @@ from data.paper import DEMO  # noqa: E402
 
 STAGES = (
     "pretrain-1x24x2-demo",
-    "teacher-1x24x2-demo",
     "pretrain-1x16x2-demo",
+    "teacher-1x24x2-demo",
     "responses-1x24x2-demo",
     "seqkd-1x16x2-demo-s10",
     "init-1x16x2-demo",
@@ -42,7 +42,6 @@ STAGES = (
 def plan_commands(data_dir, steps):
     """The command lines of the run. Every stage has `steps` steps, dropout, and states between the
     validations."""
-    train.DEMO_TEACHER, train.DEMO_STUDENT = "1x24x2", "1x16x2"
     small = {
         "steps": steps,
         "global_batch_size": 8,
@@ -54,7 +53,6 @@ def plan_commands(data_dir, steps):
     }
     for kind, values in DEMO.copy().items():
         rollouts = {"rollout_size": 16, "inner_epochs": 2} if kind == "minillm" else {}
-        kind = {"3x128x4": "1x24x2", "2x64x4": "1x16x2"}.get(kind, kind)
         DEMO[kind] = values | small | rollouts
     train.show_demo = lambda models, device, dtype: None
     report.plot_curves = lambda directory: "no plot"
@@ -63,7 +61,11 @@ def plan_commands(data_dir, steps):
     options = ["--data", "demo", "--out", "out", "--keep", "3", "--save-every", "3"]
     options += ["--micro-batch-tokens", "240", "--dev-rows", "4"]
     text = ["--lm-data", str(data_dir / "demo" / "pretrain.jsonl")]
+    pretrain = ["--method", "pretrain", *options]
+    options += ["--teacher", "out/pretrain-1x24x2-demo", "--student", "out/pretrain-1x16x2-demo"]
     return [
+        [*pretrain, "--shape", "1x24x2"],
+        [*pretrain, "--shape", "1x16x2"],
         ["--method", "seqkd", *options],
         ["--method", "minillm", *text, *options],
         ["--method", "promptkd", *options],
