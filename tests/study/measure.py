@@ -1,0 +1,165 @@
+"""What is measured on the models of the miniature: numbers for the JSON files of the results."""
+
+import itertools
+from dataclasses import replace
+
+import torch
+
+import evaluate
+import exposure_bias
+from data.demo import ALL_WORDS
+from data.models import load_model
+from data.paper import BANNED_NGRAM, DEMO, PAPER_SAMPLING
+from data.prepare import find_data_dir
+from data.rows import Example, encode_request, encode_training_rows, micro_batches, read_rows
+from losses import kl
+from prompt import response_hidden
+from sample import decode_response, sample_all
+
+CPU = torch.device("cpu")
+MAX_NEW_TOKENS = DEMO["promptkd"]["max_new_tokens"]
+SAMPLING = PAPER_SAMPLING | {"max_new_tokens": MAX_NEW_TOKENS, "dtype": "float32"}
+SAMPLING_SEEDS = (10, 20, 30)
+MICRO_BATCH_TOKENS = 4096
+
+
+def rounded(values):
+    """Numbers to five significant digits, in lists and dicts too."""
+    if isinstance(values, dict):
+        return {name: rounded(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [rounded(value) for value in values]
+    return float(f"{values:.5g}") if isinstance(values, float) else values
+
+
+def rouge_l(model):
+    """ROUGE-L of a model by name on the demo's five sets: sampled as in Table 1 with each of
+    SAMPLING_SEEDS, decoded greedily, and sampled with the first seed and the ban on repeated
+    6-grams that the published numbers have. {way: {set: [score per seed]}}."""
+    columns = evaluate.open_columns(["demo"])
+    banned = {name: replace(column, ban=BANNED_NGRAM) for name, column in columns.items()}
+    ways = {
+        "sampled": (columns, SAMPLING_SEEDS, SAMPLING),
+        "greedy": (columns, SAMPLING_SEEDS[:1], SAMPLING | {"greedy": True}),
+        "banned": (banned, SAMPLING_SEEDS[:1], SAMPLING),
+    }
+    results = {}
+    for way, (columns_of_way, seeds, sampling) in ways.items():
+        scores, _ = evaluate.evaluate_models({"": model}, columns_of_way, seeds, CPU, **sampling)
+        results[way] = scores[""]
+    return results
+
+
+# ---- exposure bias -------------------------------------------------------------------------------
+
+
+def exposure_teacher(p, tokenizer):
+    """The teacher p, with its responses to the test requests."""
+    options = f"--teacher - --students - --steps {MAX_NEW_TOKENS} --dtype float32".split()
+    rows = read_rows(find_data_dir("demo") / "test.jsonl")
+    return exposure_bias.Teacher(p, tokenizer, rows, exposure_bias.parse_args(options))
+
+
+def exposure(teacher, student):
+    """The curve of a student by name (see `exposure_bias.exposure_curve`), and what it would be
+    without the first generated token, as in the released code."""
+    measured = []
+    curve_of = exposure_bias.exposure_curve
+
+    def keep_lists(kl_q, kl_p, seed, label):
+        measured.extend([kl_q, kl_p])
+        return curve_of(kl_q, kl_p, seed, label)
+
+    exposure_bias.exposure_curve = keep_lists
+    try:
+        curve = teacher.measure(student, str(student), MAX_NEW_TOKENS)
+    finally:
+        exposure_bias.exposure_curve = curve_of
+    without_first = [[[y[1:] for y in responses] for responses in kl_x] for kl_x in measured]
+    _, _, error = exposure_bias.excess_accumulated_error(*without_first)
+    return curve | {"ex_acc_err_without_first": error.tolist()}
+
+
+# ---- what the prompt does to the teacher ---------------------------------------------------------
+
+
+@torch.no_grad()
+def means_over_tokens(p, q, P, examples):
+    """Means over the response tokens of examples, in nats, {name: mean}: KLs between the teacher p,
+    the prompted teacher p_P and the student q, and the losses of the three.
+
+    P: the prompt (prompt_length, C), or None.
+    """
+    sums, n_tokens, head = {}, 0, 0 if P is None else len(P)
+    for batch in micro_batches(examples, MICRO_BATCH_TOKENS, CPU, head):
+        logits = {"p": p.logits(response_hidden(p, batch)[0])}  # (N, V)
+        logits["q"] = q.logits(response_hidden(q, batch)[0])  # (N, V)
+        pairs = ["p q", "q p"]
+        if P is not None:
+            logits["p_P"] = p.logits(response_hidden(p, batch, P)[0])  # (N, V)
+            pairs += ["p_P q", "q p_P", "p_P p"]
+        values = {}
+        for pair in pairs:
+            a, b = pair.split()
+            values[f"kl {pair}"] = kl(logits[a], logits[b])  # (N,)
+        for name, z in logits.items():
+            loss = torch.nn.functional.cross_entropy(z, batch.targets, reduction="none")
+            values[f"loss {name}"] = loss  # (N,)
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value.sum().item()
+        n_tokens += len(batch.targets)
+    return {name: value / n_tokens for name, value in sums.items()}
+
+
+def sample_rows(model, tokenizer, rows, role, P=None):
+    """A response to each row, as examples."""
+    requests = [encode_request(row, tokenizer)[0] for row in rows]
+    rng_keys = [(SAMPLING_SEEDS[0], "habits", role, row.index) for row in rows]
+    kwargs = {} if P is None else {"P": P}
+    responses, _ = sample_all(
+        model, requests, rng_keys, tokenizer.eot_token, MAX_NEW_TOKENS, dtype="float32", **kwargs
+    )
+    return [Example(row.index, x, y) for row, x, y in zip(rows, requests, responses)]
+
+
+def habits(examples, rows, tokenizer):
+    """How lists are written, {name: number of responses}: of those that are the words of a
+    reference in any order, in which order they are; only where the orders differ."""
+    counts = {"alphabet": 0, "text": 0, "other": 0, "wrong": 0}
+    for example, row in zip(examples, rows, strict=True):
+        text = (row.input or row.instruction.partition(": ")[2]).split()
+        answers = [reference.split() for reference in row.references]
+        has_choice = set(text) <= LIST_WORDS and len(answers) > 2
+        if not has_choice or not set(itertools.chain(*answers)) <= set(text):
+            continue
+        words = decode_response(example.response, tokenizer).split()
+        if sorted(words) not in map(sorted, answers):
+            counts["wrong"] += 1
+            continue
+        in_text, by_alphabet = sorted(words, key=text.index), sorted(words)
+        if in_text != by_alphabet:
+            orders = {"alphabet": by_alphabet, "text": in_text}
+            counts[next((name for name in orders if words == orders[name]), "other")] += 1
+    return counts
+
+
+LIST_WORDS = {*ALL_WORDS.animals, *ALL_WORDS.things, *ALL_WORDS.adjectives}
+
+
+def prompt_effect(p, tokenizer, student, P=None):
+    """What a prompt P (prompt_length, C) does to the teacher p, as a student by name sees it.
+
+    The KLs and losses on the references of the dev set and on the student's own responses, and how
+    teacher and student write lists. P: None for no prompt.
+    """
+    q, _ = load_model(student, CPU)
+    p.eval()
+    q.eval()
+    rows = read_rows(find_data_dir("demo") / "dev.jsonl")
+    sampled = {"teacher": sample_rows(p, tokenizer, rows, "teacher", P)}
+    sampled["student"] = sample_rows(q, tokenizer, rows, "student")
+    return {
+        "references": means_over_tokens(p, q, P, encode_training_rows(rows, tokenizer)),
+        "student's responses": means_over_tokens(p, q, P, sampled["student"]),
+        "lists": {role: habits(examples, rows, tokenizer) for role, examples in sampled.items()},
+    }

@@ -1,0 +1,358 @@
+"""The paper in miniature: every method, two students and five seeds, in the demo's world.
+
+    python -m tests.study.miniature                    # all pieces that have no result yet
+    python -m tests.study.miniature --groups table1    # those of one group
+
+A piece is a training run with all that is measured on it. Its result is a JSON file in
+docs/results/, and a piece that has one is skipped: the work can be spread over days. Runs are kept
+in out/study, which may be deleted. What a piece needs and is not there is trained again.
+`python -m tests.study.report` makes tables and plots of the results.
+"""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: each piece has one thread
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import train
+from data.cli import write_atomic
+from data.demo import MODELS_DIR
+from data.models import load_model
+from data.paper import DEMO
+from data.prepare import find_data_dir
+from data.rows import read_jsonl
+from data.runs import Settings, read_record
+from data.stages import sample_responses
+from prompt import initial_prompt, load_prompt
+from tests.study import measure, released
+
+ROOT = Path(__file__).parents[2]
+RESULTS, OUT = ROOT / "docs" / "results", ROOT / "out" / "study"
+CPU = torch.device("cpu")
+TEACHER, STUDENTS = "3x128x4", ("1x48x4", "1x96x4")
+SEEDS, GRID_SEED = (1, 2, 3, 4, 5), 0
+
+# The methods that start from the init make the same number of optimizer steps, of 64 rows. With the
+# init's 24,000 rows they see as many rows as those that start from the pre-trained student.
+FROM_INIT = {"steps": 375, "eval_interval": 75}
+FROM_PRETRAINED = {"epochs": 6}
+BUDGET = dict.fromkeys(("sft", "kd", "seqkd"), FROM_PRETRAINED)
+BUDGET |= dict.fromkeys(("minillm", "gkd", "promptkd"), FROM_INIT)
+
+# The grids of the learning rates. The prompt's rate is chosen after the student's, which is chosen
+# with the second of the prompt's rates.
+GRID = dict.fromkeys(BUDGET, (0.001, 0.002, 0.004)) | {"minillm": (5e-4, 1e-3, 2e-3)}
+PROMPT_GRID = (3e-4, 1e-3, 3e-3)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to train a student."""
+
+    method: str  # "init", or one of BUDGET
+    changes: tuple = ()  # of Settings, as pairs of field and value
+    patch: str | None = None  # of released.PATCHES
+    init: str = "init"  # the variant that it starts from
+    keep: int = 0  # checkpoints along training that are measured too
+    seeds: tuple = SEEDS
+    students: tuple = STUDENTS[:1]
+
+
+def promptkd(patch=None, init="init", seeds=SEEDS, **changes):
+    return Variant("promptkd", tuple(changes.items()), patch, init, seeds=seeds)
+
+
+GROUPS = {
+    "table1": {
+        **{m: Variant(m, students=STUDENTS) for m in ("init", "sft", "kd", "seqkd", "minillm")},
+        **{m: Variant(m, keep=5, students=STUDENTS) for m in ("gkd", "promptkd")},
+    },
+    # A prompt that is not tuned and says who writes, and GKD with the time that PromptKD takes:
+    # both isolate what the tuned prompt adds.
+    "causes": {
+        "fixed-tidy": promptkd(prompt_lr=0.0, prompt_text="Suppose you are a tidy student."),
+        "fixed-busy": promptkd(prompt_lr=0.0, prompt_text="Suppose you are a busy student."),
+        "gkd-equal-time": Variant("gkd", (("steps", 940), ("eval_interval", 188))),
+    },
+    "table3": {"reg0": promptkd(reg_weight=0.0)},
+    "table5": {
+        "forward-reverse": promptkd(prompt_kl="forward"),
+        "reverse-forward": promptkd(reg_kl="forward"),
+        "forward-forward": promptkd(prompt_kl="forward", reg_kl="forward"),
+    },
+    "released": {
+        **{name: promptkd(patch=name) for name in released.PATCHES},
+        "late-init": Variant("init", (("epochs", 10), ("metric_for_best", "rouge_l"))),
+        "promptkd-late-init": promptkd(init="late-init"),
+    },
+    "figure4": {
+        f"{init}-{length}": promptkd(prompt_init=init, prompt_length=length, seeds=SEEDS[:3])
+        for init in ("text", "padding", "random")
+        for length in (2, 6, 12)
+        if (init, length) != ("text", 6)  # PromptKD itself
+    },
+}
+VARIANTS = {name: v for group in GROUPS.values() for name, v in group.items()}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A training run. lr, prompt_lr: of the grid; None for the rates that the grid has chosen."""
+
+    student: str
+    variant: str
+    seed: int
+    lr: float | None = None
+    prompt_lr: float | None = None
+
+    @property
+    def name(self):
+        if self.lr is None:
+            return f"{self.student}/{self.variant}-s{self.seed}"
+        prompt_lr = f"-promptlr{self.prompt_lr:g}" if self.prompt_lr else ""
+        return f"{self.student}/grid/{self.variant}-lr{self.lr:g}{prompt_lr}"
+
+    @property
+    def path(self):
+        return RESULTS / f"{self.name}.json"
+
+
+# ---- the grid of learning rates ------------------------------------------------------------------
+
+
+def best_validation(piece):
+    return max(json.loads(piece.path.read_text())["validation"]["rouge_l"])
+
+
+def grid_pieces(student, method):
+    """The pieces of a method's grid, without the prompt's, and the best of them if all are done."""
+    prompt_lr = PROMPT_GRID[1] if method == "promptkd" else None
+    pieces = [Piece(student, method, GRID_SEED, lr, prompt_lr) for lr in GRID[method]]
+    is_done = all(piece.path.is_file() for piece in pieces)
+    return pieces, max(pieces, key=best_validation) if is_done else None
+
+
+def prompt_grid_pieces(student):
+    """The pieces of the prompt's grid at the student's best rate, and the best of them."""
+    _, best = grid_pieces(student, "promptkd")
+    if best is None:
+        return [], None
+    pieces = [Piece(student, "promptkd", GRID_SEED, best.lr, rate) for rate in PROMPT_GRID]
+    is_done = all(piece.path.is_file() for piece in pieces)
+    return pieces, max(pieces, key=best_validation) if is_done else None
+
+
+def learning_rates(piece):
+    """The fields of Settings with the rates of a piece."""
+    method = VARIANTS[piece.variant].method
+    if method == "init":
+        return {}
+    if piece.lr is not None:
+        rates = piece.lr, piece.prompt_lr
+    elif method == "promptkd":
+        best = prompt_grid_pieces(piece.student)[1]
+        rates = best.lr, best.prompt_lr
+    else:
+        rates = grid_pieces(piece.student, method)[1].lr, None
+    return {"lr": rates[0], "prompt_lr": rates[1]}
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def train_teacher():
+    values = DEMO["teacher"] | {"dtype": "float32", "data": "demo"}
+    settings = Settings("sft", str(MODELS_DIR / TEACHER), **values)
+    return train.run_stage("teacher", settings, OUT, None, CPU)
+
+
+def teacher_responses(teacher):
+    """The data set of SeqKD: the teacher's responses to the training requests."""
+    values = {"method": "responses", "student": teacher, "data": "demo", "max_train_rows": None}
+    values |= {"max_new_tokens": measure.MAX_NEW_TOKENS, "seed": 10, "dtype": "float32"}
+    return sample_responses(OUT / "responses", values, CPU)
+
+
+def train_piece(piece):
+    """Train a piece's run, or find it in out/study. Returns its directory and the teacher's."""
+    variant = VARIANTS[piece.variant]
+    method, teacher = variant.method, train_teacher()
+    values = DEMO[method] | BUDGET.get(method, {}) | learning_rates(piece) | dict(variant.changes)
+    values |= {"data": "demo", "dtype": "float32", "seed": piece.seed}
+    student = str(MODELS_DIR / piece.student)
+    if method == "init":
+        method = "sft"
+    else:
+        values["teacher"] = teacher if method != "sft" else None
+    if method == "seqkd":
+        values["responses"] = teacher_responses(teacher)
+    if BUDGET.get(method) is FROM_INIT:
+        student, _ = train_piece(Piece(piece.student, variant.init, piece.seed))
+    settings = Settings(method, student, **values)
+    patch = released.PATCHES.get(variant.patch, contextlib.nullcontext)
+    with patch():
+        name = piece.name.replace("/", "-")
+        return train.run_stage(name, settings, OUT, None, CPU, keep=variant.keep), teacher
+
+
+# ---- results -------------------------------------------------------------------------------------
+
+
+def training_result(piece, directory):
+    """The JSON of how a run was trained."""
+    steps = [step for _, step in read_jsonl(Path(directory) / "metrics.jsonl")]
+    validated = [step for step in steps if "val_loss" in step]
+    names = {"step": "step", "val_loss": "loss", "val_rouge_l": "rouge_l"}
+    names |= {"val_prompted_loss": "prompted_loss", "val_bare_loss": "bare_loss"}
+    validation = {}
+    for field, name in names.items():
+        if any(field in step for step in validated):
+            validation[name] = [step.get(field) for step in validated]
+    trained = [step for step in steps if step["step"] > 0]
+    record = read_record(directory)
+    result = {"student": piece.student, "variant": piece.variant, "seed": piece.seed}
+    # Not where the pre-trained models lie on this machine.
+    settings = record["settings"] | {"student": Path(record["settings"]["student"]).name}
+    result |= {"settings": settings, "parameters": record["parameters"]}
+    result |= {"best_step": record["best_step"], "steps": len(trained), "hours": record["hours"]}
+    seconds = [sum(step["seconds"].values()) for step in trained]
+    result["seconds_per_step"] = statistics.fmean(seconds)  # MiniLLM samples at one in 16 only
+    result["memory_resident_gb"] = max(step["memory_resident_gb"] for step in trained)
+    result["validation"] = validation
+    if "kl_prompted_bare" in trained[0]:
+        # Means of 25 steps, which are noisy one by one.
+        curves = {name: [s[name] for s in trained] for name in ("kl_prompted_bare", "prompt_kd")}
+        result["training"] = {
+            name: [statistics.fmean(values[i : i + 25]) for i in range(0, len(values), 25)]
+            for name, values in curves.items()
+        }
+    return result
+
+
+def initial_prompt_of(settings, embedding, tokenizer):
+    """The prompt (prompt_length, C) before it is tuned, as train.build makes it."""
+    text = tokenizer.encode_ordinary(settings["prompt_text"])
+    length, init = settings["prompt_length"] or len(text), settings["prompt_init"]
+    return initial_prompt(embedding, init, length, text, tokenizer.eot_token, settings["seed"])
+
+
+def compute(piece):
+    """Train and measure a piece, and write its result."""
+    start = time.perf_counter()
+    directory, teacher = train_piece(piece)
+    result, variant = training_result(piece, directory), VARIANTS[piece.variant]
+    if piece.lr is None:
+        p, tokenizer = load_model(teacher, CPU)
+        teacher_responses = measure.exposure_teacher(p, tokenizer)
+
+        def effect(student, P=None):
+            return measure.prompt_effect(p, tokenizer, student, P)
+
+        def prompt_of(path):
+            return load_prompt(path, p.config.n_embd) if variant.method == "promptkd" else None
+
+        best = Path(directory) / "best"
+        result["rouge_l"] = measure.rouge_l(directory)
+        result["exposure"] = measure.exposure(teacher_responses, directory)
+        result["effect"] = effect(directory, prompt_of(best))
+        if variant.keep:
+            settings, P = result["settings"], None
+            if variant.method == "promptkd":
+                P = initial_prompt_of(settings, p.wte.weight, tokenizer)
+            init, _ = train_piece(Piece(piece.student, variant.init, piece.seed))
+            result["along"] = [{"step": 0, "effect": effect(init, P)}]
+            for path in sorted(Path(directory).glob("kept/step-*")):
+                point = {"step": int(path.name[5:]), "effect": effect(path, prompt_of(path))}
+                point["exposure"] = measure.exposure(teacher_responses, path)
+                result["along"].append(point)
+    result["seconds"] = time.perf_counter() - start
+    result["torch"] = torch.__version__
+    write_result(piece, result)
+
+
+def write_result(piece, result):
+    write_atomic(piece.path, json.dumps(measure.rounded(result), indent=1) + "\n")
+
+
+def compute_teacher():
+    """The teacher's result: its scores, and what the untuned prompt costs it."""
+    directory = train_teacher()
+    piece = Piece(TEACHER, "teacher", 10)
+    result = training_result(piece, directory)
+    result["rouge_l"] = measure.rouge_l(directory)
+    write_result(piece, result)
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def call_logged(name, function, *args):
+    """Call a function in this process with one thread; what it prints goes to out/study/logs."""
+    torch.set_num_threads(1)
+    log = OUT / "logs" / f"{name.replace('/', '-')}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", buffering=1) as file, contextlib.redirect_stdout(file):
+        function(*args)
+
+
+def call_all(calls, jobs):
+    """Make calls (name, function, arguments), `jobs` at a time, each in a process of its own: the
+    peak memory is that of one run."""
+    context, start = multiprocessing.get_context("spawn"), time.perf_counter()
+    with ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as pool:
+        futures = [pool.submit(call_logged, name, f, *args) for name, f, *args in calls]
+        for (name, *_), future in zip(calls, futures):
+            future.result()
+            print(f"{(time.perf_counter() - start) / 60:6.1f} min  {name}", flush=True)
+
+
+def missing(pieces):
+    return [(p.name, compute, p) for p in pieces if not p.path.is_file()]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m tests.study.miniature")
+    parser.add_argument("--groups", nargs="*", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--jobs", type=int, default=2, help="pieces at a time, a thread each")
+    args = parser.parse_args(argv)
+    find_data_dir("demo")  # written before two processes need it
+    if not Piece(TEACHER, "teacher", 10).path.is_file():
+        call_all([("teacher", compute_teacher)], args.jobs)
+    # What several pieces start from is trained first: no two may train the same run.
+    teacher = train_teacher()
+    call_all([("responses", teacher_responses, teacher)], args.jobs)
+    grid_inits = [Piece(student, "init", GRID_SEED) for student in STUDENTS]
+    call_all([(p.name, train_piece, p) for p in grid_inits], args.jobs)
+    grid = [p for s in STUDENTS for method in BUDGET for p in grid_pieces(s, method)[0]]
+    call_all(missing(grid), args.jobs)
+    call_all(missing(p for s in STUDENTS for p in prompt_grid_pieces(s)[0]), args.jobs)
+    for group in args.groups:
+        variants = GROUPS[group]
+        pieces = [
+            Piece(student, name, seed)
+            for student in STUDENTS
+            for seed in SEEDS
+            for name, variant in variants.items()
+            if student in variant.students and seed in variant.seeds
+        ]
+        inits = {}
+        for piece in pieces:
+            init = Piece(piece.student, VARIANTS[piece.variant].init, piece.seed)
+            inits[init.name] = init
+        call_all([(p.name, train_piece, p) for p in inits.values()], args.jobs)
+        call_all(missing(pieces), args.jobs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,783 @@
+"""The miniature's study: its statistics and tables on made-up results, the pages against the
+results that are there, the patches of the released code, and the runner with two steps per run."""
+
+import contextlib
+import json
+import math
+import random
+import re
+import statistics
+from copy import deepcopy
+from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from helpers import error_of, write_checkpoint, write_rows
+from test_algorithm import in_float64, make_examples, make_run  # noqa: F401
+
+import data.prepare
+import train
+from data import demo, report
+from data.cli import read_json
+from data.demo import TOKENIZER_DIR, make_rows
+from data.optim import clip_and_step
+from data.paper import DEMO_SETS
+from data.rows import Example, micro_batches, read_jsonl
+from data.tokenizer import load_tokenizer
+from losses import kl
+from model import Config
+from prompt import hidden_states
+from tests.study import measure, miniature, plots, released, results
+from tests.study import report as study
+from tests.study.miniature import GRID, GRID_SEED, PROMPT_GRID, STUDENTS, VARIANTS, Piece
+
+SMALL, LARGE = STUDENTS
+CPU = torch.device("cpu")
+
+# ---- made-up results -----------------------------------------------------------------------------
+
+
+def made_up_curve(rng, level):
+    """A curve of exposure bias over 20 steps, of which 15 are reliable."""
+    error = [level * l / 20 + rng.gauss(0, 1) for l in range(1, 21)]
+    alive = [600] * 10 + [100] * 5 + [30] * 5
+    return {
+        "ex_acc_err": error,
+        "alive_student": alive,
+        "alive_teacher": alive,
+        "ex_acc_err_without_first": [value + 1 for value in error[1:]],
+    }
+
+
+def made_up_effect(rng, has_prompt, progress):
+    names = ["kl p q", "q p", "loss p", "loss q"]
+    names += ["kl p_P q", "kl p_P p", "loss p_P"] if has_prompt else []
+    means = {name: 1.5 - progress + rng.random() / 10 for name in names}
+    counts = {"alphabet": 10 + int(20 * progress), "text": 30, "other": 6, "wrong": 3}
+    return {
+        "references": means,
+        "student's responses": {name: 2 * value for name, value in means.items()},
+        "lists": {"teacher": counts, "student": {**counts, "wrong": 20}},
+    }
+
+
+def made_up_result(piece):
+    """What `miniature.compute` could have written for a piece."""
+    rng, variant = random.Random(piece.name), VARIANTS.get(piece.variant)
+    method = variant.method if variant else "sft"
+    rank = list(results.NAMES).index(method) + 6 * (piece.student != SMALL)
+    has_prompt, from_init = method == "promptkd", method in ("minillm", "gkd", "promptkd")
+    steps = [n * 75 for n in range(not has_prompt, 6)] if from_init else list(range(500, 3001, 500))
+    scores = [50 + 3 * rank + 10 * (1 - math.exp(-i)) + rng.random() for i in range(len(steps))]
+    validation = {"step": steps, "loss": scores, "rouge_l": scores}
+    if has_prompt:
+        validation |= {"bare_loss": [0.5] + [None] * 5, "prompted_loss": [0.502, *scores[1:]]}
+    size = 64 if from_init else 16
+    result = {"student": piece.student, "variant": piece.variant, "seed": piece.seed}
+    settings = {"global_batch_size": size, "schedule": "cosine", "warmup_steps": 20, "lr": 0.002}
+    settings |= {"prompt_lr": 0.001} if has_prompt else {"prompt_lr": None}
+    result |= {"settings": settings, "parameters": 90_000, "hours": 0.1}
+    result |= {"steps": 1500 if method == "init" else steps[-1], "seconds": 400.0}
+    result |= {"seconds_per_step": 0.5 + rng.random(), "memory_resident_gb": 0.7}
+    result["validation"] = validation
+    if piece.lr is None:
+
+        def score(n):
+            return {name: [60 + rank + rng.gauss(0, 1) for _ in range(n)] for name in DEMO_SETS}
+
+        result["rouge_l"] = {"sampled": score(3), "greedy": score(1), "banned": score(1)}
+        result["exposure"] = made_up_curve(rng, 20 - 2 * rank)
+        result["effect"] = made_up_effect(rng, has_prompt, 1)
+    if piece.lr is None and variant and variant.keep:
+        result["along"] = [
+            {"step": step, "effect": made_up_effect(rng, has_prompt, step / 375)}
+            | ({"exposure": made_up_curve(rng, 20 - step / 25)} if step else {})
+            for step in range(0, 376, 75)
+        ]
+    return result
+
+
+@pytest.fixture(scope="module")
+def full():
+    """A result for every piece, {name: JSON}."""
+    found = {piece.name: made_up_result(piece) for piece in study.all_pieces()}
+    for student in STUDENTS:
+        _, best = study.grid_cells(found, study.grid_rows(student, "promptkd"))
+        for rate in PROMPT_GRID:
+            piece = Piece(student, "promptkd", GRID_SEED, best, rate)
+            found.setdefault(piece.name, made_up_result(piece))
+    return found
+
+
+@pytest.fixture(scope="module")
+def blocks(full):
+    return study.make_blocks(full)
+
+
+def rows_of(table):
+    """The rows of a Markdown table, {first cell: other cells}."""
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()]
+    return {label: others for label, *others in cells}
+
+
+def score_of(result, column, way="sampled"):
+    sets = DEMO_SETS if column == "average" else [column]
+    return np.mean([np.mean(result["rouge_l"][way][name]) for name in sets])
+
+
+def scores_of(found, student, variant, column, way="sampled", seeds=miniature.SEEDS):
+    names = [f"{student}/{variant}-s{seed}" for seed in seeds]
+    return np.array([score_of(found[name], column, way) for name in names])
+
+
+def interval_cell(values, digits=1):
+    """The cell of a mean with its interval, by NumPy and the quantile of five values."""
+    mean, half = values.mean(), 2.776 * values.std(ddof=1) / 5**0.5
+    cell = f"{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})"
+    return f"**{cell}**" if abs(mean) > half else cell
+
+
+# ---- statistics and tables -----------------------------------------------------------------------
+
+
+def test_quantiles_are_those_of_students_t():
+    """The density of Student's t, integrated up to each quantile, is 0.975."""
+    for n, quantile in results.T_QUANTILE.items():
+        nu = n - 1
+        constant = math.gamma((nu + 1) / 2) / (math.sqrt(nu * math.pi) * math.gamma(nu / 2))
+        x = np.linspace(0, quantile, 200_001)
+        density = constant * (1 + x**2 / nu) ** (-(nu + 1) / 2)
+        assert 0.5 + np.trapezoid(density, x) == pytest.approx(0.975, abs=2e-5)
+    assert list(results.T_QUANTILE) == list(range(2, 11))
+
+
+@pytest.mark.parametrize("size, student", [("small", SMALL), ("large", LARGE)])
+@pytest.mark.parametrize("way, prefix", [("sampled", ""), ("greedy", "greedy-")])
+def test_table_1_has_means_and_deviations_over_seeds(full, blocks, size, student, way, prefix):
+    name = f"{prefix}{size}" if prefix else f"table1-{size}"
+    rows = rows_of(blocks[name])
+    assert rows["ROUGE-L"] == [*DEMO_SETS, "average"]
+    for variant, label in results.NAMES.items():
+        for column, cell in zip(rows["ROUGE-L"], rows[label], strict=True):
+            scores = scores_of(full, student, variant, column, way)
+            assert cell == f"{scores.mean():.1f} ± {scores.std(ddof=1):.1f}"
+    teacher = full["3x128x4/teacher-s10"]
+    assert rows["teacher"] == [f"{score_of(teacher, c, way):.1f}" for c in rows["ROUGE-L"]]
+
+
+@pytest.mark.parametrize("size, student", [("small", SMALL), ("large", LARGE)])
+@pytest.mark.parametrize("way, prefix", [("sampled", ""), ("greedy", "greedy-")])
+def test_differences_are_paired_over_seeds(full, blocks, size, student, way, prefix):
+    rows = rows_of(blocks[f"{prefix}differences-{size}"])
+    for variant in ("init", "sft", "kd", "seqkd", "minillm", "gkd"):
+        for column, cell in zip(rows["PromptKD minus"], rows[results.NAMES[variant]], strict=True):
+            ours, theirs = (
+                scores_of(full, student, name, column, way) for name in ("promptkd", variant)
+            )
+            assert cell == interval_cell(ours - theirs)
+
+
+def test_a_difference_is_of_the_seeds_that_both_have(full):
+    found = {name: r for name, r in full.items() if name != f"{SMALL}/gkd-s2"}
+    del found[f"{SMALL}/promptkd-s5"]
+    pairs = [scores_of(full, SMALL, m, "test", seeds=(1, 3, 4)) for m in ("promptkd", "gkd")]
+    difference = pairs[0] - pairs[1]
+    mean, half = difference.mean(), 4.303 * difference.std(ddof=1) / 3**0.5
+    cell = rows_of(study.differences_table(found, SMALL))["GKD"][0]
+    expected = f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
+    assert cell.replace("**", "") == f"{expected} (n = 3)"
+    assert rows_of(study.table_1(found, SMALL))["GKD"][0].endswith("(n = 4)")
+
+
+def test_a_single_seed_has_neither_deviation_nor_interval(full):
+    names = [f"{SMALL}/{method}-s1" for method in ("gkd", "promptkd")]
+    found = {name: full[name] for name in names}
+    gkd, ours = (score_of(full[name], "test") for name in names)
+    assert rows_of(study.table_1(found, SMALL))["GKD"][0] == f"{gkd:.1f} (n = 1)"
+    cell = rows_of(study.differences_table(found, SMALL))["GKD"][0]
+    assert cell == f"{ours - gkd:+.1f} (n = 1)"
+
+
+def test_without_results_every_number_reads_not_run():
+    empty = study.make_blocks({})
+    for name, block in empty.items():
+        if not block.startswith("|"):
+            assert block == "not run", name
+            continue
+        _, _, *lines = block.splitlines()
+        cells = [c.strip() for line in lines for c in line.strip("|").split("|")[1:]]
+        labels = r"SFT|KD|SeqKD|MiniLLM|GKD|PromptKD|the prompt|–|[\d.]+: not run|not run"
+        assert [cell for cell in cells if not re.fullmatch(labels, cell)] == [], name
+        assert any("not run" in cell for cell in cells), name
+
+
+def test_grid_chooses_as_the_runner_does(full, blocks, tmp_path, monkeypatch):
+    monkeypatch.setattr(miniature, "RESULTS", tmp_path)
+    for name, result in full.items():
+        if "/grid/" in name:
+            path = tmp_path / f"{name}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result))
+    lines = [line.split(" | ") for line in blocks["grid"].splitlines()[2:]]
+    chosen = {(line[0].strip("| "), line[1]): line[-1].strip(" |").split(",")[0] for line in lines}
+    for student in STUDENTS:
+        for method in GRID:
+            rates = miniature.learning_rates(Piece(student, method, 1))
+            assert chosen[student, results.NAMES[method]] == f"{rates['lr']:g}"
+        rates = miniature.learning_rates(Piece(student, "promptkd", 1))
+        assert chosen[student, "the prompt"] == f"{rates['prompt_lr']:g}"
+
+
+def test_grid_without_one_piece_has_no_choice(full):
+    found = {name: r for name, r in full.items() if "gkd-lr0.002" not in name}
+    line = next(x for x in study.grid_table(found).splitlines() if f"| {SMALL} | GKD" in x)
+    assert line.split(" | ")[3] == "0.002: not run"
+    assert line.endswith("| not run |")
+
+
+def test_variants_are_compared_with_promptkd_over_the_seeds_that_they_have(full, blocks):
+    for name, rows in (("table3", study.TABLE_3), ("table5", study.TABLE_5)):
+        for label, variant in rows.items():
+            cells = rows_of(blocks[name])[label]
+            scores = scores_of(full, SMALL, variant, "average")
+            assert cells[1] == f"{scores.mean():.1f} ± {scores.std(ddof=1):.1f}"
+            if variant != "promptkd":
+                difference = scores - scores_of(full, SMALL, "promptkd", "average")
+                assert cells[3] == interval_cell(difference)
+    three = (1, 2, 3)
+    ours, plain = (
+        scores_of(full, SMALL, variant, "average", seeds=three)
+        for variant in ("random-12", "promptkd")
+    )
+    mean, half = (ours - plain).mean(), 4.303 * (ours - plain).std(ddof=1) / 3**0.5
+    cell = rows_of(blocks["figure4-table"])["random, 12"][3].replace("**", "")
+    assert cell == f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
+    assert len(rows_of(blocks["figure4-table"])) == 2 + 9
+
+
+def test_harm_is_what_the_prompt_adds_to_the_teachers_loss(full, blocks):
+    harms = []
+    for seed in miniature.SEEDS:
+        on_references = full[f"{SMALL}/reg0-s{seed}"]["effect"]["references"]
+        harms.append(on_references["loss p_P"] - on_references["loss p"])
+    cell = rows_of(blocks["table3"])["L_kd alone"][-1]
+    assert cell == f"{np.mean(harms):.3f} ± {np.std(harms, ddof=1):.3f}"
+
+
+def test_causes_are_compared_with_gkd_too(full, blocks):
+    fixed, gkd = (scores_of(full, SMALL, name, "test") for name in ("fixed-tidy", "gkd"))
+    cells = rows_of(blocks["causes-gkd"])["fixed prompt, tidy"]
+    assert cells[0] == interval_cell(fixed - gkd)
+    assert cells[2] == "6.0"
+
+
+def test_differences_of_the_released_code(full, blocks):
+    rows = rows_of(blocks["released"])
+    for label, pair in study.RELEASED.items():
+        a, b = (scores_of(full, SMALL, variant, "combined") for variant in pair)
+        assert rows[label][4] == interval_cell(a - b)
+    assert {a for a, _ in study.RELEASED.values()} == set(miniature.GROUPS["released"])
+
+    rows, without_first, effects = rows_of(blocks["released-measures"]), [], []
+    for seed in miniature.SEEDS:
+        result = full[f"{SMALL}/kd-s{seed}"]
+        # Steps 2 to 15: the made-up curve without the first token has the same values plus 1.
+        without_first.append(result["exposure"]["ex_acc_err"][14] + 1)
+        scores = result["rouge_l"]
+        effects.append(scores["banned"]["test"][0] - scores["sampled"]["test"][0])
+    assert rows[""][0] == "ExAccErr(15), %"
+    expected = f"{np.mean(without_first):.1f} ± {np.std(without_first, ddof=1):.1f}"
+    assert rows["KD"][1] == expected
+    assert rows["KD"][2] == interval_cell(np.array(effects))
+
+
+def test_exposure_bias_is_compared_at_the_last_step_reliable_for_all(full):
+    found = deepcopy(full)
+    found[f"{LARGE}/gkd-s3"]["exposure"]["alive_student"][12:] = [59] * 8
+    rows = rows_of(study.exposure_table(found))
+    assert rows["ExAccErr(l), %"] == [f"{SMALL}, l = 15", f"{LARGE}, l = 12"]
+    values = [
+        found[f"{LARGE}/kd-s{seed}"]["exposure"]["ex_acc_err"][11] for seed in miniature.SEEDS
+    ]
+    assert rows["KD"][1] == interval_cell(np.array(values))
+
+
+def test_friendliness_is_before_and_after_training(full, blocks):
+    rows = rows_of(blocks["friendliness-large"])
+    runs = [full[f"{LARGE}/promptkd-s{seed}"]["along"] for seed in miniature.SEEDS]
+    last = [run[-1]["effect"]["student's responses"] for run in runs]
+    values = np.array([means["kl p_P q"] for means in last])
+    cell = f"{values.mean():.3f} ± {values.std(ddof=1):.3f}"
+    assert rows["KL(p_P ‖ q)"][3] == cell
+    closer = values - np.array([means["kl p q"] for means in last])
+    assert rows["KL(p_P ‖ q) - KL(p ‖ q)"][3] == interval_cell(closer, 3)
+    first = np.array([run[0]["effect"]["references"]["loss p"] for run in runs])
+    assert rows["loss of p"][0] == f"{first.mean():.3f} ± {first.std(ddof=1):.3f}"
+
+
+def test_orders_of_lists_are_shares_of_the_right_ones(full):
+    found = deepcopy(full)
+    for seed in miniature.SEEDS:
+        counts = {"alphabet": 10 + seed, "text": 10 - seed, "other": 5, "wrong": 75}
+        found[f"{SMALL}/promptkd-s{seed}"]["effect"]["lists"]["teacher"] = counts
+        none_right = {"alphabet": 0, "text": 0, "other": 0, "wrong": 9}
+        found[f"{SMALL}/sft-s{seed}"]["effect"]["lists"]["student"] = none_right
+    rows = rows_of(study.lists_table(found, SMALL))
+    # Of 25 right ones, 10 + seed are by the alphabet: 52 % in the mean.
+    expected = ["52.0 ± 6.3", "28.0 ± 6.3", "20.0 ± 0.0", "75.0 ± 0.0"]
+    assert rows["teacher with the tuned prompt"] == expected
+    assert rows["SFT, the student"] == ["–", "–", "–", "100.0 ± 0.0"]
+
+
+def test_costs_are_medians_and_hours_are_of_all_results(full, blocks):
+    rows = rows_of(blocks["table2"])
+    seconds = [full[f"{LARGE}/kd-s{seed}"]["seconds_per_step"] for seed in miniature.SEEDS]
+    assert rows["KD"][3:5] == [f"{statistics.median(seconds):.2f}", "6.0"]
+    # Each took 400 s, of which 360 s were training; those of the inits come on top.
+    inits = [name for name in full if "/init-s" in name or "/late-init-s" in name]
+    assert len(inits) == 15
+    hours = (400 * len(full) + 360 * len(inits)) / 3600
+    start = f"{len(full)} of {len(full)} results are there. They took {hours:.1f} hours of one core"
+    assert blocks["cost"].startswith(start)
+    fewer = {name: r for name, r in full.items() if "gkd-s" not in name}
+    assert study.total_cost(fewer).startswith(f"{len(full) - 10} of {len(full)} results")
+
+
+# ---- pages and plots -----------------------------------------------------------------------------
+
+PAGE = """Before <!-- study: one -->
+old
+lines
+<!-- end -->
+between
+<!-- study: two -->
+<!-- end -->
+after
+"""
+
+
+def test_blocks_are_replaced_and_the_text_around_them_stays():
+    filled = study.fill_blocks(PAGE, {"one": "| 1 |", "two": "| 2 |"})
+    expected = PAGE.replace("old\nlines\n", "| 1 |\n").replace("two -->\n", "two -->\n| 2 |\n")
+    assert filled == expected
+    assert study.fill_blocks(filled, {"one": "| 1 |", "two": "| 2 |"}) == filled
+
+
+def test_a_block_with_a_wrong_name_or_without_an_end_is_refused():
+    assert "no block 'two'" in error_of(study.fill_blocks, PAGE, {"one": ""})
+    blocks = {"one": "", "two": ""}
+    open_end = PAGE.replace("<!-- end -->\nafter", "after")
+    assert "no `<!-- end -->`" in error_of(study.fill_blocks, open_end, blocks)
+    open_start = PAGE.replace("<!-- end -->\nbetween", "between")
+    assert "no `<!-- end -->`" in error_of(study.fill_blocks, open_start, blocks)
+
+
+def test_pages_have_the_numbers_of_the_results():
+    """A table that is older than docs/results fails here: `python -m tests.study.report`."""
+    if not miniature.RESULTS.is_dir():
+        pytest.skip("there are no results")
+    blocks = study.make_blocks(results.load_results())
+    for page in study.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert study.fill_blocks(text, blocks) == text, page.name
+
+
+def test_the_miniatures_page_has_every_block_but_those_of_the_readme():
+    names = re.findall("<!-- study: (.*) -->", (study.DOCS / "miniature.md").read_text())
+    assert sorted(names) == sorted(set(study.make_blocks({})) - {"demo-table", "picture"})
+
+
+def test_plots_are_drawn_from_all_results_and_from_one_seed(full, tmp_path):
+    one = {name: result for name, result in full.items() if name.endswith("-s1")}
+    for found in (full, one):
+        for name, plot in plots.PLOTS.items():
+            assert plot.has_data(found) and not plot.has_data({})
+            assert plot.draw(found, tmp_path) == str(tmp_path / plot.file), name
+            assert (tmp_path / plot.file).read_bytes().startswith(b"\x89PNG")
+
+
+# ---- the patches of the released code ------------------------------------------------------------
+
+TWENTY = make_examples((3, 1, 9, 4, 2, 7, 5, 12, 1, 1, 2, 1, 3, 2, 1, 2, 11, 6, 8, 10))
+GROUPS_OF_8 = (TWENTY[:8], TWENTY[8:16], TWENTY[16:])
+N_TOKENS = sum(len(e.response) for e in TWENTY)
+
+
+def of_rows():
+    """The micro-batches of the patches, and nothing else."""
+    return patch.object(train, "micro_batches", released.micro_batches_of_rows)
+
+
+def step_under(context, run, examples):
+    """One step of PromptKD on the examples' own responses, in a context. Returns its metrics and
+    the gradients of the updates, by name."""
+    gradients = {}
+
+    def recording_step(optimizer):
+        if optimizer is run.prompt_optimizer:
+            gradients["P"] = run.P.grad.clone()
+        else:
+            gradients.update((n, w.grad.clone()) for n, w in run.student.named_parameters())
+        return clip_and_step(optimizer)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(train, "rollout", lambda run, examples, t: examples)
+        monkeypatch.setattr(train, "clip_and_step", recording_step)
+        monkeypatch.setattr(released, "clip_and_step", recording_step)
+        with context():
+            metrics = train.promptkd_step(run, examples, 0)
+    return {name: float(value) for name, value in metrics.items()}, gradients
+
+
+def response_logits(model, example, P=None):
+    ids = torch.tensor([example.request + example.response])
+    return model.logits(hidden_states(model, ids, P))[0, len(example.request) - 1 : -1]
+
+
+def direct_prompt_gradient(run, terms):
+    """The gradient of L_P before the first step, where λ = 1, row by row. terms: (example, weight
+    of each of its tokens). Returns L_P too."""
+    P = run.P.detach().clone().requires_grad_()
+    loss = 0.0
+    for e, weight in terms:
+        p_prompted = response_logits(run.teacher, e, P)
+        with torch.no_grad():
+            q, p = response_logits(run.student.eval(), e), response_logits(run.teacher, e)
+        loss = loss + weight * (kl(p_prompted, q) + kl(p_prompted, p)).sum()
+    loss.backward()
+    return P.grad, loss.item()
+
+
+def direct_student_gradients(run, terms):
+    """The gradients of the student's loss, row by row, and the loss itself. terms: (example,
+    prompt, weight of each of its tokens)."""
+    student, loss = deepcopy(run.student), 0.0
+    for e, P, weight in terms:
+        p = response_logits(run.teacher, e, P).detach()
+        loss = loss + weight * kl(response_logits(student, e), p).sum()
+    loss.backward()
+    return {name: w.grad for name, w in student.named_parameters()}, loss.item()
+
+
+def check_student(gradients, expected):
+    for name, gradient in expected.items():
+        assert torch.allclose(gradients[name], gradient, rtol=0, atol=1e-10), name
+
+
+@pytest.mark.parametrize("name", ["stale-prompt", "micro-batch-means"])
+def test_with_a_single_micro_batch_a_patch_changes_no_bit(name):
+    results_of = []
+    for context in (of_rows, released.PATCHES[name]):
+        run = make_run(torch.float32)
+        results_of.append((*step_under(context, run, TWENTY[:8]), run.P.detach()))
+    (metrics, gradients, P), (patched_metrics, patched_gradients, patched_P) = results_of
+    assert patched_metrics == metrics
+    assert torch.equal(patched_P, P)
+    assert set(patched_gradients) == set(gradients)
+    for key in gradients:
+        assert torch.equal(patched_gradients[key], gradients[key]), key
+
+
+def test_stale_prompt_is_that_of_the_step_before_for_all_micro_batches_but_the_last(in_float64):
+    run, before = make_run(), make_run()
+    metrics, gradients = step_under(released.stale_prompt, run, TWENTY)
+    P_gradient, _ = direct_prompt_gradient(before, [(e, 1 / N_TOKENS) for e in TWENTY])
+    assert torch.allclose(gradients["P"], P_gradient, rtol=0, atol=1e-10)
+    stale = [(e, before.P, 1 / N_TOKENS) for e in TWENTY[:16]]
+    fresh = [(e, run.P, 1 / N_TOKENS) for e in TWENTY[16:]]
+    expected, loss = direct_student_gradients(before, stale + fresh)
+    check_student(gradients, expected)
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-6)
+    # The prompt has moved so far that the fresh one would be noticed.
+    unlike, _ = direct_student_gradients(before, [(e, run.P, 1 / N_TOKENS) for e in TWENTY])
+    name = "wte.weight"
+    assert (unlike[name] - expected[name]).abs().max() > 1e-6
+
+
+def test_micro_batch_means_are_averaged_over_micro_batches(in_float64):
+    run, before = make_run(), make_run()
+    metrics, gradients = step_under(released.micro_batch_means, run, TWENTY)
+    weights = [1 / sum(len(e.response) for e in group) / 3 for group in GROUPS_OF_8]
+    terms = [(e, weight) for group, weight in zip(GROUPS_OF_8, weights) for e in group]
+    P_gradient, prompt_loss = direct_prompt_gradient(before, terms)
+    assert torch.allclose(gradients["P"], P_gradient, rtol=0, atol=1e-10)
+    expected, loss = direct_student_gradients(before, [(e, run.P, weight) for e, weight in terms])
+    check_student(gradients, expected)
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-6)
+    assert metrics["prompt_loss"] == pytest.approx(prompt_loss, rel=1e-6)
+    assert len(set(weights)) == 3
+
+
+def test_teacher_dropout_is_on_in_the_pass_that_gives_the_prompt_its_gradient_only(in_float64):
+    run, before = make_run(micro_batch_tokens=10_000), make_run()
+    torch.manual_seed(7)
+    _, gradients = step_under(released.teacher_dropout, run, TWENTY)
+
+    # The same batch and the same random numbers, in a teacher made with dropout.
+    [batch] = micro_batches(TWENTY, 10_000, CPU, len(before.P))
+    teacher = make_run(teacher_dropout=0.1).teacher.train()
+    P = before.P.detach().clone().requires_grad_()
+    torch.manual_seed(7)
+    p_prompted = teacher.logits(hidden_states(teacher, batch.ids, P, batch.response_positions))
+    with torch.no_grad():
+        q, p = (
+            model.logits(model(batch.ids, output_positions=batch.response_positions))
+            for model in (before.student.eval(), before.teacher)
+        )
+    (kl(p_prompted, q) + kl(p_prompted, p)).sum().div(N_TOKENS).backward()
+    assert torch.allclose(gradients["P"], P.grad, rtol=0, atol=1e-10)
+    without, _ = direct_prompt_gradient(before, [(e, 1 / N_TOKENS) for e in TWENTY])
+    assert (without - P.grad).abs().max() > 1e-4
+
+    # The student's teacher has none.
+    terms = [(e, run.P, 1 / N_TOKENS) for e in TWENTY]
+    check_student(gradients, direct_student_gradients(before, terms)[0])
+    assert not run.teacher.training
+
+
+def test_patches_end_with_their_context():
+    names = "micro_batches", "clip_and_step", "student_backward", "prompt_backward", "hidden_states"
+    before = [getattr(train, name) for name in names]
+    for context in released.PATCHES.values():
+        with context():
+            assert [getattr(train, name) for name in names] != before
+        assert [getattr(train, name) for name in names] == before
+
+
+# ---- the runner, with two steps per run ----------------------------------------------------------
+
+TOKENIZER = load_tokenizer(TOKENIZER_DIR)
+WIDTHS = {miniature.TEACHER: 24, SMALL: 16}  # of models with one layer, under the real names
+
+
+def write_world(directory):
+    rng, used = random.Random(1), set()
+    write_rows(directory / "train.jsonl", make_rows(rng, 40, used))
+    for name in ("dev", "test", *(f"{name}/test" for name in DEMO_SETS[1:])):
+        write_rows(directory / f"{name}.jsonl", make_rows(rng, 5, used, people=3))
+    (directory / "version.txt").write_text(demo.VERSION)
+
+
+def in_two_steps(variant):
+    """A Variant with one seed whose changes don't say how long it is trained."""
+    lengths = ("steps", "epochs", "eval_interval")
+    changes = tuple(change for change in variant.changes if change[0] not in lengths)
+    return replace(variant, changes=changes, seeds=(1,), students=(SMALL,))
+
+
+@pytest.fixture(scope="module")
+def tiny_study(tmp_path_factory):
+    """All that `miniature.main` computes, in this process: the directory, the calls of its
+    functions by name, and those of a second time."""
+    directory = tmp_path_factory.mktemp("study")
+    write_world(directory / "data" / "demo")
+    for name, width in WIDTHS.items():
+        sizes = {"n_layer": 1, "n_embd": width, "n_head": 2, "n_positions": 512}
+        config = Config(vocab_size=TOKENIZER.n_vocab, **sizes)
+        write_checkpoint(directory / "models" / name, config, TOKENIZER)
+    two_steps = {"steps": 2, "warmup_steps": 0, "max_new_tokens": 6}
+    presets = {name: values | two_steps for name, values in miniature.DEMO.items()}
+    from_init = {"steps": 2, "eval_interval": 1}
+    groups = {
+        group: {name: in_two_steps(variant) for name, variant in variants.items()}
+        for group, variants in miniature.GROUPS.items()
+    }
+    values = {
+        "RESULTS": directory / "results",
+        "OUT": directory / "out",
+        "MODELS_DIR": directory / "models",
+        "STUDENTS": (SMALL,),
+        "SEEDS": (1,),
+        "DEMO": presets,
+        "FROM_INIT": from_init,
+        "BUDGET": {name: from_init if name in plots.FROM_INIT else {} for name in GRID},
+        "GRID": {name: rates[:2] for name, rates in GRID.items()},
+        "GROUPS": groups,
+        "VARIANTS": {name: v for variants in groups.values() for name, v in variants.items()},
+    }
+    calls = []
+
+    def call_here(functions, jobs):
+        for name, function, *args in functions:
+            calls.append((function.__name__, name))
+            function(*args)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, value in values.items():
+            monkeypatch.setattr(miniature, name, value)
+        monkeypatch.setattr(miniature, "call_all", call_here)
+        monkeypatch.setattr(measure, "MAX_NEW_TOKENS", 6)
+        monkeypatch.setattr(measure, "SAMPLING", measure.SAMPLING | {"max_new_tokens": 6})
+        monkeypatch.setattr(data.prepare, "DATA_DIR", directory / "data")
+        monkeypatch.setattr(report, "plot_curves", lambda directory: "no plot")
+        with contextlib.redirect_stdout(open(directory / "log", "w")):
+            miniature.main([])
+            first, calls = calls, []
+            miniature.main([])
+        yield SimpleNamespace(directory=directory, first=first, second=calls)
+
+
+def numbers(values):
+    """All numbers in a JSON, at any depth."""
+    if isinstance(values, dict | list):
+        children = values.values() if isinstance(values, dict) else values
+        return [number for child in children for number in numbers(child)]
+    return [values] if isinstance(values, int | float) else []
+
+
+def test_every_piece_has_a_result_of_finite_numbers(tiny_study):
+    found = results.load_results(tiny_study.directory / "results")
+    expected = {f"{SMALL}/{name}-s1" for name in VARIANTS} | {f"{miniature.TEACHER}/teacher-s10"}
+    assert expected == {name for name in found if "/grid/" not in name}
+    # Two rates each, and the prompt's grid of three shares one with the student's.
+    assert len(found) - len(expected) == 2 * len(GRID) + len(PROMPT_GRID) - 1
+    for name, result in found.items():
+        assert len(numbers(result)) > 10
+        assert all(map(math.isfinite, numbers(result))), name
+        assert result["steps"] == 2 and result["seconds_per_step"] > 0
+        assert result["validation"]["step"][-1] == 2
+
+
+def test_a_second_time_nothing_is_computed(tiny_study):
+    computed = [name for function, name in tiny_study.first if function == "compute"]
+    assert len(computed) == len(set(computed)) == len(VARIANTS) + 2 * len(GRID) + 2
+    assert [call for call in tiny_study.second if call[0].startswith("compute")] == []
+
+
+def test_results_say_nothing_of_the_machine(tiny_study):
+    for path in (tiny_study.directory / "results").glob("**/*.json"):
+        assert str(tiny_study.directory) not in path.read_text(), path
+
+
+def tiny_result(tiny_study, variant):
+    return read_json(tiny_study.directory / "results" / SMALL / f"{variant}-s1.json", "")
+
+
+def test_checkpoints_along_training_are_measured(tiny_study):
+    for variant, pairs in (("gkd", 2), ("promptkd", 5)):
+        along = tiny_result(tiny_study, variant)["along"]
+        assert [point["step"] for point in along] == [0, 1, 2]
+        assert ["exposure" in point for point in along] == [False, True, True]
+        means = along[0]["effect"]["references"]
+        assert sum(name.startswith("kl") for name in means) == pairs
+    assert "along" not in tiny_result(tiny_study, "reg0")
+
+
+def test_every_variant_is_trained_as_its_name_says(tiny_study):
+    """All variants of PromptKD differ in what they train, and a prompt with a rate of 0 stays."""
+    losses = {}
+    for name, variant in VARIANTS.items():
+        result = tiny_result(tiny_study, name)
+        if variant.method == "promptkd":
+            path = tiny_study.directory / "out" / f"{SMALL}-{name}-s1" / "metrics.jsonl"
+            losses[name] = [step["val_loss"] for _, step in read_jsonl(path)][-1]
+        for field, value in variant.changes:
+            if field not in ("steps", "epochs", "eval_interval"):
+                assert result["settings"][field] == value
+    # In two steps a late init is the same as the other, so this starts from the same weights.
+    assert losses["promptkd-late-init"] == losses["promptkd"]
+    assert len(set(losses.values())) == len(losses) - 1
+    for name in ("fixed-tidy", "fixed-busy"):
+        assert len(set(tiny_result(tiny_study, name)["validation"]["prompted_loss"])) == 1
+    prompted = tiny_result(tiny_study, "promptkd")["validation"]["prompted_loss"]
+    assert len(set(prompted)) == 3
+    inits = {name: tiny_result(tiny_study, name)["settings"]["student"] for name in losses}
+    late = f"{SMALL}-late-init-s1"
+    assert {name for name, init in inits.items() if init == late} == {"promptkd-late-init"}
+    assert set(inits.values()) == {late, f"{SMALL}-init-s1"}
+
+
+def test_runs_with_the_same_seed_share_their_init_and_the_chosen_rates(tiny_study):
+    gkd, ours = (tiny_result(tiny_study, name)["settings"] for name in ("gkd", "promptkd"))
+    assert gkd["student"] == ours["student"] and gkd["seed"] == ours["seed"] == 1
+    rates = miniature.learning_rates(Piece(SMALL, "promptkd", 1))
+    assert {name: ours[name] for name in rates} == rates
+    assert rates["lr"] in GRID["promptkd"][:2] and rates["prompt_lr"] in PROMPT_GRID
+
+
+def test_report_takes_what_the_runner_gives(tiny_study, tmp_path):
+    found = results.load_results(tiny_study.directory / "results")
+    blocks = study.make_blocks(found)
+    rows = rows_of(blocks["table1-small"])
+    score = score_of(found[f"{SMALL}/kd-s1"], "average")
+    assert rows["KD"][-1] == f"{score:.1f} (n = 1)"
+    for name in ("table2", "table3", "table5", "causes", "figure4-table", "released", "exposure"):
+        small_only = [line for line in blocks[name].splitlines() if LARGE not in blocks[name]]
+        assert [line for line in small_only if "not run" in line] == [], name
+    for name, plot in plots.PLOTS.items():
+        if LARGE not in plot.alt:
+            assert plot.draw(found, tmp_path) == str(tmp_path / plot.file), name
+
+
+# ---- what is measured ----------------------------------------------------------------------------
+
+
+def test_means_over_tokens_are_those_of_the_definitions(in_float64):
+    run = make_run()
+    p, q, P = run.teacher, run.student.eval(), run.P.detach()
+    means = measure.means_over_tokens(p, q, P, TWENTY)
+    sums = dict.fromkeys(means, 0.0)
+    for e in TWENTY:
+        logs = {"p": (p, None), "q": (q, None), "p_P": (p, P)}
+        with torch.no_grad():
+            logs = {
+                n: response_logits(m, e, prompt).log_softmax(-1) for n, (m, prompt) in logs.items()
+            }
+        for name in means:
+            kind, a, *b = name.split()
+            if kind == "kl":
+                sums[name] += (logs[a].exp() * (logs[a] - logs[b[0]])).sum().item()
+            else:
+                sums[name] -= logs[a][range(len(e.response)), e.response].sum().item()
+    assert set(means) == {"kl p q", "kl q p", "kl p_P q", "kl q p_P", "kl p_P p"} | {
+        "loss p",
+        "loss q",
+        "loss p_P",
+    }
+    for name, value in means.items():
+        assert value == pytest.approx(sums[name] / N_TOKENS, rel=1e-6), name
+    bare = measure.means_over_tokens(p, q, None, TWENTY)
+    assert bare == {name: pytest.approx(means[name], rel=1e-9) for name in means if "P" not in name}
+
+
+def habits_of(*responses, text="cow bear cat", references=("cow bear cat", "bear cat cow", "x")):
+    """What `measure.habits` counts in responses to one row."""
+    references = list(references)
+    row = SimpleNamespace(instruction="Sort.", input=text, references=references)
+    tokens = [TOKENIZER.encode_ordinary(response) for response in responses]
+    examples = [Example(i, [], [*y, TOKENIZER.eot_token]) for i, y in enumerate(tokens)]
+    return measure.habits(examples, [row] * len(examples), TOKENIZER)
+
+
+def test_lists_are_counted_by_their_order():
+    references = ("cow bear cat", "bear cat cow", "cat bear cow")
+    orders = ("bear cat cow", "cow bear cat", "cat cow bear", "cow bear", "cow cow bear cat", "hat")
+    counts = {"alphabet": 1, "text": 1, "other": 1, "wrong": 3}
+    assert habits_of(*orders, references=references) == counts
+    nothing = dict.fromkeys(counts, 0)
+    # A text in alphabetical order says nothing, nor do rows without a choice or with other words.
+    in_order = ("bear cat cow", "cow bear cat", "cat bear cow")
+    assert habits_of("bear cat cow", text="bear cat cow", references=in_order) == nothing
+    assert habits_of("bear cat cow", references=references[:2]) == nothing
+    assert habits_of("bear cat cow", references=(*references, "dog")) == nothing
+    assert habits_of("the cow", text="the cow", references=("the cow", "cow the", "cow")) == nothing
+
+
+def test_numbers_are_rounded_to_five_digits_at_any_depth():
+    values = {"a": [1.234567, (2, 0.000123456)], "b": {"c": "text", "d": None}}
+    expected = {"a": [1.2346, [2, 0.00012346]], "b": {"c": "text", "d": None}}
+    assert measure.rounded(values) == expected
+
+
+@pytest.mark.slow
+def test_pieces_are_called_in_processes_of_their_own(tmp_path, monkeypatch):
+    """`call_all` with a function that spawned processes can import."""
+    monkeypatch.setattr(miniature, "OUT", tmp_path)
+    paths = [tmp_path / name for name in ("a", "b")]
+    miniature.call_all([(path.name, path.mkdir) for path in paths], jobs=2)
+    assert all(path.is_dir() for path in paths)
+    with pytest.raises(FileExistsError):
+        miniature.call_all([("again", paths[0].mkdir)], jobs=1)
