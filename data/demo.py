@@ -1,6 +1,6 @@
 """The demo's synthetic data: a small language of instructions.
 
-A row asks for one of eight tasks, or for two in turn, on a text of a few plain words. Most have
+A row asks for one of eight tasks, or for two in turn, on a text of a few plain words. Many have
 several right answers: a list may be written in any order, an adjective has two opposites, and "name
 two animals" leaves the choice. People differ in their habits: some write a list as it comes, some
 by the alphabet, some in no order at all. The rows for fine-tuning mix them, as Dolly mixes its
@@ -26,19 +26,19 @@ TEACHER, STUDENT = str(MODELS_DIR / "3x128x4"), str(MODELS_DIR / "1x96x4")
 # The words: adjectives in fours, the second two the opposites of the first two; verbs in pairs of
 # present and past tense. NEW_WORDS occur in pre-training and in the test set "words", never in
 # fine-tuning or distillation.
-Words = namedtuple("Words", "animals things adjectives pasts")
+Words = namedtuple("Words", "animals things adjectives verbs")
 WORDS = Words(
     animals="bear cat cow dog fox goat horse lion pig sheep".split(),
     things="barn boat book chair door flag hat key lamp tower".split(),
     adjectives="big large small little hot warm cold cool old ancient new modern "
     "fast quick slow lazy".split(),
-    pasts="finds found sees saw holds held pulls pulled hides hid".split(),
+    verbs="finds found sees saw holds held pulls pulled hides hid".split(),
 )
 NEW_WORDS = Words(
     animals="camel otter rabbit swan tiger".split(),
     things="basket candle ladder mill wagon".split(),
     adjectives="wide broad narrow thin clean neat dirty muddy".split(),
-    pasts="carries carried loses lost".split(),
+    verbs="carries carried loses lost".split(),
 )
 ALL_WORDS = Words(*(old + new for old, new in zip(WORDS, NEW_WORDS)))
 
@@ -46,20 +46,20 @@ OPPOSITES = {}  # of each adjective, its two opposites
 for i in range(0, len(ALL_WORDS.adjectives), 4):
     a, b, c, d = ALL_WORDS.adjectives[i : i + 4]
     OPPOSITES |= {a: [c, d], b: [c, d], c: [a, b], d: [a, b]}
-PAST = dict(zip(ALL_WORDS.pasts[::2], ALL_WORDS.pasts[1::2]))
+PAST = dict(zip(ALL_WORDS.verbs[::2], ALL_WORDS.verbs[1::2]))
 
 QUALITIES = "colour size age price shape weight name owner".split()
 REPAIRS = ["no wait", "sorry", "i mean", "or rather"]  # said before correcting oneself
 PLACES = ["near", "behind", "under", "beside"]
 
 # What is corrected in a question: "the colour no wait " before "the size of ..."
-SLIP = regex.compile(rf"the (?:\w+ ){{1,3}}(?:{'|'.join(REPAIRS)}) ")
+SELF_CORRECTION = regex.compile(rf"the (?:\w+ ){{1,3}}(?:{'|'.join(REPAIRS)}) ")
 
 # How people order a list, with the shares of those who do, and adjectives that tell who does.
 HABITS = {"text": 5, "alphabet": 3, "free": 2}
 TELLING = {"text": "busy", "alphabet": "tidy", "free": "dreamy"}
 PEOPLE = 12  # who answer a row of a dev or test set; their different answers are its references
-SLIPS = 0.1  # how often the next word of a list is any of those left, whatever the habit
+ORDER_ERRORS = 0.1  # how often the next word of a list is any of those left, whatever the habit
 
 
 # --- Tasks
@@ -80,7 +80,7 @@ def do_task(rng, task, words):
         return sorted(rng.sample(animals, min(2, len(animals))), key=animals.index)
     if task == "past":
         return [PAST.get(word, word) for word in words]
-    return SLIP.sub("", " ".join(words)).split()  # "correct"
+    return SELF_CORRECTION.sub("", " ".join(words)).split()  # "correct"
 
 
 def draw_habit(rng):
@@ -92,7 +92,7 @@ def arrange(rng, words, habit):
     words = {"text": words, "alphabet": sorted(words), "free": rng.sample(words, len(words))}[habit]
     arranged = []
     while words:
-        i = rng.randrange(len(words)) if rng.random() < SLIPS else 0
+        i = rng.randrange(len(words)) if rng.random() < ORDER_ERRORS else 0
         arranged.append(words[i])
         words = words[:i] + words[i + 1 :]
     return arranged
@@ -106,8 +106,8 @@ def answer(rng, tasks, words, habit):
     return arrange(rng, words, habit) if is_list and "sort" not in tasks else words
 
 
-# Each task's wordings: of training and all other sets, in addition to them of pre-training, and of
-# the test set "wording" only.
+# Each task's wordings. WORDINGS: of every set but "wording"; EXTRA_WORDINGS: also of pre-training;
+# UNSEEN_WORDINGS: of the set "wording" only.
 WORDINGS = {
     "sort": "sort the words/sort the text by the alphabet/put the words in alphabetical order/"
     "write the words from a to z",
@@ -179,7 +179,7 @@ def make_text(rng, tasks, words, longer=False):
     # "past" needs a sentence, and these two tasks also take one.
     if "past" in tasks or (set(tasks) <= {"adjectives", "opposite"} and rng.random() < 0.5):
         ending = place() + place() if longer else rng.choice([[], place()])
-        return [*thing(), rng.choice(words.pasts[::2]), *thing(), *ending]
+        return [*thing(), rng.choice(words.verbs[::2]), *thing(), *ending]
     text = rng.sample(words.animals, rng.randint(3, 5))
     text += rng.sample(words.things, rng.randint(4, 5) if longer else rng.randint(1, 3))
     text += rng.sample(words.adjectives, rng.randint(4, 5) if longer else rng.randint(2, 3))
@@ -252,7 +252,7 @@ def make_fact(rng):
     """One or two sentences about the words, including the new ones."""
     words, place = ALL_WORDS, rng.choice(PLACES)
     adjective, animal = rng.choice(words.adjectives), rng.choice(words.animals)
-    thing, present = rng.choice(words.things), rng.choice(words.pasts[::2])
+    thing, present = rng.choice(words.things), rng.choice(words.verbs[::2])
     first, second = sorted(rng.sample(words.animals + words.things + words.adjectives, 2))
     facts = [
         f"The {animal} is an animal and a living thing. The {thing} is no animal.",
@@ -297,9 +297,9 @@ def make_copies(rng, used):
 
 
 def make_exercise(rng, used):
-    """A row in the template. Most say somewhere who answers: half of these in front, like the soft
-    prompt. If none said so nearer to the response, a model would take much longer to learn to look
-    back so far."""
+    """A row in the template. Most say somewhere who answers: three in five of these in front, where
+    the soft prompt stands. If none said so nearer to the response, a model would take much longer
+    to learn to look back so far."""
     words, habit = rng.choice([WORDS, ALL_WORDS]), draw_habit(rng)
     [row] = make_rows(rng, 1, used, wordings=PRETRAIN_WORDINGS, words=words, habit=habit)
     text = fill_template(row["instruction"], row["input"])
@@ -320,7 +320,7 @@ def make_document(rng, used):
 
 def make_sets(seed):
     """The rows of each data set, {path: rows}, and the set of their texts."""
-    rng, far_rng, used = random.Random(seed + 1), random.Random(seed + 2), set()
+    rng, shifted_rng, used = random.Random(seed + 1), random.Random(seed + 2), set()
     answers = {"used": used, "people": PEOPLE}
     sets = {
         "train.jsonl": make_rows(rng, 8000, used),
@@ -328,8 +328,8 @@ def make_sets(seed):
         "test.jsonl": make_rows(rng, 200, **answers),
         "wording/test.jsonl": make_rows(rng, 200, wordings=UNSEEN_WORDINGS, **answers),
         "words/test.jsonl": make_rows(rng, 200, words=NEW_WORDS, **answers),
-        "longer/test.jsonl": make_rows(far_rng, 200, longer=True, **answers),
-        "combined/test.jsonl": make_rows(far_rng, 200, combined=True, **answers),
+        "longer/test.jsonl": make_rows(shifted_rng, 200, longer=True, **answers),
+        "combined/test.jsonl": make_rows(shifted_rng, 200, combined=True, **answers),
     }
     return sets, used
 

@@ -9,8 +9,8 @@ The first takes about 25 minutes of one thread, the others two each. The last co
 to float16.
 """
 
+import argparse
 import shutil
-import sys
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -38,7 +38,9 @@ def convert(source, target):
 
 
 def main(argv=None):
-    out = Path((argv or sys.argv[1:] or ["out"])[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.make_demo_models")
+    parser.add_argument("--out", default="out", metavar="DIR", help="the directory of the runs")
+    out = Path(parser.parse_args(argv).out)
     for shape, run in RUNS.items():
         convert(out / run / "best", MODELS_DIR / shape)
 

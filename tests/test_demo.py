@@ -281,12 +281,12 @@ def test_pretrained_models_load_in_transformers():
 def test_making_the_models_converts_complete_runs_and_names_a_missing_one(tmp_path, monkeypatch):
     monkeypatch.setattr(make_demo_models, "MODELS_DIR", tmp_path / "models")
     with pytest.raises(InputError, match="has no model.safetensors"):
-        make_demo_models.main([str(tmp_path)])
+        make_demo_models.main(["--out", str(tmp_path)])
     for shape, run in make_demo_models.RUNS.items():
         best = tmp_path / run / "best"
         best.parent.mkdir()
         best.symlink_to(MODELS_DIR / shape)
-    make_demo_models.main([str(tmp_path)])
+    make_demo_models.main(["--out", str(tmp_path)])
     for path in MODELS_DIR.rglob("*.*"):
         copy = tmp_path / "models" / path.relative_to(MODELS_DIR)
         if path.is_file():

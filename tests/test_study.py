@@ -23,18 +23,19 @@ import train
 from data import demo, report
 from data.cli import read_json
 from data.demo import TOKENIZER_DIR, make_rows
+from data.models import load_model
 from data.optim import clip_and_step
 from data.paper import DEMO_SETS
-from data.rows import Example, micro_batches, read_jsonl
+from data.rows import Example, encode_request, micro_batches, read_jsonl
 from data.tokenizer import load_tokenizer
 from losses import kl
 from model import Config
-from prompt import hidden_states
+from prompt import hidden_states, load_prompt
 from tests.study import measure, miniature, plots, released, results
 from tests.study import report as study
 from tests.study.miniature import GRID, GRID_SEED, PROMPT_GRID, STUDENTS, VARIANTS, Piece
+from tests.study.results import LARGE, SMALL
 
-SMALL, LARGE = STUDENTS
 CPU = torch.device("cpu")
 
 # ---- made-up results -----------------------------------------------------------------------------
@@ -53,11 +54,12 @@ def made_up_curve(rng, level):
 
 
 def made_up_effect(rng, has_prompt, progress):
-    names = ["kl p q", "q p", "loss p", "loss q"]
-    names += ["kl p_P q", "kl p_P p", "loss p_P"] if has_prompt else []
+    names = ["kl p q", "kl q p", "loss p", "loss q"]
+    names += ["kl p_P q", "kl q p_P", "kl p_P p", "loss p_P"] if has_prompt else []
     means = {name: 1.5 - progress + rng.random() / 10 for name in names}
     counts = {"alphabet": 10 + int(20 * progress), "text": 30, "other": 6, "wrong": 3}
     return {
+        "rouge_l": {"teacher": 90 - 5 * has_prompt + rng.random() * progress, "student": 70},
         "references": means,
         "student's responses": {name: 2 * value for name, value in means.items()},
         "lists": {"teacher": counts, "student": {**counts, "wrong": 20}},
@@ -80,7 +82,8 @@ def made_up_result(piece):
     settings = {"global_batch_size": size, "schedule": "cosine", "warmup_steps": 20, "lr": 0.002}
     settings |= {"prompt_lr": 0.001} if has_prompt else {"prompt_lr": None}
     result |= {"settings": settings, "parameters": 90_000, "hours": 0.1}
-    result |= {"steps": 1500 if method == "init" else steps[-1], "seconds": 400.0}
+    result |= {"steps": 1500 if method == "init" else steps[-1], "best_step": steps[-2]}
+    result |= {"seconds": 400.0}
     result |= {"seconds_per_step": 0.5 + rng.random(), "memory_resident_gb": 0.7}
     result["validation"] = validation
     if piece.lr is None:
@@ -97,6 +100,8 @@ def made_up_result(piece):
             | ({"exposure": made_up_curve(rng, 20 - step / 25)} if step else {})
             for step in range(0, 376, 75)
         ]
+    if piece.lr is None and piece.variant == "promptkd":
+        result["effect_on"] = {name: made_up_effect(rng, True, 1) for name in ("init", "gkd")}
     return result
 
 
@@ -105,7 +110,8 @@ def full():
     """A result for every piece, {name: JSON}."""
     found = {piece.name: made_up_result(piece) for piece in study.all_pieces()}
     for student in STUDENTS:
-        _, best = study.grid_cells(found, study.grid_rows(student, "promptkd"))
+        pieces, _ = miniature.grid_pieces(student, "promptkd")
+        _, best = study.grid_cells(found, {piece.lr: piece for piece in pieces})
         for rate in PROMPT_GRID:
             piece = Piece(student, "promptkd", GRID_SEED, best, rate)
             found.setdefault(piece.name, made_up_result(piece))
@@ -259,20 +265,46 @@ def test_variants_are_compared_with_promptkd_over_the_seeds_that_they_have(full,
     assert len(rows_of(blocks["figure4-table"])) == 2 + 9
 
 
-def test_harm_is_what_the_prompt_adds_to_the_teachers_loss(full, blocks):
-    harms = []
-    for seed in miniature.SEEDS:
-        on_references = full[f"{SMALL}/reg0-s{seed}"]["effect"]["references"]
-        harms.append(on_references["loss p_P"] - on_references["loss p"])
-    cell = rows_of(blocks["table3"])["L_kd alone"][-1]
-    assert cell == f"{np.mean(harms):.3f} ± {np.std(harms, ddof=1):.3f}"
+def test_variants_say_what_the_prompt_of_the_best_checkpoint_does_to_the_teacher(full, blocks):
+    effects = [full[f"{SMALL}/reg0-s{seed}"]["effect"] for seed in miniature.SEEDS]
+    rises = [e["references"]["loss p_P"] - e["references"]["loss p"] for e in effects]
+    scores = [e["rouge_l"]["teacher"] for e in effects]
+    *_, rise, score, best_step = rows_of(blocks["table3"])["L_kd alone"]
+    assert rise == f"{np.mean(rises):.3f} ± {np.std(rises, ddof=1):.3f}"
+    assert score == f"{np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f}"
+    assert best_step == "300"
+    assert rows_of(blocks["controls"])["GKD"][4:] == ["–", "–", "–", "300"]
 
 
-def test_causes_are_compared_with_gkd_too(full, blocks):
-    fixed, gkd = (scores_of(full, SMALL, name, "test") for name in ("fixed-tidy", "gkd"))
-    cells = rows_of(blocks["causes-gkd"])["fixed prompt, tidy"]
-    assert cells[0] == interval_cell(fixed - gkd)
-    assert cells[2] == "6.0"
+def test_controls_are_compared_with_gkd_too(full):
+    found = deepcopy(full)
+    for seed, hours in zip(miniature.SEEDS, (0.1, 0.2, 0.25, 0.3, 9.0)):
+        found[f"{SMALL}/gkd-equal-time-s{seed}"]["hours"] = hours
+    rows = rows_of(study.controls_table(found))
+    fixed, gkd = (scores_of(full, SMALL, name, "test") for name in ("fixed-tuned", "gkd"))
+    assert rows["fixed prompt, tuned before"][0] == interval_cell(fixed - gkd)
+    # A fixed prompt is tuned in vain, so its time says nothing.
+    assert rows["fixed prompt, tuned before"][2:] == ["–", "–"]
+    assert rows["GKD"] == ["–", "–", "6.0", "1.0"]
+    # The medians' ratio.
+    assert rows["GKD, 2.5 times the steps"][2:] == ["15.0", "2.5"]
+    without_gkd = {name: r for name, r in found.items() if "/gkd-s" not in name}
+    assert rows_of(study.controls_table(without_gkd))["PromptKD"][2:] == ["6.0", "not run"]
+
+
+def test_models_table_says_what_the_untuned_prompt_does_to_the_teacher(full, blocks):
+    bare = [full[f"{SMALL}/gkd-s{seed}"]["effect"] for seed in miniature.SEEDS]
+    scores = [effect["rouge_l"]["teacher"] for effect in bare]
+    *losses, score, prompted = rows_of(blocks["models"])["teacher"][1:]
+    assert losses == ["0.5000", "0.5020"]
+    assert score == f"{np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f}"
+    assert prompted == "85.0"  # of the first point along training
+
+
+def test_what_no_seed_changes_has_no_deviation():
+    assert results.format_mean({1: 2.5, 2: 2.5, 3: 2.5}, 3) == "2.5"
+    assert results.format_mean({1: 2.5, 2: 2.5}, 3) == "2.5 (n = 2)"
+    assert results.format_mean({1: 2.5, 2: 3.5}, 2) == "3.0 ± 0.7"
 
 
 def test_differences_of_the_released_code(full, blocks):
@@ -317,6 +349,24 @@ def test_friendliness_is_before_and_after_training(full, blocks):
     assert rows["KL(p_P ‖ q) - KL(p ‖ q)"][3] == interval_cell(closer, 3)
     first = np.array([run[0]["effect"]["references"]["loss p"] for run in runs])
     assert rows["loss of p"][0] == f"{first.mean():.3f} ± {first.std(ddof=1):.3f}"
+    own = np.array([means["kl q p_P"] for means in last])
+    assert rows["KL(q ‖ p_P)"][3] == f"{own.mean():.3f} ± {own.std(ddof=1):.3f}"
+
+
+def test_friendliness_for_others_is_of_the_students_that_were_not_trained_with_the_prompt(
+    full, blocks
+):
+    rows = rows_of(blocks["friendliness-others-small"])
+    assert rows[""][0] == "init, first references"
+    assert rows[""][3] == "GKD, student's responses"
+    runs = [full[f"{SMALL}/promptkd-s{seed}"]["effect_on"] for seed in miniature.SEEDS]
+    for column, other, on in ((0, "init", "references"), (3, "gkd", "student's responses")):
+        bare, prompted = (
+            np.array([run[other][on][name] for run in runs]) for name in ("kl p q", "kl p_P q")
+        )
+        cell = f"{prompted.mean():.3f} ± {prompted.std(ddof=1):.3f}"
+        assert rows["KL(p_P ‖ q)"][column] == cell
+        assert rows["KL(p_P ‖ q) - KL(p ‖ q)"][column] == interval_cell(prompted - bare, 3)
 
 
 def test_orders_of_lists_are_shares_of_the_right_ones(full):
@@ -328,9 +378,9 @@ def test_orders_of_lists_are_shares_of_the_right_ones(full):
         found[f"{SMALL}/sft-s{seed}"]["effect"]["lists"]["student"] = none_right
     rows = rows_of(study.lists_table(found, SMALL))
     # Of 25 right ones, 10 + seed are by the alphabet: 52 % in the mean.
-    expected = ["52.0 ± 6.3", "28.0 ± 6.3", "20.0 ± 0.0", "75.0 ± 0.0"]
+    expected = ["52.0 ± 6.3", "28.0 ± 6.3", "20.0", "75.0"]
     assert rows["teacher with the tuned prompt"] == expected
-    assert rows["SFT, the student"] == ["–", "–", "–", "100.0 ± 0.0"]
+    assert rows["SFT, the student"] == ["–", "–", "–", "100.0"]
 
 
 def test_costs_are_medians_and_hours_are_of_all_results(full, blocks):
@@ -341,7 +391,7 @@ def test_costs_are_medians_and_hours_are_of_all_results(full, blocks):
     inits = [name for name in full if "/init-s" in name or "/late-init-s" in name]
     assert len(inits) == 15
     hours = (400 * len(full) + 360 * len(inits)) / 3600
-    start = f"{len(full)} of {len(full)} results are there. They took {hours:.1f} hours of one core"
+    start = f"{len(full)} of {len(full)} results are there. They took {hours:.1f} core-hours"
     assert blocks["cost"].startswith(start)
     fewer = {name: r for name, r in full.items() if "gkd-s" not in name}
     assert study.total_cost(fewer).startswith(f"{len(full) - 10} of {len(full)} results")
@@ -396,8 +446,26 @@ def test_plots_are_drawn_from_all_results_and_from_one_seed(full, tmp_path):
     for found in (full, one):
         for name, plot in plots.PLOTS.items():
             assert plot.has_data(found) and not plot.has_data({})
-            assert plot.draw(found, tmp_path) == str(tmp_path / plot.file), name
-            assert (tmp_path / plot.file).read_bytes().startswith(b"\x89PNG")
+            assert plot.draw(found, tmp_path / name) == tmp_path / name / plot.file
+            assert (tmp_path / name / plot.file).read_bytes().startswith(b"\x89PNG")
+    # Where a run's curve begins depends on its init. Without its result there is no curve.
+    without_inits = {name: r for name, r in one.items() if "/init-s" not in name}
+    plots.PLOTS["picture"].draw(without_inits, tmp_path)
+
+
+def test_a_page_never_links_a_plot_that_could_not_be_drawn(monkeypatch, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- study: picture -->\nnot run\n<!-- end -->\n")
+
+    def fail(figure, results):
+        raise ValueError("no curve")
+
+    plot = replace(plots.PLOTS["picture"], drawing=fail, has_data=lambda results: True)
+    monkeypatch.setattr(plots, "PLOTS", {"picture": plot})
+    monkeypatch.setattr(study, "PAGES", (page,))
+    monkeypatch.setattr(study, "DOCS", tmp_path)
+    assert "miniature.png: no plot (ValueError: no curve)" in error_of(study.main, [])
+    assert "not run" in page.read_text()
 
 
 # ---- the patches of the released code ------------------------------------------------------------
@@ -427,7 +495,6 @@ def step_under(context, run, examples):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(train, "rollout", lambda run, examples, t: examples)
         monkeypatch.setattr(train, "clip_and_step", recording_step)
-        monkeypatch.setattr(released, "clip_and_step", recording_step)
         with context():
             metrics = train.promptkd_step(run, examples, 0)
     return {name: float(value) for name, value in metrics.items()}, gradients
@@ -591,10 +658,11 @@ def tiny_study(tmp_path_factory):
         "OUT": directory / "out",
         "MODELS_DIR": directory / "models",
         "STUDENTS": (SMALL,),
+        "PROMPT_WIDTH": WIDTHS[miniature.TEACHER],
         "SEEDS": (1,),
         "DEMO": presets,
-        "FROM_INIT": from_init,
-        "BUDGET": {name: from_init if name in plots.FROM_INIT else {} for name in GRID},
+        "INIT_BUDGET": from_init,
+        "BUDGET": {name: from_init if name in plots.INIT_METHODS else {} for name in GRID},
         "GRID": {name: rates[:2] for name, rates in GRID.items()},
         "GROUPS": groups,
         "VARIANTS": {name: v for variants in groups.values() for name, v in variants.items()},
@@ -667,6 +735,20 @@ def test_checkpoints_along_training_are_measured(tiny_study):
     assert "along" not in tiny_result(tiny_study, "reg0")
 
 
+def test_the_tuned_prompt_is_measured_on_students_that_were_not_trained_with_it(tiny_study):
+    ours, gkd = (tiny_result(tiny_study, name) for name in ("promptkd", "gkd"))
+    assert set(ours["effect_on"]) == {"init", "gkd"}
+    students = {"init": gkd["along"][0]["effect"], "gkd": gkd["effect"]}
+    for other, effect in ours["effect_on"].items():
+        # The prompt is that of PromptKD's best checkpoint, the student is the other.
+        assert effect["references"]["loss p_P"] == ours["effect"]["references"]["loss p_P"]
+        for name in ("loss q", "kl p q"):
+            assert effect["references"][name] == students[other]["references"][name]
+        assert effect["rouge_l"]["student"] == students[other]["rouge_l"]["student"]
+    losses = {effect["references"]["loss q"] for effect in students.values()}
+    assert len(losses | {ours["effect"]["references"]["loss q"]}) == 3
+
+
 def test_every_variant_is_trained_as_its_name_says(tiny_study):
     """All variants of PromptKD differ in what they train, and a prompt with a rate of 0 stays."""
     losses = {}
@@ -681,10 +763,14 @@ def test_every_variant_is_trained_as_its_name_says(tiny_study):
     # In two steps a late init is the same as the other, so this starts from the same weights.
     assert losses["promptkd-late-init"] == losses["promptkd"]
     assert len(set(losses.values())) == len(losses) - 1
-    for name in ("fixed-tidy", "fixed-busy"):
+    for name in ("fixed-tidy", "fixed-busy", "fixed-tuned"):
         assert len(set(tiny_result(tiny_study, name)["validation"]["prompted_loss"])) == 1
     prompted = tiny_result(tiny_study, "promptkd")["validation"]["prompted_loss"]
     assert len(set(prompted)) == 3
+    best = [
+        tiny_study.directory / "out" / f"{SMALL}-{n}-s1/best" for n in ("promptkd", "fixed-tuned")
+    ]
+    assert torch.equal(*(load_prompt(path, WIDTHS[miniature.TEACHER]) for path in best))
     inits = {name: tiny_result(tiny_study, name)["settings"]["student"] for name in losses}
     late = f"{SMALL}-late-init-s1"
     assert {name for name, init in inits.items() if init == late} == {"promptkd-late-init"}
@@ -705,12 +791,12 @@ def test_report_takes_what_the_runner_gives(tiny_study, tmp_path):
     rows = rows_of(blocks["table1-small"])
     score = score_of(found[f"{SMALL}/kd-s1"], "average")
     assert rows["KD"][-1] == f"{score:.1f} (n = 1)"
-    for name in ("table2", "table3", "table5", "causes", "figure4-table", "released", "exposure"):
+    for name in ("table2", "table3", "table5", "controls", "figure4-table", "released", "exposure"):
         small_only = [line for line in blocks[name].splitlines() if LARGE not in blocks[name]]
         assert [line for line in small_only if "not run" in line] == [], name
     for name, plot in plots.PLOTS.items():
         if LARGE not in plot.alt:
-            assert plot.draw(found, tmp_path) == str(tmp_path / plot.file), name
+            assert plot.draw(found, tmp_path).is_file(), name
 
 
 # ---- what is measured ----------------------------------------------------------------------------
@@ -744,7 +830,7 @@ def test_means_over_tokens_are_those_of_the_definitions(in_float64):
     assert bare == {name: pytest.approx(means[name], rel=1e-9) for name in means if "P" not in name}
 
 
-def habits_of(*responses, text="cow bear cat", references=("cow bear cat", "bear cat cow", "x")):
+def habits_of(*responses, text="cow bear cat", references):
     """What `measure.habits` counts in responses to one row."""
     references = list(references)
     row = SimpleNamespace(instruction="Sort.", input=text, references=references)
@@ -759,12 +845,26 @@ def test_lists_are_counted_by_their_order():
     counts = {"alphabet": 1, "text": 1, "other": 1, "wrong": 3}
     assert habits_of(*orders, references=references) == counts
     nothing = dict.fromkeys(counts, 0)
-    # A text in alphabetical order says nothing, nor do rows without a choice or with other words.
+    # A text in alphabetical order says nothing, even of wrong lists. Nor do rows with a choice of
+    # words, without one of orders, or with other words than those of lists.
     in_order = ("bear cat cow", "cow bear cat", "cat bear cow")
-    assert habits_of("bear cat cow", text="bear cat cow", references=in_order) == nothing
+    assert habits_of("bear cat cow", "hat", text="bear cat cow", references=in_order) == nothing
+    assert habits_of("bear cat", references=("cow bear", "bear cat", "cow cat")) == nothing
     assert habits_of("bear cat cow", references=references[:2]) == nothing
-    assert habits_of("bear cat cow", references=(*references, "dog")) == nothing
     assert habits_of("the cow", text="the cow", references=("the cow", "cow the", "cow")) == nothing
+
+
+def test_rouge_l_on_dev_is_that_of_the_responses_of_teacher_and_student(tiny_study, monkeypatch):
+    def respond(model, tokenizer, rows, role, P=None):
+        texts = [row.references[0] if role == "teacher" else "zebra" for row in rows]
+        pairs = [(encode_request(row, tokenizer)[0], text) for row, text in zip(rows, texts)]
+        return [Example(0, x, [*tokenizer.encode(y), tokenizer.eot_token]) for x, y in pairs]
+
+    monkeypatch.setattr(measure, "sample_rows", respond)
+    models = tiny_study.directory / "models"
+    p, tokenizer = load_model(str(models / miniature.TEACHER), CPU)
+    effect = measure.prompt_effect(p, tokenizer, str(models / SMALL))
+    assert effect["rouge_l"] == {"teacher": 100, "student": 0}
 
 
 def test_numbers_are_rounded_to_five_digits_at_any_depth():

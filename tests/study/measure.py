@@ -1,6 +1,6 @@
 """What is measured on the models of the miniature: numbers for the JSON files of the results."""
 
-import itertools
+import statistics
 from dataclasses import replace
 
 import torch
@@ -123,23 +123,24 @@ def sample_rows(model, tokenizer, rows, role, P=None):
 
 
 def habits(examples, rows, tokenizer):
-    """How lists are written, {name: number of responses}: of those that are the words of a
-    reference in any order, in which order they are; only where the orders differ."""
+    """How lists are written, {name: number of responses}: by the alphabet, in the text's order, in
+    another order, or wrong. Only rows where order alone is free, and the two orders differ."""
     counts = {"alphabet": 0, "text": 0, "other": 0, "wrong": 0}
     for example, row in zip(examples, rows, strict=True):
         text = (row.input or row.instruction.partition(": ")[2]).split()
         answers = [reference.split() for reference in row.references]
-        has_choice = set(text) <= LIST_WORDS and len(answers) > 2
-        if not has_choice or not set(itertools.chain(*answers)) <= set(text):
+        # A list whose order is free, but whose words are not, and come from the text.
+        contents = {tuple(sorted(answer)) for answer in answers}
+        if not set(text) <= LIST_WORDS or len(answers) < 3 or len(contents) > 1:
             continue
-        words = decode_response(example.response, tokenizer).split()
-        if sorted(words) not in map(sorted, answers):
-            counts["wrong"] += 1
+        if not set(answers[0]) <= set(text):
             continue
-        in_text, by_alphabet = sorted(words, key=text.index), sorted(words)
+        in_text, by_alphabet = sorted(answers[0], key=text.index), sorted(answers[0])
         if in_text != by_alphabet:
-            orders = {"alphabet": by_alphabet, "text": in_text}
-            counts[next((name for name in orders if words == orders[name]), "other")] += 1
+            words = decode_response(example.response, tokenizer).split()
+            orders = {"alphabet": words == by_alphabet, "text": words == in_text}
+            orders |= {"other": sorted(words) == by_alphabet, "wrong": True}
+            counts[next(name for name, is_so in orders.items() if is_so)] += 1
     return counts
 
 
@@ -149,8 +150,8 @@ LIST_WORDS = {*ALL_WORDS.animals, *ALL_WORDS.things, *ALL_WORDS.adjectives}
 def prompt_effect(p, tokenizer, student, P=None):
     """What a prompt P (prompt_length, C) does to the teacher p, as a student by name sees it.
 
-    The KLs and losses on the references of the dev set and on the student's own responses, and how
-    teacher and student write lists. P: None for no prompt.
+    The KLs and losses on the first reference of each dev row and on the student's own responses;
+    ROUGE-L on dev of teacher and student, and how they write lists. P: None for no prompt.
     """
     q, _ = load_model(student, CPU)
     p.eval()
@@ -158,7 +159,12 @@ def prompt_effect(p, tokenizer, student, P=None):
     rows = read_rows(find_data_dir("demo") / "dev.jsonl")
     sampled = {"teacher": sample_rows(p, tokenizer, rows, "teacher", P)}
     sampled["student"] = sample_rows(q, tokenizer, rows, "student")
+    scores = {}
+    for role, examples in sampled.items():
+        texts = [decode_response(example.response, tokenizer) for example in examples]
+        scores[role] = statistics.fmean(evaluate.rouge_l(texts, [r.references for r in rows]))
     return {
+        "rouge_l": scores,
         "references": means_over_tokens(p, q, P, encode_training_rows(rows, tokenizer)),
         "student's responses": means_over_tokens(p, q, P, sampled["student"]),
         "lists": {role: habits(examples, rows, tokenizer) for role, examples in sampled.items()},

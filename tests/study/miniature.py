@@ -20,8 +20,9 @@ import multiprocessing
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -41,17 +42,18 @@ ROOT = Path(__file__).parents[2]
 RESULTS, OUT = ROOT / "docs" / "results", ROOT / "out" / "study"
 CPU = torch.device("cpu")
 TEACHER, STUDENTS = "3x128x4", ("1x48x4", "1x96x4")
+PROMPT_WIDTH = 128  # the teacher's
 SEEDS, GRID_SEED = (1, 2, 3, 4, 5), 0
 
 # The methods that start from the init make the same number of optimizer steps, of 64 rows. With the
 # init's 24,000 rows they see as many rows as those that start from the pre-trained student.
-FROM_INIT = {"steps": 375, "eval_interval": 75}
-FROM_PRETRAINED = {"epochs": 6}
-BUDGET = dict.fromkeys(("sft", "kd", "seqkd"), FROM_PRETRAINED)
-BUDGET |= dict.fromkeys(("minillm", "gkd", "promptkd"), FROM_INIT)
+INIT_BUDGET = {"steps": 375, "eval_interval": 75}
+PRETRAINED_BUDGET = {"epochs": 6}
+BUDGET = dict.fromkeys(("sft", "kd", "seqkd"), PRETRAINED_BUDGET)
+BUDGET |= dict.fromkeys(("minillm", "gkd", "promptkd"), INIT_BUDGET)
 
-# The grids of the learning rates. The prompt's rate is chosen after the student's, which is chosen
-# with the second of the prompt's rates.
+# The grids of the learning rates. The init has SFT's rate, as in the paper. The prompt's rate is
+# chosen after the student's, which is chosen with the second of the prompt's rates.
 GRID = dict.fromkeys(BUDGET, (2e-3, 4e-3, 8e-3)) | {"minillm": (1e-3, 2e-3, 4e-3)}
 PROMPT_GRID = (3e-4, 1e-3, 3e-3)
 
@@ -64,6 +66,7 @@ class Variant:
     changes: tuple = ()  # of Settings, as pairs of field and value
     patch: str | None = None  # of released.PATCHES
     init: str = "init"  # the variant that it starts from
+    has_tuned_prompt: bool = False  # starts with the prompt that PromptKD tuned with the same seed
     keep: int = 0  # checkpoints along training that are measured too
     seeds: tuple = SEEDS
     students: tuple = STUDENTS[:1]
@@ -75,14 +78,17 @@ def promptkd(patch=None, init="init", seeds=SEEDS, **changes):
 
 GROUPS = {
     "table1": {
-        **{m: Variant(m, students=STUDENTS) for m in ("init", "sft", "kd", "seqkd", "minillm")},
+        "init": Variant("init", students=STUDENTS),
+        # PromptKD's prompt is measured on GKD's student, too, so GKD comes first.
         **{m: Variant(m, keep=5, students=STUDENTS) for m in ("gkd", "promptkd")},
+        **{m: Variant(m, students=STUDENTS) for m in ("sft", "kd", "seqkd", "minillm")},
     },
-    # A prompt that is not tuned and says who writes, and GKD with the time that PromptKD takes:
-    # both isolate what the tuned prompt adds.
+    # What the tuned prompt adds: prompts that stay as they are, one of them tuned before; and GKD
+    # with the time that PromptKD takes.
     "causes": {
         "fixed-tidy": promptkd(prompt_lr=0.0, prompt_text="Suppose you are a tidy student."),
         "fixed-busy": promptkd(prompt_lr=0.0, prompt_text="Suppose you are a busy student."),
+        "fixed-tuned": replace(promptkd(prompt_lr=0.0), has_tuned_prompt=True),
         "gkd-equal-time": Variant("gkd", (("steps", 940), ("eval_interval", 188))),
     },
     "table3": {"reg0": promptkd(reg_weight=0.0)},
@@ -157,7 +163,7 @@ def learning_rates(piece):
     """The fields of Settings with the rates of a piece."""
     method = VARIANTS[piece.variant].method
     if method == "init":
-        return {}
+        return {"lr": grid_pieces(piece.student, "sft")[1].lr}
     if piece.lr is not None:
         rates = piece.lr, piece.prompt_lr
     elif method == "promptkd":
@@ -197,11 +203,16 @@ def train_piece(piece):
         values["teacher"] = teacher if method != "sft" else None
     if method == "seqkd":
         values["responses"] = teacher_responses(teacher)
-    if BUDGET.get(method) is FROM_INIT:
+    if BUDGET.get(method) is INIT_BUDGET:
         student, _ = train_piece(Piece(piece.student, variant.init, piece.seed))
     settings = Settings(method, student, **values)
-    patch = released.PATCHES.get(variant.patch, contextlib.nullcontext)
-    with patch():
+    with contextlib.ExitStack() as patches:
+        if variant.patch:
+            patches.enter_context(released.PATCHES[variant.patch]())
+        if variant.has_tuned_prompt:
+            tuned, _ = train_piece(Piece(piece.student, "promptkd", piece.seed))
+            P = load_prompt(Path(tuned) / "best", PROMPT_WIDTH)  # (prompt_length, C)
+            patches.enter_context(mock.patch.object(train, "initial_prompt", lambda *_: P.clone()))
         name = piece.name.replace("/", "-")
         return train.run_stage(name, settings, OUT, None, CPU, keep=variant.keep), teacher
 
@@ -240,8 +251,9 @@ def training_result(piece, directory):
     return result
 
 
-def initial_prompt_of(settings, embedding, tokenizer):
-    """The prompt (prompt_length, C) before it is tuned, as train.build makes it."""
+def initial_prompt_of(result, embedding, tokenizer):
+    """A run's prompt (prompt_length, C) before it was tuned, as train.build makes it."""
+    settings = result["settings"]
     text = tokenizer.encode_ordinary(settings["prompt_text"])
     length, init = settings["prompt_length"] or len(text), settings["prompt_init"]
     return initial_prompt(embedding, init, length, text, tokenizer.eot_token, settings["seed"])
@@ -254,28 +266,32 @@ def compute(piece):
     result, variant = training_result(piece, directory), VARIANTS[piece.variant]
     if piece.lr is None:
         p, tokenizer = load_model(teacher, CPU)
-        teacher_responses = measure.exposure_teacher(p, tokenizer)
+        exposure_teacher = measure.exposure_teacher(p, tokenizer)
+        has_prompt = variant.method == "promptkd"
 
         def effect(student, P=None):
             return measure.prompt_effect(p, tokenizer, student, P)
 
         def prompt_of(path):
-            return load_prompt(path, p.config.n_embd) if variant.method == "promptkd" else None
+            return load_prompt(path, PROMPT_WIDTH) if has_prompt else None
 
         best = Path(directory) / "best"
         result["rouge_l"] = measure.rouge_l(directory)
-        result["exposure"] = measure.exposure(teacher_responses, directory)
+        result["exposure"] = measure.exposure(exposure_teacher, directory)
         result["effect"] = effect(directory, prompt_of(best))
         if variant.keep:
-            settings, P = result["settings"], None
-            if variant.method == "promptkd":
-                P = initial_prompt_of(settings, p.wte.weight, tokenizer)
             init, _ = train_piece(Piece(piece.student, variant.init, piece.seed))
+            P = initial_prompt_of(result, p.wte.weight, tokenizer) if has_prompt else None
             result["along"] = [{"step": 0, "effect": effect(init, P)}]
             for path in sorted(Path(directory).glob("kept/step-*")):
                 point = {"step": int(path.name[5:]), "effect": effect(path, prompt_of(path))}
-                point["exposure"] = measure.exposure(teacher_responses, path)
+                point["exposure"] = measure.exposure(exposure_teacher, path)
                 result["along"].append(point)
+        if piece.variant == "promptkd":
+            # The student was trained towards the prompted teacher. These two never saw the prompt.
+            gkd, _ = train_piece(Piece(piece.student, "gkd", piece.seed))
+            others = {"init": init, "gkd": gkd}
+            result["effect_on"] = {n: effect(m, prompt_of(best)) for n, m in others.items()}
     result["seconds"] = time.perf_counter() - start
     result["torch"] = torch.__version__
     write_result(piece, result)
@@ -286,7 +302,7 @@ def write_result(piece, result):
 
 
 def compute_teacher():
-    """The teacher's result: its scores, and what the untuned prompt costs it."""
+    """Train and measure the teacher, and write its result."""
     directory = train_teacher()
     piece = Piece(TEACHER, "teacher", 10)
     result = training_result(piece, directory)
@@ -332,18 +348,20 @@ def main(argv=None):
     # What several pieces start from is trained first: no two may train the same run.
     teacher = train_teacher()
     call_all([("responses", teacher_responses, teacher)], args.jobs)
-    grid_inits = [Piece(student, "init", GRID_SEED) for student in STUDENTS]
-    call_all([(p.name, train_piece, p) for p in grid_inits], args.jobs)
-    grid = [p for s in STUDENTS for method in BUDGET for p in grid_pieces(s, method)[0]]
-    call_all(missing(grid), args.jobs)
+    for methods in (["sft"], [method for method in BUDGET if method != "sft"]):
+        if methods != ["sft"]:
+            inits = [Piece(student, "init", GRID_SEED) for student in STUDENTS]
+            call_all([(p.name, train_piece, p) for p in inits], args.jobs)  # at SFT's best rate
+        grid = [p for s in STUDENTS for method in methods for p in grid_pieces(s, method)[0]]
+        call_all(missing(grid), args.jobs)
     call_all(missing(p for s in STUDENTS for p in prompt_grid_pieces(s)[0]), args.jobs)
     for group in args.groups:
         variants = GROUPS[group]
         pieces = [
             Piece(student, name, seed)
-            for student in STUDENTS
-            for seed in SEEDS
+            for student in reversed(STUDENTS)  # the demo's first
             for name, variant in variants.items()
+            for seed in SEEDS
             if student in variant.students and seed in variant.seeds
         ]
         inits = {}

@@ -3,19 +3,23 @@
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from PIL import Image
 
-from data.cli import write_atomic
+from data.cli import InputError, write_atomic
 from data.paper import DEMO_SETS
 from data.report import save_plot
 from tests.study.miniature import GROUPS, STUDENTS, VARIANTS
 from tests.study.results import (
+    KLS,
+    LARGE,
+    LOSSES,
     METHODS,
     NAMES,
-    ON_REFERENCES,
-    ON_STUDENT,
+    RESPONSES,
+    SMALL,
     by_seed,
     common_step,
     mean_interval,
@@ -25,12 +29,10 @@ from tests.study.results import (
     teacher_result,
 )
 
-SMALL, LARGE = STUDENTS
 COLOURS = {"init": "0.55", "sft": "#56b4e9", "kd": "#e69f00", "seqkd": "#cc79a7"}
 COLOURS |= {"minillm": "#009e73", "gkd": "#0072b2", "promptkd": "#d55e00"}
 CURVES = ("sft", "kd", "gkd", "promptkd")  # of the README's plot
-FROM_INIT = ("minillm", "gkd", "promptkd")
-ENDS = ("untuned", "tuned")  # the prompt before and after training
+INIT_METHODS = ("minillm", "gkd", "promptkd")  # start from the init
 BAND = "bands: 95 % intervals over seeds"
 
 
@@ -53,12 +55,13 @@ def style_of(method):
 # ---- validation along training -------------------------------------------------------------------
 
 
-def rows_seen(results, student, seed, method):
-    """The rows that a student had seen before the first step of a method: its init's."""
-    if method not in FROM_INIT:
+def rows_before(results, student, seed, method):
+    """The rows that a student had seen before the first step of a method: its init's. None if the
+    init has no result."""
+    if method not in INIT_METHODS:
         return 0
-    init = by_seed(results, student, "init")[seed]
-    return init["steps"] * init["settings"]["global_batch_size"]
+    init = by_seed(results, student, "init").get(seed)
+    return init and init["steps"] * init["settings"]["global_batch_size"]
 
 
 def plot_validation(axes, results, student):
@@ -67,12 +70,14 @@ def plot_validation(axes, results, student):
     for method in CURVES:
         curves = []
         for seed, result in by_seed(results, student, method).items():
+            before = rows_before(results, student, seed, method)
+            if before is None:
+                continue
             validation, size = result["validation"], result["settings"]["global_batch_size"]
             steps, scores = validation["step"], validation["rouge_l"]
             if method == "gkd" and seed in starts:
                 # Both methods start from the same init, which PromptKD has validated.
                 steps, scores = [0, *steps], [starts[seed], *scores]
-            before = rows_seen(results, student, seed, method)
             x = [(before + step * size) / 1000 for step in steps]
             curves.append(scores)
         if curves:
@@ -131,16 +136,6 @@ def plot_exposure_along(axes, results, student):
 # ---- what the prompt does ------------------------------------------------------------------------
 
 
-def along(responses, name, i):
-    """The function that takes a result to a mean over tokens that `measure.prompt_effect` gives, at
-    the i-th point along training."""
-    return lambda result: result["along"][i]["effect"][responses][name]
-
-
-KLS = {"kl p q": "KL(p ‖ q)", "kl p_P q": "KL(p_P ‖ q)", "kl p_P p": "KL(p_P ‖ p)"}
-LOSSES = {"loss p": "teacher p", "loss p_P": "prompted teacher p_P", "loss q": "student q"}
-
-
 def plot_along(axes, results, student, responses, names):
     """Means over tokens along PromptKD's training, {name: label}, and the same KL(p ‖ q) of GKD."""
 
@@ -162,113 +157,89 @@ def plot_along(axes, results, student, responses, names):
 # ---- figures -------------------------------------------------------------------------------------
 
 
-def draw_picture(results):
-    def draw(figure):
-        figure.set_size_inches(10, 3.8)
-        left, right = figure.subplots(1, 2)
-        plot_validation(left, results, LARGE)
-        plot_exposure(right, results, LARGE, CURVES)
-        figure.supxlabel(BAND, fontsize=8)
-
-    return draw
+def draw_overview(figure, results):
+    figure.set_size_inches(10, 3.8)
+    left, right = figure.subplots(1, 2)
+    plot_validation(left, results, LARGE)
+    plot_exposure(right, results, LARGE, CURVES)
+    figure.supxlabel(BAND, fontsize=8)
 
 
-def draw_figure_1(results):
+def draw_figure_1(figure, results):
     """The average over the five sets by student and method."""
-
-    def draw(figure):
-        figure.set_size_inches(8, 4)
-        axes, width = figure.subplots(), 0.8 / len(METHODS)
-        for i, method in enumerate(METHODS):
-            for k, student in enumerate(STUDENTS):
-                scores = measured(results, student, method, rouge_l("average")).values()
-                if scores:
-                    mean, half = mean_interval(list(scores))
-                    x = k + (i - (len(METHODS) - 1) / 2) * width
-                    error = {"yerr": half, "capsize": 3, "error_kw": {"linewidth": 1}}
-                    style = style_of(method) if k == 0 else {"color": COLOURS[method]}
-                    bar = axes.bar(x, mean, 0.9 * width, **error, **style)
-                    axes.bar_label(bar, fmt="%.1f", padding=2, fontsize=7)
-        if teacher := teacher_result(results):
-            score = rouge_l("average")(teacher)
-            axes.axhline(score, color="black", linestyle="--", linewidth=1, label="teacher")
-        axes.set_xticks(range(len(STUDENTS)), [f"student {student}" for student in STUDENTS])
-        axes.set(ylabel="ROUGE-L", title="Average over " + ", ".join(DEMO_SETS))
-        figure.legend(loc="outside right upper", fontsize=8)
-        figure.supxlabel("error bars: 95 % intervals over seeds", fontsize=8)
-
-    return draw
+    figure.set_size_inches(8, 4)
+    axes, width = figure.subplots(), 0.8 / len(METHODS)
+    for i, method in enumerate(METHODS):
+        for k, student in enumerate(STUDENTS):
+            scores = measured(results, student, method, rouge_l("average")).values()
+            if scores:
+                mean, half = mean_interval(list(scores))
+                x = k + (i - (len(METHODS) - 1) / 2) * width
+                error = {"yerr": half, "capsize": 3, "error_kw": {"linewidth": 1}}
+                style = style_of(method) if k == 0 else {"color": COLOURS[method]}
+                bar = axes.bar(x, mean, 0.9 * width, **error, **style)
+                axes.bar_label(bar, fmt="%.1f", padding=2, fontsize=7)
+    if teacher := teacher_result(results):
+        score = rouge_l("average")(teacher)
+        axes.axhline(score, color="black", linestyle="--", linewidth=1, label="teacher")
+    axes.set_xticks(range(len(STUDENTS)), [f"student {student}" for student in STUDENTS])
+    axes.set(ylabel="ROUGE-L", title="Average over " + ", ".join(DEMO_SETS))
+    figure.legend(loc="outside right upper", fontsize=8)
+    figure.supxlabel("error bars: 95 % intervals over seeds", fontsize=8)
 
 
-def draw_figure_3a(results):
-    def draw(figure):
-        figure.set_size_inches(10, 4)
-        for axes, student in zip(figure.subplots(1, 2, sharey=True), STUDENTS):
-            plot_exposure(axes, results, student, METHODS)
-        figure.supxlabel(BAND, fontsize=8)
-
-    return draw
+def draw_figure_3a(figure, results):
+    figure.set_size_inches(10, 4)
+    for axes, student in zip(figure.subplots(1, 2, sharey=True), STUDENTS):
+        plot_exposure(axes, results, student, METHODS)
+    figure.supxlabel(BAND, fontsize=8)
 
 
-def draw_figure_3b(results):
-    def draw(figure):
-        figure.set_size_inches(10, 3.8)
-        for axes, student in zip(figure.subplots(1, 2, sharey=True), STUDENTS):
-            plot_exposure_along(axes, results, student)
-        figure.suptitle("Exposure bias along training")
-        figure.supxlabel(BAND, fontsize=8)
-
-    return draw
+def draw_figure_3b(figure, results):
+    figure.set_size_inches(10, 3.8)
+    for axes, student in zip(figure.subplots(1, 2, sharey=True), STUDENTS):
+        plot_exposure_along(axes, results, student)
+    figure.suptitle("Exposure bias along training")
+    figure.supxlabel(BAND, fontsize=8)
 
 
-def draw_figure_4(results):
+def draw_figure_4(figure, results):
     """The average over the five sets by length and initialisation of the prompt."""
-
-    def draw(figure):
-        figure.set_size_inches(6, 4)
-        axes, lengths = figure.subplots(), (2, 6, 12)
-        seeds = VARIANTS["random-6"].seeds
-        for i, init in enumerate(("text", "padding", "random")):
-            points = []
-            for k, length in enumerate(lengths):
-                variant = "promptkd" if (init, length) == ("text", 6) else f"{init}-{length}"
-                scores = measured(results, SMALL, variant, rouge_l("average"))
-                # PromptKD itself has more seeds than the others.
-                scores = [score for seed, score in scores.items() if seed in seeds]
-                if scores:
-                    points.append((k + 0.06 * (i - 1), *mean_interval(scores)))
-            if points:
-                x, means, halves = zip(*points)
-                halves = [half or 0 for half in halves]
-                style = {"marker": "o", "capsize": 3, "linewidth": 1, "label": init}
-                axes.errorbar(x, means, yerr=halves, **style)
-        axes.set_xticks(range(len(lengths)), lengths)
-        axes.set(xlabel="length of the prompt (vectors)", ylabel="ROUGE-L, average of five sets")
-        axes.set(title=f"Prompt by length and initialisation, student {SMALL}")
-        axes.legend(fontsize=8)
-        figure.supxlabel("error bars: 95 % intervals over seeds", fontsize=8)
-
-    return draw
+    figure.set_size_inches(6, 4)
+    axes, lengths = figure.subplots(), (2, 6, 12)
+    seeds = VARIANTS["random-6"].seeds
+    for i, init in enumerate(("text", "padding", "random")):
+        points = []
+        for k, length in enumerate(lengths):
+            variant = "promptkd" if (init, length) == ("text", 6) else f"{init}-{length}"
+            scores = measured(results, SMALL, variant, rouge_l("average"))
+            # PromptKD itself has more seeds than the others.
+            scores = [score for seed, score in scores.items() if seed in seeds]
+            if scores:
+                points.append((k + 0.06 * (i - 1), *mean_interval(scores)))
+        if points:
+            x, means, halves = zip(*points)
+            halves = [half or 0 for half in halves]
+            style = {"marker": "o", "capsize": 3, "linewidth": 1, "label": init}
+            axes.errorbar(x, means, yerr=halves, **style)
+    axes.set_xticks(range(len(lengths)), lengths)
+    axes.set(xlabel="length of the prompt (vectors)", ylabel="ROUGE-L, average of five sets")
+    axes.set(title=f"Prompt by length and initialisation, student {SMALL}")
+    axes.legend(fontsize=8)
+    figure.supxlabel("error bars: 95 % intervals over seeds", fontsize=8)
 
 
-def draw_friendliness(student):
-    """The function that takes results to the plot of a student: KLs above, losses below."""
-
-    def drawing(results):
-        def draw(figure):
-            figure.set_size_inches(9, 6.5)
-            panels = figure.subplots(2, 2)
-            for column, responses in zip(panels.T, (ON_REFERENCES, ON_STUDENT)):
-                plot_along(column[0], results, student, responses, KLS)
-                plot_along(column[1], results, student, responses, LOSSES)
-                for axes, what in zip(column, ("KLs", "losses")):
-                    axes.set_title(f"{what}, on the {responses}", fontsize=10)
-            figure.suptitle(f"Along PromptKD's training, student {student}", fontsize=11)
-            figure.supxlabel(BAND, fontsize=8)
-
-        return draw
-
-    return drawing
+def draw_friendliness(figure, results, student):
+    """KLs above, losses below."""
+    figure.set_size_inches(9, 6.5)
+    panels = figure.subplots(2, 2)
+    for column, (responses, label) in zip(panels.T, RESPONSES.items()):
+        plot_along(column[0], results, student, responses, KLS)
+        plot_along(column[1], results, student, responses, LOSSES)
+        for axes, what in zip(column, ("KLs", "losses")):
+            axes.set_title(f"{what}, on the {label}", fontsize=10)
+    figure.suptitle(f"Along PromptKD's training, student {student}", fontsize=11)
+    figure.supxlabel(BAND, fontsize=8)
 
 
 def has_any(student, *variants):
@@ -281,19 +252,21 @@ class Plot:
 
     file: str
     alt: str
-    drawing: Callable  # results -> a function that draws on a figure
+    drawing: Callable  # (figure, results) -> nothing
     has_data: Callable  # results -> whether there is anything to draw
 
     def draw(self, results, directory):
-        """Write the plot. Returns the path, or why there is none."""
+        """Write the plot. Returns the path. Raises InputError if there is none: a page would link
+        what is not there."""
         path = directory / self.file
-        message = save_plot(path, self.drawing(results))
-        if message == str(path):
-            # With a palette the file is a third as large.
-            image, small = Image.open(path).convert("RGB"), io.BytesIO()
-            image.quantize(256, Image.Quantize.MAXCOVERAGE).save(small, "png")
-            write_atomic(path, small.getvalue())
-        return message
+        message = save_plot(path, partial(self.drawing, results=results))
+        if message != str(path):
+            raise InputError(f"{self.file}: {message}")
+        # With a palette the file is a third as large.
+        image, small = Image.open(path).convert("RGB"), io.BytesIO()
+        image.quantize(256, Image.Quantize.MAXCOVERAGE).save(small, "png")
+        write_atomic(path, small.getvalue())
+        return path
 
 
 BY_STUDENT = "for both students"
@@ -301,7 +274,7 @@ PLOTS = {
     "picture": Plot(
         "miniature.png",
         f"validation ROUGE-L along training, and exposure bias, of student {LARGE}",
-        draw_picture,
+        draw_overview,
         has_any(LARGE, *CURVES),
     ),
     "figure1": Plot(
@@ -333,7 +306,7 @@ PLOTS |= {
     f"friendliness-plot-{size}": Plot(
         f"miniature-friendliness-{size}.png",
         f"KLs and losses of teacher, prompted teacher and student {student} along training",
-        draw_friendliness(student),
+        partial(draw_friendliness, student=student),
         has_any(student, "promptkd"),
     )
     for size, student in {"small": SMALL, "large": LARGE}.items()

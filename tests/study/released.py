@@ -11,7 +11,6 @@ from unittest.mock import patch
 import torch
 
 import train
-from data.optim import clip_and_step
 from data.rows import make_batch
 
 MICRO_BATCH_ROWS = 8
@@ -53,17 +52,15 @@ def micro_batch_means():
 def stale_prompt():
     """The prompt is stepped at the last micro-batch of a global batch only. So the student distils
     from the prompt of the step before on all micro-batches but the last."""
-    student_backward = train.student_backward
-    before = {}
+    prompt_backward, student_backward = train.prompt_backward, train.student_backward
+    before_step = {}
 
-    def keep_prompt(optimizer):
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                before[p] = p.detach().clone()
-        return clip_and_step(optimizer)
+    def keep_prompt(run, *args):
+        before_step["P"] = run.P.detach().clone()  # (prompt_length, C)
+        return prompt_backward(run, *args)
 
     def distil(run, loss_fn, batches, n_tokens, compare_with):
-        stale = [(run.teacher, before[run.P])]
+        stale = [(run.teacher, before_step["P"])]
         loss = student_backward(run, loss_fn, batches[-1:], n_tokens, compare_with)
         if len(batches) > 1:
             loss = loss + student_backward(run, loss_fn, batches[:-1], n_tokens, stale)
@@ -71,7 +68,7 @@ def stale_prompt():
 
     with (
         patch.object(train, "micro_batches", micro_batches_of_rows),
-        patch.object(train, "clip_and_step", keep_prompt),
+        patch.object(train, "prompt_backward", keep_prompt),
         patch.object(train, "student_backward", distil),
     ):
         yield

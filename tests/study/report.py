@@ -9,8 +9,10 @@ text outside of the blocks stays as it is. What has no result yet reads "not run
 
 import argparse
 import re
+import statistics
+from functools import partial
 
-from data.cli import InputError, write_atomic
+from data.cli import InputError, run_command_line, write_atomic
 from data.report import format_table
 from tests.study import plots
 from tests.study.miniature import (
@@ -19,24 +21,32 @@ from tests.study.miniature import (
     GROUPS,
     PROMPT_GRID,
     ROOT,
-    SEEDS,
     STUDENTS,
     TEACHER,
     VARIANTS,
     Piece,
+    grid_pieces,
 )
 from tests.study.results import (
     COLUMNS,
+    KLS,
+    LARGE,
+    LOSSES,
     METHODS,
     NAMES,
     NOT_APPLICABLE,
     NOT_RUN,
     ON_REFERENCES,
     ON_STUDENT,
+    RESPONSES,
+    REVERSE_KLS,
+    SMALL,
     by_seed,
     common_step,
     differences,
     effect,
+    effect_along,
+    effect_on,
     exposure_at,
     format_interval,
     format_mean,
@@ -51,8 +61,6 @@ from tests.study.results import (
 
 DOCS = ROOT / "docs"
 PAGES = (ROOT / "README.md", DOCS / "miniature.md")
-# What is beyond Table 1 is on the small student, the README's table on the large one.
-SMALL, LARGE = STUDENTS
 RIVALS = [method for method in METHODS if method != "promptkd"]
 
 
@@ -64,14 +72,14 @@ def n_seeds(variant):
     return len(VARIANTS[variant].seeds)
 
 
-def mean_cell(results, student, variant, measure, digits=1):
-    values = measured(results, student, variant, measure)
+def mean_cell(results, student, variant, metric, digits=1):
+    values = measured(results, student, variant, metric)
     return format_mean(values, n_seeds(variant), digits)
 
 
-def difference_cell(results, student, a, b, measure, digits=1):
-    """The cell of a measure of variant a minus that of variant b, paired over the seeds."""
-    pairs = (measured(results, student, variant, measure) for variant in (a, b))
+def difference_cell(results, student, a, b, metric, digits=1):
+    """The cell of a metric of variant a minus that of variant b, paired over the seeds."""
+    pairs = (measured(results, student, variant, metric) for variant in (a, b))
     expected = min(n_seeds(a), n_seeds(b))
     return format_interval(differences(*pairs), expected, digits)
 
@@ -84,32 +92,40 @@ def teacher_cell(results, column, way="sampled"):
     return NOT_RUN if result is None else f"{rouge_l(column, way)(result):.1f}"
 
 
+def teachers_rouge_l(result):
+    """The teacher's ROUGE-L on dev, with the prompt of a run's best checkpoint if it has one."""
+    return result["effect"]["rouge_l"]["teacher"]
+
+
 def models_table(results):
-    """The models' sizes, and the teacher's loss on dev without and with the untuned prompt."""
-    table = [["model", "parameters", "loss on dev", "with the untuned prompt"]]
+    """The models' sizes, and what the untuned prompt does to the teacher."""
+
+    def loss(name):
+        return lambda result: result["validation"][name][0]
+
+    def prompted_rouge_l(result):
+        return result["along"][0]["effect"]["rouge_l"]["teacher"]
+
+    # The teacher and the untuned prompt are the same for all seeds. GKD's has no prompt.
+    columns = {
+        "loss on dev": ("promptkd", loss("bare_loss"), 4),
+        "with the untuned prompt": ("promptkd", loss("prompted_loss"), 4),
+        "ROUGE-L on dev": ("gkd", teachers_rouge_l, 1),
+        "with it": ("promptkd", prompted_rouge_l, 1),
+    }
+    table = [["model", "parameters", *columns]]
     teacher = teacher_result(results)
-    prompted = by_seed(results, SMALL, "promptkd")
-    losses = [NOT_RUN, NOT_RUN]
-    if prompted:
-        # The teacher and the untuned prompt are the same for all seeds.
-        validation = next(iter(prompted.values()))["validation"]
-        losses = [f"{validation[name][0]:.4f}" for name in ("bare_loss", "prompted_loss")]
-    table.append(["teacher", f"{teacher['parameters']:,}" if teacher else NOT_RUN, *losses])
+    cells = [mean_cell(results, SMALL, *column) for column in columns.values()]
+    table.append(["teacher", f"{teacher['parameters']:,}" if teacher else NOT_RUN, *cells])
     for student in STUDENTS:
         found = next(iter(table1_results(results, student)), None)
         parameters = f"{found['parameters']:,}" if found else NOT_RUN
-        table.append([f"student {student}", parameters, NOT_APPLICABLE, NOT_APPLICABLE])
+        table.append([f"student {student}", parameters, *[NOT_APPLICABLE] * len(columns)])
     return markdown(table)
 
 
-def grid_rows(student, method):
-    """The grid of a method, {learning rate: piece}. PromptKD's has the prompt's middle rate."""
-    rate = PROMPT_GRID[1] if method == "promptkd" else None
-    return {lr: Piece(student, method, GRID_SEED, lr, rate) for lr in GRID[method]}
-
-
 def grid_cells(results, pieces):
-    """The cells of a grid and its best rate, None if a piece is missing. pieces: {rate: piece}."""
+    """The cells of a grid and its best rate, None if a run is missing. pieces: {rate: Piece}."""
     found = {rate: results.get(piece.name) for rate, piece in pieces.items()}
     scores = {rate: r and max(r["validation"]["rouge_l"]) for rate, r in found.items()}
     cells = [f"{rate:g}: {NOT_RUN if s is None else f'{s:.1f}'}" for rate, s in scores.items()]
@@ -124,8 +140,8 @@ def grid_table(results):
     table = [["student", "rate of", "lowest", "middle", "highest", "chosen"]]
     for student in STUDENTS:
         for method in GRID:
-            pieces = grid_rows(student, method)
-            cells, best = grid_cells(results, pieces)
+            pieces, _ = grid_pieces(student, method)
+            cells, best = grid_cells(results, {piece.lr: piece for piece in pieces})
             table.append([student, NAMES[method], *cells])
         # The last method is PromptKD: the prompt's rate is chosen at the student's best.
         if best is None:
@@ -151,7 +167,7 @@ def settings_table(results):
         s = any_result["settings"]
         cells = [f"{any_result['steps']:,}", str(s["global_batch_size"])]
         cells += [s["schedule"], str(s["warmup_steps"])]
-        start = "the init" if method in plots.FROM_INIT else "pre-trained weights"
+        start = "the init" if method in plots.INIT_METHODS else "pre-trained weights"
         rates = []
         for result in found:
             values = result["settings"] if result else {}
@@ -181,19 +197,6 @@ def differences_table(results, student, way="sampled"):
     return markdown(table)
 
 
-def demo_table(results):
-    """Table 1 of the demo's student in short, for the README."""
-    table = [["ROUGE-L", "test", "average of the five sets", "minutes of training"]]
-    teacher = teacher_result(results)
-    scores = [teacher_cell(results, column) for column in ("test", "average")]
-    table.append(["teacher", *scores, f"{minutes(teacher):.1f}" if teacher else NOT_RUN])
-    for method in METHODS:
-        scores = [mean_cell(results, LARGE, method, rouge_l(c)) for c in ("test", "average")]
-        took = format_median(measured(results, LARGE, method, minutes), len(SEEDS))
-        table.append([NAMES[method], *scores, took])
-    return markdown(table)
-
-
 # ---- cost ----------------------------------------------------------------------------------------
 
 
@@ -214,10 +217,10 @@ def table_2(results):
 
 
 def all_pieces():
-    """The pieces whose names are known before any is run: all but those of the prompt's grid at
-    two more rates."""
+    """The runs whose names are known before any is done: all but those of the prompt's grid at two
+    more rates."""
     pieces = [Piece(TEACHER, "teacher", 10)]
-    pieces += [p for s in STUDENTS for m in GRID for p in grid_rows(s, m).values()]
+    pieces += [p for s in STUDENTS for m in GRID for p in grid_pieces(s, m)[0]]
     for variants in GROUPS.values():
         for name, variant in variants.items():
             pieces += [Piece(s, name, seed) for s in variant.students for seed in variant.seeds]
@@ -225,23 +228,23 @@ def all_pieces():
 
 
 def total_cost(results):
-    """A sentence with the hours of computation, and how many results are missing."""
+    """Sentences with the hours of computation, and how many results are missing."""
     if not results:
         return NOT_RUN
     hours = 0.0
     for result in results.values():
-        # An init was trained before its piece was computed: a piece of its own only measures.
+        # An init is trained before its result is computed, which only measures.
         is_init = result["variant"] in VARIANTS and VARIANTS[result["variant"]].method == "init"
         measuring = result.get("seconds", 0) / 3600
         hours += measuring + result["hours"] if is_init else max(measuring, result["hours"])
     total = len(all_pieces()) + (len(PROMPT_GRID) - 1) * len(STUDENTS)
     return (
-        f"{len(results)} of {total} results are there. They took {hours:.1f} hours of one core, "
-        f"{hours / 2:.1f} hours with two at a time."
+        f"{len(results)} of {total} results are there. They took {hours:.1f} core-hours, without "
+        "those of the grid's inits and of SeqKD's responses."
     )
 
 
-# ---- variants of PromptKD: Tables 3 and 5, Figure 4, causes --------------------------------------
+# ---- variants of PromptKD: Tables 3 and 5, Figure 4, controls ------------------------------------
 
 
 def variant_row(results, label, variant, against="promptkd"):
@@ -253,15 +256,16 @@ def variant_row(results, label, variant, against="promptkd"):
         else:
             cells.append(difference_cell(results, SMALL, variant, against, rouge_l(column)))
 
-    def harm(result):
+    def rise(result):
         on_references = result["effect"][ON_REFERENCES]
         return on_references["loss p_P"] - on_references["loss p"]
 
-    for measure in (effect(ON_STUDENT, "kl p_P p"), harm):
+    for metric, digits in ((effect(ON_STUDENT, "kl p_P p"), 3), (rise, 3), (teachers_rouge_l, 1)):
         has_prompt = VARIANTS[variant].method == "promptkd"
-        cell = mean_cell(results, SMALL, variant, measure, 3) if has_prompt else NOT_APPLICABLE
+        cell = mean_cell(results, SMALL, variant, metric, digits) if has_prompt else NOT_APPLICABLE
         cells.append(cell)
-    return [label, *cells]
+    best_steps = measured(results, SMALL, variant, lambda result: result["best_step"])
+    return [label, *cells, format_median(best_steps, n_seeds(variant), 0)]
 
 
 def variants_table(results, title, rows):
@@ -275,7 +279,9 @@ def variants_table(results, title, rows):
         "minus PromptKD: test",
         "minus PromptKD: average",
         "KL(p_P ‖ p)",
-        "harm",
+        "rise of the teacher's loss",
+        "prompted teacher's ROUGE-L",
+        "best step",
     ]
     table = [[title, *head], *(variant_row(results, *row) for row in rows.items())]
     return markdown(table)
@@ -288,12 +294,13 @@ TABLE_5 = {
     "reverse, forward": "reverse-forward",
     "forward, forward": "forward-forward",
 }
-CAUSES = {
+CONTROLS = {
     "PromptKD": "promptkd",
+    "fixed prompt, tuned before": "fixed-tuned",
     "fixed prompt, tidy": "fixed-tidy",
     "fixed prompt, busy": "fixed-busy",
     "GKD": "gkd",
-    "GKD, more steps": "gkd-equal-time",
+    "GKD, 2.5 times the steps": "gkd-equal-time",
 }
 
 
@@ -305,19 +312,30 @@ def figure_4_rows():
     return rows | {name.replace("-", ", "): name for name in others}
 
 
-def causes_table(results):
-    """The variants of CAUSES against GKD, with their cost."""
-    table = [["", "minus GKD: test", "minus GKD: average", "minutes"]]
-    for label, variant in CAUSES.items():
+def controls_table(results):
+    """The variants of CONTROLS against GKD, with their cost."""
+    table = [["", "minus GKD: test", "minus GKD: average", "minutes", "in units of GKD's"]]
+    for label, variant in CONTROLS.items():
         cells = [
             NOT_APPLICABLE
             if variant == "gkd"
             else difference_cell(results, SMALL, variant, "gkd", rouge_l(column))
             for column in ("test", "average")
         ]
-        took = format_median(measured(results, SMALL, variant, minutes), n_seeds(variant))
-        table.append([label, *cells, took])
+        table.append([label, *cells, *time_cells(results, variant)])
     return markdown(table)
+
+
+def time_cells(results, variant):
+    """The median of a variant's minutes, and its ratio to that of GKD."""
+    if ("prompt_lr", 0.0) in VARIANTS[variant].changes:
+        # A fixed prompt need not be tuned. Here it is, at a rate of 0.
+        return [NOT_APPLICABLE, NOT_APPLICABLE]
+    took, of_gkd = (measured(results, SMALL, name, minutes) for name in (variant, "gkd"))
+    ratio = NOT_RUN
+    if took and of_gkd:
+        ratio = f"{statistics.median(took.values()) / statistics.median(of_gkd.values()):.1f}"
+    return [format_median(took, n_seeds(variant)), ratio]
 
 
 # ---- how the released code differs ---------------------------------------------------------------
@@ -326,8 +344,8 @@ RELEASED = {
     "prompt stepped at the last micro-batch only": ("stale-prompt", "promptkd"),
     "mean of micro-batches' means": ("micro-batch-means", "promptkd"),
     "dropout in the teacher's prompt pass": ("teacher-dropout", "promptkd"),
-    "an init chosen late: PromptKD from it": ("promptkd-late-init", "promptkd"),
-    "an init chosen late: the init itself": ("late-init", "init"),
+    "init of 10 epochs, chosen by ROUGE-L: PromptKD from it": ("promptkd-late-init", "promptkd"),
+    "init of 10 epochs, chosen by ROUGE-L: the init itself": ("late-init", "init"),
 }
 
 
@@ -365,12 +383,12 @@ def ban_effect(column):
     """The function that takes a result to its ROUGE-L with the ban on repeated 6-grams, minus that
     without it at the same sampling seed."""
 
-    def measure(result):
+    def metric(result):
         unbanned = {name: scores[:1] for name, scores in result["rouge_l"]["sampled"].items()}
         both = result["rouge_l"] | {"first seed": unbanned}
         return rouge_l(column, "banned")(result) - rouge_l(column, "first seed")({"rouge_l": both})
 
-    return measure
+    return metric
 
 
 # ---- exposure bias, student-friendliness, lists --------------------------------------------------
@@ -390,35 +408,49 @@ def exposure_table(results):
     return markdown(table)
 
 
-FRIENDLINESS = {
-    "KL(p ‖ q)": "kl p q",
-    "KL(p_P ‖ q)": "kl p_P q",
-    "KL(p_P ‖ p)": "kl p_P p",
-    "loss of p": "loss p",
-    "loss of p_P": "loss p_P",
-    "loss of q": "loss q",
+# Columns of the friendliness tables: before and after PromptKD's training, as points along it
+ENDS = {
+    "before training (init, untuned prompt)": 0,
+    "after training (final student, tuned prompt)": -1,
 }
 
 
-def friendliness_table(results, student):
-    """What the prompt does to the teacher before and after PromptKD's training, in nats."""
-    table = [["", *(f"{on}, {when}" for on in (ON_REFERENCES, ON_STUDENT) for when in plots.ENDS)]]
-    for label, name in FRIENDLINESS.items():
-        measures = [plots.along(on, name, i) for on in (ON_REFERENCES, ON_STUDENT) for i in (0, -1)]
-        table.append([label, *(mean_cell(results, student, "promptkd", m, 3) for m in measures)])
+def effect_rows(results, student, columns, names):
+    """Means over tokens, in nats, and how much closer to the student the prompt makes the teacher.
 
-    def closer(on, i):
-        """How much closer to the student the prompt makes the teacher."""
-        bare, prompted = (plots.along(on, name, i) for name in ("kl p q", "kl p_P q"))
-        return lambda result: prompted(result) - bare(result)
-
+    columns: functions that take the name of a mean to a metric. names: {name: label}.
+    """
+    rows = []
+    for name, label in names.items():
+        cells = (mean_cell(results, student, "promptkd", column(name), 3) for column in columns)
+        rows.append([label, *cells])
     cells = []
-    for on in (ON_REFERENCES, ON_STUDENT):
-        for i in (0, -1):
-            values = measured(results, student, "promptkd", closer(on, i))
-            cells.append(format_interval(values, n_seeds("promptkd"), 3))
-    table.append(["KL(p_P ‖ q) - KL(p ‖ q)", *cells])
-    return markdown(table)
+    for column in columns:
+        pairs = (measured(results, student, "promptkd", column(n)) for n in ("kl p_P q", "kl p q"))
+        cells.append(format_interval(differences(*pairs), n_seeds("promptkd"), 3))
+    return [*rows, ["KL(p_P ‖ q) - KL(p ‖ q)", *cells]]
+
+
+def friendliness_table(results, student):
+    """What the prompt does to the teacher before and after PromptKD's training."""
+    columns = {
+        f"{label}, {when}": partial(effect_along, responses, i)
+        for responses, label in RESPONSES.items()
+        for when, i in ENDS.items()
+    }
+    names = KLS | REVERSE_KLS | LOSSES
+    return markdown([["", *columns], *effect_rows(results, student, columns.values(), names)])
+
+
+def others_table(results, student):
+    """What the tuned prompt does for two students that were not trained with it."""
+    columns = {
+        f"{NAMES[other]}, {label}": partial(effect_on, other, responses)
+        for other in ("init", "gkd")
+        for responses, label in RESPONSES.items()
+    }
+    names = {name: KLS[name] for name in ("kl p q", "kl p_P q")}
+    return markdown([["", *columns], *effect_rows(results, student, columns.values(), names)])
 
 
 def list_cells(counts, expected):
@@ -444,11 +476,11 @@ def lists_table(results, student):
     """How the teacher and the students order the lists that have several right orders."""
 
     def lists(role, along=None):
-        def measure(result):
+        def metric(result):
             found = result["effect"] if along is None else result["along"][along]["effect"]
             return found["lists"][role]
 
-        return measure
+        return metric
 
     rows = {
         "bare teacher": ("gkd", lists("teacher")),
@@ -457,8 +489,8 @@ def lists_table(results, student):
         **{f"{NAMES[m]}, the student": (m, lists("student")) for m in METHODS},
     }
     table = [["who writes", "by the alphabet", "in the text's order", "in another", "wrong"]]
-    for label, (variant, measure) in rows.items():
-        counts = measured(results, student, variant, measure)
+    for label, (variant, metric) in rows.items():
+        counts = measured(results, student, variant, metric)
         table.append([label, *list_cells(counts, n_seeds(variant))])
     return markdown(table)
 
@@ -469,7 +501,7 @@ def lists_table(results, student):
 def make_blocks(results):
     """All blocks, {name: Markdown}."""
     blocks = {
-        "demo-table": demo_table(results),
+        "demo-table": table_1(results, LARGE),
         "models": models_table(results),
         "settings": settings_table(results),
         "grid": grid_table(results),
@@ -477,8 +509,8 @@ def make_blocks(results):
         "cost": total_cost(results),
         "table3": variants_table(results, "loss of the prompt", TABLE_3),
         "table5": variants_table(results, "direction of L_kd, L_reg", TABLE_5),
-        "causes": variants_table(results, "", CAUSES),
-        "causes-gkd": causes_table(results),
+        "controls": variants_table(results, "", CONTROLS),
+        "controls-gkd": controls_table(results),
         "figure4-table": variants_table(results, "initialisation, length", figure_4_rows()),
         "released": released_table(results),
         "released-measures": released_measures_table(results),
@@ -491,6 +523,7 @@ def make_blocks(results):
             f"greedy-{size}": table_1(results, student, "greedy"),
             f"greedy-differences-{size}": differences_table(results, student, "greedy"),
             f"friendliness-{size}": friendliness_table(results, student),
+            f"friendliness-others-{size}": others_table(results, student),
             f"lists-{size}": lists_table(results, student),
         }
     for name, plot in plots.PLOTS.items():
@@ -534,4 +567,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command_line(main)

@@ -6,14 +6,23 @@ from pathlib import Path
 
 from data.paper import DEMO_SETS
 from data.report import last_reliable_step
-from tests.study.miniature import GROUPS, RESULTS, TEACHER, VARIANTS, Piece
+from tests.study.miniature import RESULTS, STUDENTS, TEACHER, VARIANTS, Piece
 
+# What is beyond Table 1 is on the small student, the README's table on the large one.
+SMALL, LARGE = STUDENTS
 NOT_RUN, NOT_APPLICABLE = "not run", "–"
 NAMES = {"init": "init", "sft": "SFT", "kd": "KD", "seqkd": "SeqKD"}
 NAMES |= {"minillm": "MiniLLM", "gkd": "GKD", "promptkd": "PromptKD"}
-METHODS = tuple(GROUPS["table1"])  # of Table 1, in its order
+METHODS = tuple(NAMES)  # of Table 1, in its order; GROUPS has the order of computation
 COLUMNS = (*DEMO_SETS, "average")
+
+# What `measure.prompt_effect` gives, {name in the results: label}: the responses on which means
+# over tokens are taken, and the means. p is the teacher, p_P the prompted one, q the student.
 ON_REFERENCES, ON_STUDENT = "references", "student's responses"
+RESPONSES = {ON_REFERENCES: "first references", ON_STUDENT: "student's responses"}
+KLS = {"kl p q": "KL(p ‖ q)", "kl p_P q": "KL(p_P ‖ q)", "kl p_P p": "KL(p_P ‖ p)"}
+REVERSE_KLS = {"kl q p": "KL(q ‖ p)", "kl q p_P": "KL(q ‖ p_P)"}
+LOSSES = {"loss p": "loss of p", "loss p_P": "loss of p_P", "loss q": "loss of q"}
 
 # The 0.975 quantile of Student's t with n - 1 degrees of freedom, by n: NIST/SEMATECH e-Handbook of
 # Statistical Methods, section 1.3.6.7.2.
@@ -25,7 +34,7 @@ T_QUANTILE[10] = 2.262
 
 
 def load_results(directory=RESULTS):
-    """All results, {name of a piece: its JSON}."""
+    """All results, {name of a run: its JSON}."""
     paths = sorted(Path(directory).glob("**/*.json"))
     names = [path.relative_to(directory).as_posix().removesuffix(".json") for path in paths]
     return {name: json.loads(path.read_text()) for name, path in zip(names, paths)}
@@ -41,9 +50,9 @@ def by_seed(results, student, variant):
     return {seed: results[name] for seed, name in names.items() if name in results}
 
 
-def measured(results, student, variant, measure):
-    """A number measured on the runs of a variant, {seed: measure(JSON)}."""
-    return {seed: measure(result) for seed, result in by_seed(results, student, variant).items()}
+def measured(results, student, variant, metric):
+    """A number measured on the runs of a variant, {seed: metric(JSON)}."""
+    return {seed: metric(result) for seed, result in by_seed(results, student, variant).items()}
 
 
 def table1_results(results, student):
@@ -58,18 +67,29 @@ def rouge_l(column, way="sampled"):
     """The function that takes a result to its ROUGE-L on a set, or to the average of all sets: the
     mean over the sampling seeds."""
 
-    def measure(result):
+    def metric(result):
         scores = result["rouge_l"][way]
         sets = DEMO_SETS if column == "average" else [column]
         return statistics.fmean(statistics.fmean(scores[name]) for name in sets)
 
-    return measure
+    return metric
 
 
 def effect(responses, name):
     """The function that takes a result to a mean over tokens that `measure.prompt_effect` gives, at
-    the end of training."""
+    the best checkpoint. responses: of RESPONSES. name: of KLS, REVERSE_KLS or LOSSES."""
     return lambda result: result["effect"][responses][name]
+
+
+def effect_along(responses, i, name):
+    """As `effect`, at the i-th point along training. The first is the init with the untuned prompt,
+    the last is the last step."""
+    return lambda result: result["along"][i]["effect"][responses][name]
+
+
+def effect_on(other, responses, name):
+    """As `effect`, with another student of the same seed, "init" or "gkd"."""
+    return lambda result: result["effect_on"][other][responses][name]
 
 
 def minutes(result):
@@ -115,11 +135,12 @@ def format_seeds(values, expected):
 
 
 def format_mean(values, expected, digits=1):
-    """A cell: mean ± standard deviation over the seeds of {seed: value}."""
+    """A cell: mean ± standard deviation over the seeds of {seed: value}. What no seed changes, as a
+    number of the bare teacher, has no deviation."""
     if not values:
         return NOT_RUN
     cell = f"{statistics.fmean(values.values()):.{digits}f}"
-    if len(values) > 1:
+    if len(set(values.values())) > 1:
         cell += f" ± {statistics.stdev(values.values()):.{digits}f}"
     return cell + format_seeds(values, expected)
 
