@@ -215,7 +215,7 @@ def test_without_results_every_number_reads_not_run():
             continue
         _, _, *lines = block.splitlines()
         cells = [c.strip() for line in lines for c in line.strip("|").split("|")[1:]]
-        labels = r"SFT|KD|SeqKD|MiniLLM|GKD|PromptKD|the prompt|–|[\d.]+: not run|not run"
+        labels = r"SFT|KD|SeqKD|MiniLLM|GKD|PromptKD|the prompt|–|(?:[\d.]+: not run(?:, )?)+|not run"
         assert [cell for cell in cells if not re.fullmatch(labels, cell)] == [], name
         assert any("not run" in cell for cell in cells), name
 
@@ -241,7 +241,7 @@ def test_grid_without_one_piece_has_no_choice(full):
     middle = f"{GRID['gkd'][1]:g}"
     found = {name: r for name, r in full.items() if f"gkd-lr{middle}" not in name}
     line = next(x for x in study.grid_table(found).splitlines() if f"| {SMALL} | GKD" in x)
-    assert line.split(" | ")[3] == f"{middle}: not run"
+    assert f", {middle}: not run, " in line
     assert line.endswith("| not run |")
 
 
@@ -663,7 +663,7 @@ def tiny_study(tmp_path_factory):
         "DEMO": presets,
         "INIT_BUDGET": from_init,
         "BUDGET": {name: from_init if name in plots.INIT_METHODS else {} for name in GRID},
-        "GRID": {name: rates[:2] for name, rates in GRID.items()},
+        "GRID": {name: rates[-2:] for name, rates in GRID.items()},
         "GROUPS": groups,
         "VARIANTS": {name: v for variants in groups.values() for name, v in variants.items()},
     }
@@ -782,7 +782,7 @@ def test_runs_with_the_same_seed_share_their_init_and_the_chosen_rates(tiny_stud
     assert gkd["student"] == ours["student"] and gkd["seed"] == ours["seed"] == 1
     rates = miniature.learning_rates(Piece(SMALL, "promptkd", 1))
     assert {name: ours[name] for name in rates} == rates
-    assert rates["lr"] in GRID["promptkd"][:2] and rates["prompt_lr"] in PROMPT_GRID
+    assert rates["lr"] in GRID["promptkd"][-2:] and rates["prompt_lr"] in PROMPT_GRID
 
 
 def test_report_takes_what_the_runner_gives(tiny_study, tmp_path):

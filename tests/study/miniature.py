@@ -54,7 +54,7 @@ BUDGET |= dict.fromkeys(("minillm", "gkd", "promptkd"), INIT_BUDGET)
 
 # The grids of the learning rates. The init has SFT's rate, as in the paper. The prompt's rate is
 # chosen after the student's, which is chosen with the second of the prompt's rates.
-GRID = dict.fromkeys(BUDGET, (2e-3, 4e-3, 8e-3)) | {"minillm": (1e-3, 2e-3, 4e-3)}
+GRID = dict.fromkeys(BUDGET, (1e-3, 2e-3, 4e-3, 8e-3)) | {"minillm": (5e-4, 1e-3, 2e-3, 4e-3)}
 PROMPT_GRID = (3e-4, 1e-3, 3e-3)
 
 

@@ -125,28 +125,28 @@ def models_table(results):
 
 
 def grid_cells(results, pieces):
-    """The cells of a grid and its best rate, None if a run is missing. pieces: {rate: Piece}."""
+    """The cells of a grid: the scores, and the best rate. pieces: {rate: Piece}. Returns them and
+    that rate, None if a run is missing."""
     found = {rate: results.get(piece.name) for rate, piece in pieces.items()}
     scores = {rate: r and max(r["validation"]["rouge_l"]) for rate, r in found.items()}
     cells = [f"{rate:g}: {NOT_RUN if s is None else f'{s:.1f}'}" for rate, s in scores.items()]
     if None in scores.values():
-        return [*cells, NOT_RUN], None
+        return [", ".join(cells), NOT_RUN], None
     best = max(scores, key=scores.get)
     at_edge = best in (min(scores), max(scores))
-    return [*cells, f"{best:g}, at the edge" if at_edge else f"{best:g}"], best
+    return [", ".join(cells), f"{best:g}, at the edge" if at_edge else f"{best:g}"], best
 
 
 def grid_table(results):
-    table = [["student", "rate of", "lowest", "middle", "highest", "chosen"]]
+    table = [["student", "rate of", "rates and their scores", "chosen"]]
     for student in STUDENTS:
         for method in GRID:
             pieces, _ = grid_pieces(student, method)
             cells, best = grid_cells(results, {piece.lr: piece for piece in pieces})
             table.append([student, NAMES[method], *cells])
         # The last method is PromptKD: the prompt's rate is chosen at the student's best.
-        if best is None:
-            cells = [*(f"{rate:g}: {NOT_RUN}" for rate in PROMPT_GRID), NOT_RUN]
-        else:
+        cells = [NOT_RUN, NOT_RUN]
+        if best is not None:
             rates = {r: Piece(student, "promptkd", GRID_SEED, best, r) for r in PROMPT_GRID}
             cells, _ = grid_cells(results, rates)
         table.append([student, "the prompt", *cells])
