@@ -215,7 +215,9 @@ def test_without_results_every_number_reads_not_run():
             continue
         _, _, *lines = block.splitlines()
         cells = [c.strip() for line in lines for c in line.strip("|").split("|")[1:]]
-        labels = r"SFT|KD|SeqKD|MiniLLM|GKD|PromptKD|the prompt|–|(?:[\d.]+: not run(?:, )?)+|not run"
+        labels = (
+            r"SFT|KD|SeqKD|MiniLLM|GKD|PromptKD|the prompt|–|(?:[\d.]+: not run(?:, )?)+|not run"
+        )
         assert [cell for cell in cells if not re.fullmatch(labels, cell)] == [], name
         assert any("not run" in cell for cell in cells), name
 
@@ -762,7 +764,7 @@ def test_every_variant_is_trained_as_its_name_says(tiny_study):
                 assert result["settings"][field] == value
     # In two steps a late init is the same as the other, so this starts from the same weights.
     assert losses["promptkd-late-init"] == losses["promptkd"]
-    # In two of Adam's steps, which are as long for any gradient, the tuned prompt may change nothing.
+    # Two of Adam's steps are as long for any gradient, so the tuned prompt may change nothing.
     distinct = {loss for name, loss in losses.items() if name != "fixed-tuned"}
     assert len(distinct) == len(losses) - 2
     for name in ("fixed-tidy", "fixed-busy", "fixed-tuned"):
