@@ -214,7 +214,8 @@ def test_without_results_every_number_reads_not_run():
             assert block == "not run", name
             continue
         _, _, *lines = block.splitlines()
-        cells = [c.strip() for line in lines for c in line.strip("|").split("|")[1:]]
+        start = 2 if name == "claims" else 1  # after the label, and what the paper reports
+        cells = [c.strip() for line in lines for c in line.strip("|").split("|")[start:]]
         labels = (
             r"SFT|KD|SeqKD|MiniLLM|GKD|PromptKD|the prompt|–|(?:[\d.]+: not run(?:, )?)+|not run"
         )
@@ -886,3 +887,35 @@ def test_pieces_are_called_in_processes_of_their_own(tmp_path, monkeypatch):
     assert all(path.is_dir() for path in paths)
     with pytest.raises(FileExistsError):
         miniature.call_all([("again", paths[0].mkdir)], jobs=1)
+
+
+# ---- the paper's claims --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "intervals, expected",
+    [
+        ([(2.0, 1.0), (0.5, 0.4)], "holds"),
+        ([(-2.0, 1.0), (-0.5, 0.4)], "does not hold"),
+        ([(2.0, 1.0), (0.3, 0.4)], "undecided"),
+        ([(2.0, 1.0), (-0.5, 0.4)], "undecided"),
+        ([(2.0, 1.0), None], "holds with 1 of 2"),
+        ([(2.0, None), None], "not run"),
+        ([None, None], "not run"),
+    ],
+)
+def test_verdicts_follow_from_the_intervals(intervals, expected):
+    assert study.verdict(intervals, 2) == expected
+
+
+def test_claims_have_the_differences_and_the_papers_numbers(full, blocks):
+    rows = rows_of(blocks["claims"])
+    cells = rows["PromptKD is better than GKD: average ROUGE-L"]
+    ours, theirs = (scores_of(full, SMALL, m, "average") for m in ("promptkd", "gkd"))
+    assert cells[1].strip("*").startswith(f"{(ours - theirs).mean():+.1f} (")
+    assert cells[0].startswith("+2.7, +")  # 22.24 and 19.5 in Table 1 of the paper
+    l = results.common_step(r["exposure"] for r in results.table1_results(full, LARGE))
+    error = [results.measured(full, LARGE, m, results.exposure_at(l)) for m in ("gkd", "promptkd")]
+    mean = np.mean([error[0][seed] - error[1][seed] for seed in error[0]])
+    cells = rows["PromptKD has less exposure bias than GKD: ExAccErr, %"]
+    assert cells[2].strip("*").startswith(f"{mean:+.1f} (")

@@ -95,6 +95,13 @@ def plot_validation(axes, results, student):
 # ---- exposure bias -------------------------------------------------------------------------------
 
 
+def add_legend(axes, has_curves):
+    if has_curves:
+        axes.legend(fontsize=8)
+    else:
+        axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center")
+
+
 def plot_exposure(axes, results, student, methods):
     """ExAccErr over generation steps, up to the last one that is reliable for all runs drawn."""
     found = {method: by_seed(results, student, method).values() for method in methods}
@@ -106,7 +113,7 @@ def plot_exposure(axes, results, student, methods):
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(xlabel="generation step l (tokens)", ylabel="ExAccErr(l) (%)")
     axes.set(title=f"Exposure bias, student {student}")
-    axes.legend(fontsize=8)
+    add_legend(axes, l)
 
 
 def plot_exposure_along(axes, results, student):
@@ -130,7 +137,7 @@ def plot_exposure_along(axes, results, student):
             plot_band(axes, steps, curves, marker=".", **style_of(method))
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(xlabel="optimizer step", ylabel=f"ExAccErr({l}) (%)", title=f"student {student}")
-    axes.legend(fontsize=8)
+    add_legend(axes, l)
 
 
 # ---- what the prompt does ------------------------------------------------------------------------
@@ -168,7 +175,7 @@ def draw_overview(figure, results):
 def draw_figure_1(figure, results):
     """The average over the five sets by student and method."""
     figure.set_size_inches(8, 4)
-    axes, width = figure.subplots(), 0.8 / len(METHODS)
+    axes, width, labelled = figure.subplots(), 0.8 / len(METHODS), set()
     for i, method in enumerate(METHODS):
         for k, student in enumerate(STUDENTS):
             scores = measured(results, student, method, rouge_l("average")).values()
@@ -176,7 +183,8 @@ def draw_figure_1(figure, results):
                 mean, half = mean_interval(list(scores))
                 x = k + (i - (len(METHODS) - 1) / 2) * width
                 error = {"yerr": half, "capsize": 3, "error_kw": {"linewidth": 1}}
-                style = style_of(method) if k == 0 else {"color": COLOURS[method]}
+                style = {"color": COLOURS[method]} if method in labelled else style_of(method)
+                labelled.add(method)
                 bar = axes.bar(x, mean, 0.9 * width, **error, **style)
                 axes.bar_label(bar, fmt="%.1f", padding=2, fontsize=7)
     if teacher := teacher_result(results):

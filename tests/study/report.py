@@ -13,6 +13,7 @@ import statistics
 from functools import partial
 
 from data.cli import InputError, run_command_line, write_atomic
+from data.paper import PAPER_SCORES
 from data.report import format_table
 from tests.study import plots
 from tests.study.miniature import (
@@ -52,6 +53,7 @@ from tests.study.results import (
     format_mean,
     format_median,
     load_results,
+    mean_interval,
     measured,
     minutes,
     rouge_l,
@@ -106,7 +108,7 @@ def models_table(results):
     def prompted_rouge_l(result):
         return result["along"][0]["effect"]["rouge_l"]["teacher"]
 
-    # The teacher and the untuned prompt are the same for all seeds. GKD's has no prompt.
+    # The teacher and the untuned prompt are the same for all runs. GKD's has no prompt.
     columns = {
         "loss on dev": ("promptkd", loss("bare_loss"), 4),
         "with the untuned prompt": ("promptkd", loss("prompted_loss"), 4),
@@ -115,7 +117,8 @@ def models_table(results):
     }
     table = [["model", "parameters", *columns]]
     teacher = teacher_result(results)
-    cells = [mean_cell(results, SMALL, *column) for column in columns.values()]
+    student = SMALL if by_seed(results, SMALL, "promptkd") else LARGE
+    cells = [mean_cell(results, student, *column) for column in columns.values()]
     table.append(["teacher", f"{teacher['parameters']:,}" if teacher else NOT_RUN, *cells])
     for student in STUDENTS:
         found = next(iter(table1_results(results, student)), None)
@@ -495,6 +498,89 @@ def lists_table(results, student):
     return markdown(table)
 
 
+# ---- the paper's claims --------------------------------------------------------------------------
+
+
+def verdict(intervals, n_expected):
+    """What the 95 % intervals of a claim say, one (mean, half width) per student: that a mean is
+    above 0. None stands for a student without results."""
+    found = [interval for interval in intervals if interval is not None and interval[1] is not None]
+    if not found:
+        return NOT_RUN
+    if all(mean > half for mean, half in found):
+        word = "holds"
+    elif all(mean < -half for mean, half in found):
+        word = "does not hold"
+    else:
+        word = "undecided"
+    return word if len(found) == n_expected else f"{word} with {len(found)} of {n_expected}"
+
+
+def paper_average(method):
+    """The paper's average over its five sets, by size of the student."""
+    sizes = ("base", "medium", "large")
+    return [statistics.fmean(PAPER_SCORES[f"{method} {size}"]) for size in sizes]
+
+
+def claims(results):
+    """The claims, as (claim, what the paper reports, {student: {seed: value}}, unit and digits). A
+    claim is that its value is above 0."""
+    average, rows = rouge_l("average"), []
+
+    def minus(a, b, metric, students=STUDENTS):
+        return {
+            s: differences(measured(results, s, a, metric), measured(results, s, b, metric))
+            for s in students
+        }
+
+    for rival in ("sft", "kd", "seqkd", "minillm", "gkd"):
+        pairs = zip(paper_average("promptkd"), paper_average(rival))
+        reported = ", ".join(f"{ours - theirs:+.1f}" for ours, theirs in pairs)
+        claim = f"PromptKD is better than {NAMES[rival]}: average ROUGE-L"
+        rows.append(
+            (claim, f"{reported} (base, medium, large)", minus("promptkd", rival, average), 1)
+        )
+    steps = {s: common_step(r["exposure"] for r in table1_results(results, s)) for s in STUDENTS}
+    for rival in ("sft", "gkd"):
+        values = {s: minus(rival, "promptkd", exposure_at(steps[s]), [s])[s] for s in STUDENTS}
+        claim = f"PromptKD has less exposure bias than {NAMES[rival]}: ExAccErr, %"
+        rows.append((claim, "Figure 3a", values, 1))
+
+    def friendlier(result):
+        kls = result["effect_on"]["gkd"][ON_STUDENT]
+        return kls["kl p q"] - kls["kl p_P q"]
+
+    values = {s: measured(results, s, "promptkd", friendlier) for s in STUDENTS}
+    claim = (
+        "the tuned prompt makes the teacher friendlier, also to GKD's student, which never saw it: "
+    )
+    rows.append((f"{claim}nats per token of its responses", "claimed, not measured", values, 3))
+    values = minus("promptkd", "reg0", average, [SMALL])
+    rows.append(("L_reg helps: average ROUGE-L", "Table 3", values, 1))
+    for label, variant in TABLE_5.items():
+        if variant != "promptkd":
+            values = minus("promptkd", variant, average, [SMALL])
+            claim = f"reverse KLs are better than {label}: average ROUGE-L"
+            rows.append((claim, "Table 5", values, 1))
+    for init in ("padding", "random"):
+        values = minus("promptkd", f"{init}-6", average, [SMALL])
+        claim = f"a prompt from text is better than from {init}: average ROUGE-L"
+        rows.append((claim, "Figure 4", values, 1))
+    return rows
+
+
+def claims_table(results):
+    table = [["claim", "the paper", *(f"student {student}" for student in STUDENTS), "here"]]
+    for claim, reported, by_student, digits in claims(results):
+        cells, intervals = [], []
+        for student in STUDENTS:
+            values = by_student.get(student)
+            cells.append("–" if values is None else format_interval(values, len(values), digits))
+            intervals.append(mean_interval(list(values.values())) if values else None)
+        table.append([claim, reported, *cells, verdict(intervals, len(by_student))])
+    return markdown(table)
+
+
 # ---- blocks of the pages -------------------------------------------------------------------------
 
 
@@ -502,6 +588,7 @@ def make_blocks(results):
     """All blocks, {name: Markdown}."""
     blocks = {
         "demo-table": table_1(results, LARGE),
+        "claims": claims_table(results),
         "models": models_table(results),
         "settings": settings_table(results),
         "grid": grid_table(results),
