@@ -128,7 +128,7 @@ def _read_test_set(name, source):
 def _write_demo(directory):
     """Write the demo's sets, if they are missing or those of another version of the demo."""
     version = directory / "version.txt"  # written last
-    if version.is_file() and version.read_text("utf-8") == demo.VERSION:
+    if version.is_file() and version.read_text(encoding="utf-8") == demo.VERSION:
         return
     check_output_dir(directory, "data", WAY_OUT)
     (directory / PRETRAINING_FILE).unlink(missing_ok=True)
