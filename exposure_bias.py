@@ -141,8 +141,9 @@ class Teacher:
         inputs = self.requests, rng_keys, self.eos_token_id, steps, args.batch
         return sample_all(model, *inputs, label=label, dtype=args.dtype)[0]
 
-    def measure(self, student, label, steps):
-        """The curve of a student up to `steps`, from the responses of all ranks."""
+    def kl_lists(self, student, label, steps):
+        """KL(p || q) by step on the responses of the student q and on those of the teacher p, of
+        all ranks: two lists as `sum_by_step` takes them."""
         q, _ = load_model(student, self.p.wte.weight.device)
         args, results = self.args, [self.rows]
         for responses in (self.sample_responses(q, "student", steps, label), self.y_p):
@@ -152,7 +153,11 @@ class Teacher:
             starts = range(0, len(kl_steps), args.samples)
             results.append([kl_steps[i : i + args.samples] for i in starts])
         _, kl_q, kl_p = zip(*sorted(dist.all_gather_list(list(zip(*results)))))
-        return exposure_curve(kl_q, kl_p, args.seed, label)
+        return kl_q, kl_p
+
+    def measure(self, student, label, steps):
+        """The curve of a student up to `steps`, from the responses of all ranks."""
+        return exposure_curve(*self.kl_lists(student, label, steps), self.args.seed, label)
 
 
 def print_point(label, columns, l):

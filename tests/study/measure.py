@@ -12,7 +12,7 @@ from data.models import load_model
 from data.paper import BANNED_NGRAM, DEMO, PAPER_SAMPLING
 from data.prepare import find_data_dir
 from data.rows import Example, encode_request, encode_training_rows, micro_batches, read_rows
-from losses import kl
+from losses import cross_entropy, kl
 from prompt import response_hidden
 from sample import decode_response, sample_all
 
@@ -63,19 +63,10 @@ def exposure_teacher(p, tokenizer):
 def exposure(teacher, student):
     """The curve of a student by name (see `exposure_bias.exposure_curve`), and what it would be
     without the first generated token, as in the released code."""
-    measured = []
-    curve_of = exposure_bias.exposure_curve
-
-    def keep_lists(kl_q, kl_p, seed, label):
-        measured.extend([kl_q, kl_p])
-        return curve_of(kl_q, kl_p, seed, label)
-
-    exposure_bias.exposure_curve = keep_lists
-    try:
-        curve = teacher.measure(student, str(student), MAX_NEW_TOKENS)
-    finally:
-        exposure_bias.exposure_curve = curve_of
-    without_first = [[[y[1:] for y in responses] for responses in kl_x] for kl_x in measured]
+    label = str(student)
+    kl_lists = teacher.kl_lists(student, label, MAX_NEW_TOKENS)
+    curve = exposure_bias.exposure_curve(*kl_lists, teacher.args.seed, label)
+    without_first = [[[y[1:] for y in responses] for responses in kl_x] for kl_x in kl_lists]
     _, _, error = exposure_bias.excess_accumulated_error(*without_first)
     return curve | {"ex_acc_err_without_first": error.tolist()}
 
@@ -103,8 +94,7 @@ def means_over_tokens(p, q, P, examples):
             a, b = pair.split()
             values[f"kl {pair}"] = kl(logits[a], logits[b])  # (N,)
         for name, z in logits.items():
-            loss = torch.nn.functional.cross_entropy(z, batch.targets, reduction="none")
-            values[f"loss {name}"] = loss  # (N,)
+            values[f"loss {name}"] = cross_entropy(z, batch.targets)  # (N,)
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value.sum().item()
         n_tokens += len(batch.targets)
@@ -115,10 +105,8 @@ def sample_rows(model, tokenizer, rows, role, P=None):
     """A response to each row, as examples."""
     requests = [encode_request(row, tokenizer)[0] for row in rows]
     rng_keys = [(SAMPLING_SEEDS[0], "habits", role, row.index) for row in rows]
-    kwargs = {} if P is None else {"P": P}
-    responses, _ = sample_all(
-        model, requests, rng_keys, tokenizer.eot_token, MAX_NEW_TOKENS, dtype="float32", **kwargs
-    )
+    inputs = requests, rng_keys, tokenizer.eot_token, MAX_NEW_TOKENS
+    responses, _ = sample_all(model, *inputs, P=P)
     return [Example(row.index, x, y) for row, x, y in zip(rows, requests, responses)]
 
 
@@ -154,8 +142,6 @@ def prompt_effect(p, tokenizer, student, P=None):
     ROUGE-L on dev of teacher and student, and how they write lists. P: None for no prompt.
     """
     q, _ = load_model(student, CPU)
-    p.eval()
-    q.eval()
     rows = read_rows(find_data_dir("demo") / "dev.jsonl")
     sampled = {"teacher": sample_rows(p, tokenizer, rows, "teacher", P)}
     sampled["student"] = sample_rows(q, tokenizer, rows, "student")
