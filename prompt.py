@@ -73,6 +73,16 @@ def initial_prompt(embedding, init, length, text_tokens, pad_token, seed):
     return embedding.detach()[tokens].float().cpu().clone()
 
 
+def untuned_prompt(s, embedding, tokenizer):
+    """The prompt of a run with Settings `s` before it is tuned (see `initial_prompt`). Raises
+    InputError if its text is empty."""
+    text = tokenizer.encode_ordinary(s.prompt_text)
+    if not text:
+        raise InputError("--prompt-text is empty; give a sentence")
+    length, eos = s.prompt_length or len(text), tokenizer.eot_token
+    return initial_prompt(embedding, s.prompt_init, length, text, eos, s.seed)
+
+
 # --- The command: what a tuned prompt does ---
 
 
@@ -122,7 +132,8 @@ def main(argv=None):
         return "-" if token is None else repr(tokenizer.decode([token]))
 
     text, eos = tokenizer.encode_ordinary(s["prompt_text"]), tokenizer.eot_token
-    P_0 = initial_prompt(p.wte.weight, s["prompt_init"], len(P), text, eos, s["seed"]).to(device)
+    settings = runs.Settings(**s | {"prompt_length": len(P)})
+    P_0 = untuned_prompt(settings, p.wte.weight, tokenizer).to(device)
     source = {"text": text, "padding": [eos], "random": [None]}[s["prompt_init"]]
     columns, vectors = describe_vectors(P, P_0, p.wte.weight), []
     for i, (moved, cosine, cosines, tokens) in enumerate(zip(*columns)):

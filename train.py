@@ -23,7 +23,7 @@ import torch
 
 import losses
 from data import demo, dist, options, runs, stages
-from data.cli import InputError, check_output_dir, run_command_line
+from data.cli import check_output_dir, run_command_line
 from data.dist import print0
 from data.models import load_model
 from data.optim import adamw, clip_and_step, set_learning_rates
@@ -34,7 +34,7 @@ from data.states import load_state, save_state
 from data.tokenizer import check_same_vocabulary
 from data.validation import check_prompt, check_references, checkpoint_score, show_demo, validate
 from model import GPT, precision
-from prompt import freeze, hidden_states, initial_prompt, response_hidden
+from prompt import freeze, hidden_states, response_hidden, untuned_prompt
 from sample import sample_all
 
 TEACHER_MIX = 0.2  # MiniLLM's α, the share of the teacher in the mixture that responses come from
@@ -333,11 +333,7 @@ def build(s, steps, tokenizer, micro_batch_tokens, device):
         check_same_vocabulary(s.teacher, s.student, teacher_tokenizer, tokenizer)
         run.teacher = freeze(teacher, s.dtype)
     if s.method == "promptkd":
-        text = tokenizer.encode_ordinary(s.prompt_text)
-        if not text:
-            raise InputError("--prompt-text is empty; give a sentence")
-        embedding, length = run.teacher.wte.weight, s.prompt_length or len(text)
-        P = initial_prompt(embedding, s.prompt_init, length, text, tokenizer.eot_token, s.seed)
+        P = untuned_prompt(s, run.teacher.wte.weight, tokenizer)
         run.P = P.to(device).requires_grad_()
         run.prompt_optimizer = adamw([run.P], s)
     if s.lm_data is not None:

@@ -35,7 +35,7 @@ from data.prepare import find_data_dir
 from data.rows import read_jsonl
 from data.runs import Settings, read_record
 from data.stages import sample_responses
-from prompt import initial_prompt, load_prompt
+from prompt import load_prompt, untuned_prompt
 from tests.study import measure, released
 
 ROOT = Path(__file__).parents[2]
@@ -212,7 +212,7 @@ def train_piece(piece):
         if variant.has_tuned_prompt:
             tuned, _ = train_piece(Piece(piece.student, "promptkd", piece.seed))
             P = load_prompt(Path(tuned) / "best", PROMPT_WIDTH)  # (prompt_length, C)
-            patches.enter_context(mock.patch.object(train, "initial_prompt", lambda *_: P.clone()))
+            patches.enter_context(mock.patch.object(train, "untuned_prompt", lambda *_: P.clone()))
         name = piece.name.replace("/", "-")
         return train.run_stage(name, settings, OUT, None, CPU, keep=variant.keep), teacher
 
@@ -251,14 +251,6 @@ def training_result(piece, directory):
     return result
 
 
-def initial_prompt_of(result, embedding, tokenizer):
-    """A run's prompt (prompt_length, C) before it was tuned, as train.build makes it."""
-    settings = result["settings"]
-    text = tokenizer.encode_ordinary(settings["prompt_text"])
-    length, init = settings["prompt_length"] or len(text), settings["prompt_init"]
-    return initial_prompt(embedding, init, length, text, tokenizer.eot_token, settings["seed"])
-
-
 def compute(piece):
     """Train and measure a piece, and write its result."""
     start = time.perf_counter()
@@ -281,7 +273,8 @@ def compute(piece):
         result["effect"] = effect(directory, prompt_of(best))
         if variant.keep:
             init, _ = train_piece(Piece(piece.student, variant.init, piece.seed))
-            P = initial_prompt_of(result, p.wte.weight, tokenizer) if has_prompt else None
+            settings = Settings(**result["settings"])
+            P = untuned_prompt(settings, p.wte.weight, tokenizer) if has_prompt else None
             result["along"] = [{"step": 0, "effect": effect(init, P)}]
             for path in sorted(Path(directory).glob("kept/step-*")):
                 point = {"step": int(path.name[5:]), "effect": effect(path, prompt_of(path))}
