@@ -33,7 +33,7 @@ from model import Config
 from prompt import hidden_states, load_prompt
 from tests.study import measure, miniature, plots, released, results
 from tests.study import report as study
-from tests.study.miniature import GRID, GRID_SEED, PROMPT_GRID, STUDENTS, VARIANTS, Piece
+from tests.study.miniature import GRID, GRID_SEED, PROMPT_GRID, STUDENTS, VARIANTS, Experiment
 from tests.study.results import LARGE, SMALL
 
 CPU = torch.device("cpu")
@@ -66,11 +66,11 @@ def made_up_effect(rng, has_prompt, progress):
     }
 
 
-def made_up_result(piece):
-    """What `miniature.compute` could have written for a piece."""
-    rng, variant = random.Random(piece.name), VARIANTS.get(piece.variant)
+def made_up_result(experiment):
+    """What `miniature.compute` could have written for an experiment."""
+    rng, variant = random.Random(experiment.name), VARIANTS.get(experiment.variant)
     method = variant.method if variant else "sft"
-    rank = list(results.NAMES).index(method) + 6 * (piece.student != SMALL)
+    rank = list(results.NAMES).index(method) + 6 * (experiment.student != SMALL)
     has_prompt, from_init = method == "promptkd", method in ("minillm", "gkd", "promptkd")
     steps = [n * 75 for n in range(not has_prompt, 6)] if from_init else list(range(500, 3001, 500))
     scores = [50 + 3 * rank + 10 * (1 - math.exp(-i)) + rng.random() for i in range(len(steps))]
@@ -78,7 +78,7 @@ def made_up_result(piece):
     if has_prompt:
         validation |= {"bare_loss": [0.5] + [None] * 5, "prompted_loss": [0.502, *scores[1:]]}
     size = 64 if from_init else 16
-    result = {"student": piece.student, "variant": piece.variant, "seed": piece.seed}
+    result = {"student": experiment.student, "variant": experiment.variant, "seed": experiment.seed}
     settings = {"global_batch_size": size, "schedule": "cosine", "warmup_steps": 20, "lr": 0.002}
     settings |= {"prompt_lr": 0.001} if has_prompt else {"prompt_lr": None}
     result |= {"settings": settings, "parameters": 90_000, "hours": 0.1}
@@ -86,7 +86,7 @@ def made_up_result(piece):
     result |= {"seconds": 400.0}
     result |= {"seconds_per_step": 0.5 + rng.random(), "memory_resident_gb": 0.7}
     result["validation"] = validation
-    if piece.lr is None:
+    if experiment.lr is None:
 
         def score(n):
             return {name: [60 + rank + rng.gauss(0, 1) for _ in range(n)] for name in DEMO_SETS}
@@ -94,27 +94,24 @@ def made_up_result(piece):
         result["rouge_l"] = {"sampled": score(3), "greedy": score(1), "banned": score(1)}
         result["exposure"] = made_up_curve(rng, 20 - 2 * rank)
         result["effect"] = made_up_effect(rng, has_prompt, 1)
-    if piece.lr is None and variant and variant.keep:
+    if experiment.lr is None and variant and variant.keep:
         result["along"] = [
             {"step": step, "effect": made_up_effect(rng, has_prompt, step / 375)}
             | ({"exposure": made_up_curve(rng, 20 - step / 25)} if step else {})
             for step in range(0, 376, 75)
         ]
-    if piece.lr is None and piece.variant == "promptkd":
+    if experiment.lr is None and experiment.variant == "promptkd":
         result["effect_on"] = {name: made_up_effect(rng, True, 1) for name in ("init", "gkd")}
     return result
 
 
 @pytest.fixture(scope="module")
 def full():
-    """A result for every piece, {name: JSON}."""
-    found = {piece.name: made_up_result(piece) for piece in study.all_pieces()}
-    for student in STUDENTS:
-        pieces, _ = miniature.grid_pieces(student, "promptkd")
-        _, best = study.grid_cells(found, {piece.lr: piece for piece in pieces})
-        for rate in PROMPT_GRID:
-            piece = Piece(student, "promptkd", GRID_SEED, best, rate)
-            found.setdefault(piece.name, made_up_result(piece))
+    """A result for every experiment, {name: JSON}."""
+    found = {}
+    for _ in range(3):  # the grids, the prompt's grid, and what is beyond it
+        for experiment in study.all_experiments(found):
+            found.setdefault(experiment.name, made_up_result(experiment))
     return found
 
 
@@ -231,21 +228,45 @@ def test_grid_chooses_as_the_runner_does(full, blocks, tmp_path, monkeypatch):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(result))
     lines = [line.split(" | ") for line in blocks["grid"].splitlines()[2:]]
-    chosen = {(line[0].strip("| "), line[1]): line[-1].strip(" |").split(",")[0] for line in lines}
+    chosen = {(line[0].strip("| "), line[1]): line[3].split(",")[0] for line in lines}
     for student in STUDENTS:
         for method in GRID:
-            rates = miniature.learning_rates(Piece(student, method, 1))
+            rates = miniature.learning_rates(Experiment(student, method, 1))
             assert chosen[student, results.NAMES[method]] == f"{rates['lr']:g}"
-        rates = miniature.learning_rates(Piece(student, "promptkd", 1))
+        rates = miniature.learning_rates(Experiment(student, "promptkd", 1))
         assert chosen[student, "the prompt"] == f"{rates['prompt_lr']:g}"
 
 
-def test_grid_without_one_piece_has_no_choice(full):
+def test_one_rate_beyond_the_edge_of_a_grid_is_tried(full, blocks):
+    grid = [Experiment(SMALL, "gkd", GRID_SEED, lr) for lr in (1e-3, 2e-3, 4e-3, 8e-3)]
+    rates = [miniature.beyond_grid(grid, best, "lr") for best in grid]
+    assert [rate and rate.lr for rate in rates] == [5e-4, None, None, 0.016]
+    prompts = [Experiment(SMALL, "promptkd", GRID_SEED, 2e-3, rate) for rate in PROMPT_GRID]
+    beyond = miniature.beyond_grid(prompts, prompts[-1], "prompt_lr")
+    assert beyond == Experiment(SMALL, "promptkd", GRID_SEED, 2e-3, 9e-3)
+    lines = [line.strip("| ").split(" | ") for line in blocks["grid"].splitlines()[2:]]
+    for _, _, rates, chosen, cell in lines:
+        assert ("at the edge" in chosen) == (cell != "–")
+        assert cell.split(": ")[0] not in rates
+    assert any(cell != "–" for *_, cell in lines)
+    student, label, *_, cell = next(line for line in lines if line[-1] != "–" and line[1] != "KD")
+    rate, score = cell.split(": ")
+    method = {name: method for method, name in results.NAMES.items()} | {"the prompt": "promptkd"}
+    names = [
+        name
+        for name in full
+        if name.startswith(f"{student}/grid/{method[label]}-") and f"lr{rate}" in name
+    ]
+    scores = [max(full[name]["validation"]["rouge_l"]) for name in names]
+    assert score in [f"{s:.1f}" for s in scores]
+
+
+def test_grid_without_one_experiment_has_no_choice(full):
     middle = f"{GRID['gkd'][1]:g}"
     found = {name: r for name, r in full.items() if f"gkd-lr{middle}" not in name}
     line = next(x for x in study.grid_table(found).splitlines() if f"| {SMALL} | GKD" in x)
     assert f", {middle}: not run, " in line
-    assert line.endswith("| not run |")
+    assert line.endswith("| not run | – |")
 
 
 def test_variants_are_compared_with_promptkd_over_the_seeds_that_they_have(full, blocks):
@@ -290,7 +311,7 @@ def test_controls_are_compared_with_gkd_too(full):
     assert rows["fixed prompt, tuned before"][2:] == ["–", "–"]
     assert rows["GKD"] == ["–", "–", "6.0", "1.0"]
     # The medians' ratio.
-    assert rows["GKD, 2.5 times the steps"][2:] == ["15.0", "2.5"]
+    assert rows["GKD, 3.2 times the steps"][2:] == ["15.0", "2.5"]
     without_gkd = {name: r for name, r in found.items() if "/gkd-s" not in name}
     assert rows_of(study.controls_table(without_gkd))["PromptKD"][2:] == ["6.0", "not run"]
 
@@ -388,8 +409,8 @@ def test_orders_of_lists_are_shares_of_the_right_ones(full):
 
 def test_costs_are_medians_and_hours_are_of_all_results(full, blocks):
     rows = rows_of(blocks["table2"])
-    seconds = [full[f"{LARGE}/kd-s{seed}"]["seconds_per_step"] for seed in miniature.SEEDS]
-    assert rows["KD"][3:5] == [f"{statistics.median(seconds):.2f}", "6.0"]
+    seconds = [full[f"{SMALL}/kd-s{seed}"]["seconds_per_step"] for seed in miniature.SEEDS]
+    assert rows["KD"] == [f"{statistics.median(seconds):.3f}", "6.0", "0.70"]
     # Each took 400 s, of which 360 s were training; those of the inits come on top.
     inits = [name for name in full if "/init-s" in name or "/late-init-s" in name]
     assert len(inits) == 15
@@ -700,12 +721,18 @@ def numbers(values):
     return [values] if isinstance(values, int | float) else []
 
 
-def test_every_piece_has_a_result_of_finite_numbers(tiny_study):
+def grid_results(found):
+    return [result for name, result in found.items() if "/grid/" in name]
+
+
+def test_every_experiment_has_a_result_of_finite_numbers(tiny_study):
     found = results.load_results(tiny_study.directory / "results")
     expected = {f"{SMALL}/{name}-s1" for name in VARIANTS} | {f"{miniature.TEACHER}/teacher-s10"}
     assert expected == {name for name in found if "/grid/" not in name}
-    # Two rates each, and the prompt's grid of three shares one with the student's.
-    assert len(found) - len(expected) == 2 * len(GRID) + len(PROMPT_GRID) - 1
+    # Two rates each, and one beyond the better. The prompt's grid of three shares one of them.
+    rates = [(r["settings"]["lr"], r["settings"]["prompt_lr"]) for r in grid_results(found)]
+    assert len([rate for _, rate in rates if rate in (None, PROMPT_GRID[1])]) == 3 * len(GRID)
+    assert {PROMPT_GRID[0], PROMPT_GRID[2]} <= {rate for _, rate in rates}
     for name, result in found.items():
         assert len(numbers(result)) > 10
         assert all(map(math.isfinite, numbers(result))), name
@@ -715,7 +742,8 @@ def test_every_piece_has_a_result_of_finite_numbers(tiny_study):
 
 def test_a_second_time_nothing_is_computed(tiny_study):
     computed = [name for function, name in tiny_study.first if function == "compute"]
-    assert len(computed) == len(set(computed)) == len(VARIANTS) + 2 * len(GRID) + 2
+    n_grid = len(list((tiny_study.directory / "results").glob("**/grid/*.json")))
+    assert len(computed) == len(set(computed)) == len(VARIANTS) + n_grid
     assert [call for call in tiny_study.second if call[0].startswith("compute")] == []
 
 
@@ -785,7 +813,7 @@ def test_every_variant_is_trained_as_its_name_says(tiny_study):
 def test_runs_with_the_same_seed_share_their_init_and_the_chosen_rates(tiny_study):
     gkd, ours = (tiny_result(tiny_study, name)["settings"] for name in ("gkd", "promptkd"))
     assert gkd["student"] == ours["student"] and gkd["seed"] == ours["seed"] == 1
-    rates = miniature.learning_rates(Piece(SMALL, "promptkd", 1))
+    rates = miniature.learning_rates(Experiment(SMALL, "promptkd", 1))
     assert {name: ours[name] for name in rates} == rates
     assert rates["lr"] in GRID["promptkd"][-2:] and rates["prompt_lr"] in PROMPT_GRID
 
@@ -879,7 +907,7 @@ def test_numbers_are_rounded_to_five_digits_at_any_depth():
 
 
 @pytest.mark.slow
-def test_pieces_are_called_in_processes_of_their_own(tmp_path, monkeypatch):
+def test_experiments_are_called_in_processes_of_their_own(tmp_path, monkeypatch):
     """`call_all` with a function that spawned processes can import."""
     monkeypatch.setattr(miniature, "OUT", tmp_path)
     paths = [tmp_path / name for name in ("a", "b")]

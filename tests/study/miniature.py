@@ -1,17 +1,17 @@
 """The paper in miniature: every method, two students and five seeds, in the demo's world.
 
-    python -m tests.study.miniature                    # all pieces that have no result yet
+    python -m tests.study.miniature                    # all experiments that have no result yet
     python -m tests.study.miniature --groups table1    # those of one group
 
-A piece is a training run with all that is measured on it. Its result is a JSON file in
-docs/results/, and a piece that has one is skipped: the work can be spread over days. Runs are kept
-in out/study, which may be deleted. What a piece needs and is not there is trained again.
+An experiment is a training run with all that is measured on it. Its result is a JSON file in
+docs/results/, and an experiment that has one is skipped: the work can be spread over days. Runs are
+kept in out/study, which may be deleted. What an experiment needs and is not there is trained again.
 `python -m tests.study.report` makes tables and plots of the results.
 """
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: each piece has one thread
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: each experiment has one thread
 
 import argparse
 import contextlib
@@ -85,11 +85,11 @@ GROUPS = {
     },
     # What the tuned prompt adds: prompts that stay as they are, one of them tuned before; and GKD
     # with the time that PromptKD takes.
-    "causes": {
+    "controls": {
         "fixed-tidy": promptkd(prompt_lr=0.0, prompt_text="Suppose you are a tidy student."),
         "fixed-busy": promptkd(prompt_lr=0.0, prompt_text="Suppose you are a busy student."),
         "fixed-tuned": replace(promptkd(prompt_lr=0.0), has_tuned_prompt=True),
-        "gkd-equal-time": Variant("gkd", (("steps", 940), ("eval_interval", 188))),
+        "gkd-equal-time": Variant("gkd", (("steps", 1200), ("eval_interval", 240))),
     },
     "table3": {"reg0": promptkd(reg_weight=0.0)},
     "table5": {
@@ -113,7 +113,7 @@ VARIANTS = {name: v for group in GROUPS.values() for name, v in group.items()}
 
 
 @dataclass(frozen=True)
-class Piece:
+class Experiment:
     """A training run. lr, prompt_lr: of the grid; None for the rates that the grid has chosen."""
 
     student: str
@@ -137,40 +137,53 @@ class Piece:
 # ---- the grid of learning rates ------------------------------------------------------------------
 
 
-def best_validation(piece):
-    return max(json.loads(piece.path.read_text())["validation"]["rouge_l"])
+def best_validation(experiment):
+    return max(json.loads(experiment.path.read_text())["validation"]["rouge_l"])
 
 
-def grid_pieces(student, method):
-    """The pieces of a method's grid, without the prompt's, and the best of them if all are done."""
+def grid_experiments(student, method):
+    """The experiments of a method's grid, and the best of them if all are done. Those of the
+    prompt's grid are not among them."""
     prompt_lr = PROMPT_GRID[1] if method == "promptkd" else None
-    pieces = [Piece(student, method, GRID_SEED, lr, prompt_lr) for lr in GRID[method]]
-    is_done = all(piece.path.is_file() for piece in pieces)
-    return pieces, max(pieces, key=best_validation) if is_done else None
+    experiments = [Experiment(student, method, GRID_SEED, lr, prompt_lr) for lr in GRID[method]]
+    is_done = all(experiment.path.is_file() for experiment in experiments)
+    return experiments, max(experiments, key=best_validation) if is_done else None
 
 
-def prompt_grid_pieces(student):
-    """The pieces of the prompt's grid at the student's best rate, and the best of them."""
-    _, best = grid_pieces(student, "promptkd")
+def prompt_grid_experiments(student):
+    """The experiments of the prompt's grid at the student's best rate, and the best of them."""
+    _, best = grid_experiments(student, "promptkd")
     if best is None:
         return [], None
-    pieces = [Piece(student, "promptkd", GRID_SEED, best.lr, rate) for rate in PROMPT_GRID]
-    is_done = all(piece.path.is_file() for piece in pieces)
-    return pieces, max(pieces, key=best_validation) if is_done else None
+    experiments = [
+        Experiment(student, "promptkd", GRID_SEED, best.lr, rate) for rate in PROMPT_GRID
+    ]
+    is_done = all(experiment.path.is_file() for experiment in experiments)
+    return experiments, max(experiments, key=best_validation) if is_done else None
 
 
-def learning_rates(piece):
-    """The fields of Settings with the rates of a piece."""
-    method = VARIANTS[piece.variant].method
+def beyond_grid(experiments, best, field):
+    """The experiment one step beyond a grid whose best rate is at its edge, else None. Nothing is
+    chosen from it. field: "lr" or "prompt_lr"."""
+    if best not in (experiments[0], experiments[-1]):
+        return None
+    neighbour = experiments[1] if best == experiments[0] else experiments[-2]
+    rate = getattr(best, field) ** 2 / getattr(neighbour, field)
+    return replace(best, **{field: float(f"{rate:.3g}")})
+
+
+def learning_rates(experiment):
+    """The fields of Settings with the rates of an experiment."""
+    method = VARIANTS[experiment.variant].method
     if method == "init":
-        return {"lr": grid_pieces(piece.student, "sft")[1].lr}
-    if piece.lr is not None:
-        rates = piece.lr, piece.prompt_lr
+        return {"lr": grid_experiments(experiment.student, "sft")[1].lr}
+    if experiment.lr is not None:
+        rates = experiment.lr, experiment.prompt_lr
     elif method == "promptkd":
-        best = prompt_grid_pieces(piece.student)[1]
+        best = prompt_grid_experiments(experiment.student)[1]
         rates = best.lr, best.prompt_lr
     else:
-        rates = grid_pieces(piece.student, method)[1].lr, None
+        rates = grid_experiments(experiment.student, method)[1].lr, None
     return {"lr": rates[0], "prompt_lr": rates[1]}
 
 
@@ -190,13 +203,15 @@ def teacher_responses(teacher):
     return sample_responses(OUT / "responses", values, CPU)
 
 
-def train_piece(piece):
-    """Train a piece's run, or find it in out/study. Returns its directory and the teacher's."""
-    variant = VARIANTS[piece.variant]
+def train_student(experiment):
+    """Train the student of an experiment, or find its run in out/study. Returns the directories of
+    this run and of the teacher."""
+    variant = VARIANTS[experiment.variant]
     method, teacher = variant.method, train_teacher()
-    values = DEMO[method] | BUDGET.get(method, {}) | learning_rates(piece) | dict(variant.changes)
-    values |= {"data": "demo", "dtype": "float32", "seed": piece.seed}
-    student = str(MODELS_DIR / piece.student)
+    values = DEMO[method] | BUDGET.get(method, {})
+    values |= learning_rates(experiment) | dict(variant.changes)
+    values |= {"data": "demo", "dtype": "float32", "seed": experiment.seed}
+    student = str(MODELS_DIR / experiment.student)
     if method == "init":
         method = "sft"
     else:
@@ -204,23 +219,23 @@ def train_piece(piece):
     if method == "seqkd":
         values["responses"] = teacher_responses(teacher)
     if BUDGET.get(method) is INIT_BUDGET:
-        student, _ = train_piece(Piece(piece.student, variant.init, piece.seed))
+        student, _ = train_student(Experiment(experiment.student, variant.init, experiment.seed))
     settings = Settings(method, student, **values)
     with contextlib.ExitStack() as patches:
         if variant.patch:
             patches.enter_context(released.PATCHES[variant.patch]())
         if variant.has_tuned_prompt:
-            tuned, _ = train_piece(Piece(piece.student, "promptkd", piece.seed))
+            tuned, _ = train_student(Experiment(experiment.student, "promptkd", experiment.seed))
             P = load_prompt(Path(tuned) / "best", PROMPT_WIDTH)  # (prompt_length, C)
             patches.enter_context(mock.patch.object(train, "untuned_prompt", lambda *_: P.clone()))
-        name = piece.name.replace("/", "-")
+        name = experiment.name.replace("/", "-")
         return train.run_stage(name, settings, OUT, None, CPU, keep=variant.keep), teacher
 
 
 # ---- results -------------------------------------------------------------------------------------
 
 
-def training_result(piece, directory):
+def training_result(experiment, directory):
     """The JSON of how a run was trained."""
     steps = [step for _, step in read_jsonl(Path(directory) / "metrics.jsonl")]
     validated = [step for step in steps if "val_loss" in step]
@@ -232,7 +247,7 @@ def training_result(piece, directory):
             validation[name] = [step.get(field) for step in validated]
     trained = [step for step in steps if step["step"] > 0]
     record = read_record(directory)
-    result = {"student": piece.student, "variant": piece.variant, "seed": piece.seed}
+    result = {"student": experiment.student, "variant": experiment.variant, "seed": experiment.seed}
     # Not where the pre-trained models lie on this machine.
     settings = record["settings"] | {"student": Path(record["settings"]["student"]).name}
     result |= {"settings": settings, "parameters": record["parameters"]}
@@ -251,12 +266,12 @@ def training_result(piece, directory):
     return result
 
 
-def compute(piece):
-    """Train and measure a piece, and write its result."""
+def compute(experiment):
+    """Train and measure an experiment, and write its result."""
     start = time.perf_counter()
-    directory, teacher = train_piece(piece)
-    result, variant = training_result(piece, directory), VARIANTS[piece.variant]
-    if piece.lr is None:
+    directory, teacher = train_student(experiment)
+    result, variant = training_result(experiment, directory), VARIANTS[experiment.variant]
+    if experiment.lr is None:
         p, tokenizer = load_model(teacher, CPU)
         exposure_teacher = measure.exposure_teacher(p, tokenizer)
         has_prompt = variant.method == "promptkd"
@@ -272,7 +287,7 @@ def compute(piece):
         result["exposure"] = measure.exposure(exposure_teacher, directory)
         result["effect"] = effect(directory, prompt_of(best))
         if variant.keep:
-            init, _ = train_piece(Piece(piece.student, variant.init, piece.seed))
+            init, _ = train_student(Experiment(experiment.student, variant.init, experiment.seed))
             settings = Settings(**result["settings"])
             P = untuned_prompt(settings, p.wte.weight, tokenizer) if has_prompt else None
             result["along"] = [{"step": 0, "effect": effect(init, P)}]
@@ -280,27 +295,27 @@ def compute(piece):
                 point = {"step": int(path.name[5:]), "effect": effect(path, prompt_of(path))}
                 point["exposure"] = measure.exposure(exposure_teacher, path)
                 result["along"].append(point)
-        if piece.variant == "promptkd":
+        if experiment.variant == "promptkd":
             # The student was trained towards the prompted teacher. These two never saw the prompt.
-            gkd, _ = train_piece(Piece(piece.student, "gkd", piece.seed))
+            gkd, _ = train_student(Experiment(experiment.student, "gkd", experiment.seed))
             others = {"init": init, "gkd": gkd}
             result["effect_on"] = {n: effect(m, prompt_of(best)) for n, m in others.items()}
     result["seconds"] = time.perf_counter() - start
     result["torch"] = torch.__version__
-    write_result(piece, result)
+    write_result(experiment, result)
 
 
-def write_result(piece, result):
-    write_atomic(piece.path, json.dumps(measure.rounded(result), indent=1) + "\n")
+def write_result(experiment, result):
+    write_atomic(experiment.path, json.dumps(measure.rounded(result), indent=1) + "\n")
 
 
 def compute_teacher():
     """Train and measure the teacher, and write its result."""
     directory = train_teacher()
-    piece = Piece(TEACHER, "teacher", 10)
-    result = training_result(piece, directory)
+    experiment = Experiment(TEACHER, "teacher", 10)
+    result = training_result(experiment, directory)
     result["rouge_l"] = measure.rouge_l(directory)
-    write_result(piece, result)
+    write_result(experiment, result)
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -326,43 +341,48 @@ def call_all(calls, jobs):
             print(f"{(time.perf_counter() - start) / 60:6.1f} min  {name}", flush=True)
 
 
-def missing(pieces):
-    return [(p.name, compute, p) for p in pieces if not p.path.is_file()]
+def missing(experiments):
+    return [(e.name, compute, e) for e in experiments if not e.path.is_file()]
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tests.study.miniature")
     parser.add_argument("--groups", nargs="*", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--jobs", type=int, default=2, help="pieces at a time, a thread each")
+    parser.add_argument("--jobs", type=int, default=2, help="experiments at a time, a thread each")
     args = parser.parse_args(argv)
     find_data_dir("demo")  # written before two processes need it
-    if not Piece(TEACHER, "teacher", 10).path.is_file():
+    if not Experiment(TEACHER, "teacher", 10).path.is_file():
         call_all([("teacher", compute_teacher)], args.jobs)
-    # What several pieces start from is trained first: no two may train the same run.
+    # What several experiments start from is trained first: no two may train the same run.
     teacher = train_teacher()
     call_all([("responses", teacher_responses, teacher)], args.jobs)
     for methods in (["sft"], [method for method in BUDGET if method != "sft"]):
         if methods != ["sft"]:
-            inits = [Piece(student, "init", GRID_SEED) for student in STUDENTS]
-            call_all([(p.name, train_piece, p) for p in inits], args.jobs)  # at SFT's best rate
-        grid = [p for s in STUDENTS for method in methods for p in grid_pieces(s, method)[0]]
+            inits = [Experiment(student, "init", GRID_SEED) for student in STUDENTS]
+            call_all([(e.name, train_student, e) for e in inits], args.jobs)  # at SFT's best rate
+        grid = [e for s in STUDENTS for method in methods for e in grid_experiments(s, method)[0]]
         call_all(missing(grid), args.jobs)
-    call_all(missing(p for s in STUDENTS for p in prompt_grid_pieces(s)[0]), args.jobs)
+    call_all(missing(e for s in STUDENTS for e in prompt_grid_experiments(s)[0]), args.jobs)
+    beyond = [beyond_grid(*grid_experiments(s, method), "lr") for s in STUDENTS for method in GRID]
+    beyond += [beyond_grid(*prompt_grid_experiments(s), "prompt_lr") for s in STUDENTS]
+    call_all(missing(e for e in beyond if e), args.jobs)
     for group in args.groups:
         variants = GROUPS[group]
-        pieces = [
-            Piece(student, name, seed)
+        experiments = [
+            Experiment(student, name, seed)
             for student in reversed(STUDENTS)  # the demo's first
             for name, variant in variants.items()
             for seed in SEEDS
             if student in variant.students and seed in variant.seeds
         ]
         inits = {}
-        for piece in pieces:
-            init = Piece(piece.student, VARIANTS[piece.variant].init, piece.seed)
+        for experiment in experiments:
+            init = Experiment(
+                experiment.student, VARIANTS[experiment.variant].init, experiment.seed
+            )
             inits[init.name] = init
-        call_all([(p.name, train_piece, p) for p in inits.values()], args.jobs)
-        call_all(missing(pieces), args.jobs)
+        call_all([(e.name, train_student, e) for e in inits.values()], args.jobs)
+        call_all(missing(experiments), args.jobs)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ text outside of the blocks stays as it is. What has no result yet reads "not run
 import argparse
 import re
 import statistics
+from dataclasses import replace
 from functools import partial
 
 from data.cli import InputError, run_command_line, write_atomic
@@ -18,15 +19,15 @@ from data.report import format_table
 from tests.study import plots
 from tests.study.miniature import (
     GRID,
-    GRID_SEED,
     GROUPS,
     PROMPT_GRID,
     ROOT,
     STUDENTS,
     TEACHER,
     VARIANTS,
-    Piece,
-    grid_pieces,
+    Experiment,
+    beyond_grid,
+    grid_experiments,
 )
 from tests.study.results import (
     COLUMNS,
@@ -127,33 +128,49 @@ def models_table(results):
     return markdown(table)
 
 
-def grid_cells(results, pieces):
-    """The cells of a grid: the scores, and the best rate. pieces: {rate: Piece}. Returns them and
-    that rate, None if a run is missing."""
-    found = {rate: results.get(piece.name) for rate, piece in pieces.items()}
-    scores = {rate: r and max(r["validation"]["rouge_l"]) for rate, r in found.items()}
-    cells = [f"{rate:g}: {NOT_RUN if s is None else f'{s:.1f}'}" for rate, s in scores.items()]
-    if None in scores.values():
-        return [", ".join(cells), NOT_RUN], None
-    best = max(scores, key=scores.get)
-    at_edge = best in (min(scores), max(scores))
-    return [", ".join(cells), f"{best:g}, at the edge" if at_edge else f"{best:g}"], best
+def grids(results):
+    """All grids of learning rates, as (student, whose rate, field of Experiment, experiments, the
+    best of them). The best is None if a result is missing; then the prompt's grid is empty."""
+
+    def best_of(experiments):
+        if any(e.name not in results for e in experiments):
+            return None
+        return max(experiments, key=partial(grid_score, results))
+
+    found = []
+    for student in STUDENTS:
+        for method in GRID:
+            experiments, _ = grid_experiments(student, method)
+            best = best_of(experiments)
+            found.append((student, NAMES[method], "lr", experiments, best))
+        # The last method is PromptKD: the prompt's rate is chosen at the student's best.
+        experiments = [replace(best, prompt_lr=rate) for rate in PROMPT_GRID] if best else []
+        best = best_of(experiments) if experiments else None
+        found.append((student, "the prompt", "prompt_lr", experiments, best))
+    return found
+
+
+def grid_score(results, experiment):
+    return max(results[experiment.name]["validation"]["rouge_l"])
 
 
 def grid_table(results):
-    table = [["student", "rate of", "rates and their scores", "chosen"]]
-    for student in STUDENTS:
-        for method in GRID:
-            pieces, _ = grid_pieces(student, method)
-            cells, best = grid_cells(results, {piece.lr: piece for piece in pieces})
-            table.append([student, NAMES[method], *cells])
-        # The last method is PromptKD: the prompt's rate is chosen at the student's best.
-        cells = [NOT_RUN, NOT_RUN]
-        if best is not None:
-            rates = {r: Piece(student, "promptkd", GRID_SEED, best, r) for r in PROMPT_GRID}
-            cells, _ = grid_cells(results, rates)
-        table.append([student, "the prompt", *cells])
+    table = [["student", "rate of", "rates and their scores", "chosen", "one step beyond"]]
+    for student, label, field, experiments, best in grids(results):
+        cells = [", ".join(score_cell(results, e, field) for e in experiments) or NOT_RUN]
+        beyond = beyond_grid(experiments, best, field) if best else None
+        chosen = f"{getattr(best, field):g}" if best else NOT_RUN
+        cells += [f"{chosen}, at the edge" if beyond else chosen]
+        cells += [score_cell(results, beyond, field) if beyond else NOT_APPLICABLE]
+        table.append([student, label, *cells])
     return markdown(table)
+
+
+def score_cell(results, experiment, field):
+    """What a grid says of an experiment: "rate: score"."""
+    is_there = experiment.name in results
+    score = f"{grid_score(results, experiment):.1f}" if is_there else NOT_RUN
+    return f"{getattr(experiment, field):g}: {score}"
 
 
 def settings_table(results):
@@ -204,30 +221,35 @@ def differences_table(results, student, way="sampled"):
 
 
 def table_2(results):
-    columns = {"s per step": ("seconds_per_step", 2), "minutes": ("hours", 1)}
-    columns["resident, GB"] = ("memory_resident_gb", 2)
-    table = [["cost", *(f"{student}: {name}" for student in STUDENTS for name in columns)]]
+    """What training the small student costs."""
+    columns = {
+        "s per step": (lambda result: result["seconds_per_step"], 3),
+        "minutes": (minutes, 1),
+        "resident, GB": (lambda result: result["memory_resident_gb"], 2),
+    }
+    table = [["cost", *columns]]
     for method in METHODS:
-        cells = []
-        for student in STUDENTS:
-            for field, digits in columns.values():
-                scale = 60 if field == "hours" else 1
-                found = by_seed(results, student, method)
-                values = {seed: scale * result[field] for seed, result in found.items()}
-                cells.append(format_median(values, n_seeds(method), digits))
+        cells = [
+            format_median(measured(results, SMALL, method, metric), n_seeds(method), digits)
+            for metric, digits in columns.values()
+        ]
         table.append([NAMES[method], *cells])
     return markdown(table)
 
 
-def all_pieces():
-    """The runs whose names are known before any is done: all but those of the prompt's grid at two
-    more rates."""
-    pieces = [Piece(TEACHER, "teacher", 10)]
-    pieces += [p for s in STUDENTS for m in GRID for p in grid_pieces(s, m)[0]]
+def all_experiments(results):
+    """All experiments. Those of the prompt's grid, and those beyond a grid, are known only when the
+    results of the grids are there."""
+    experiments = [Experiment(TEACHER, "teacher", 10)]
+    for _, _, field, grid, best in grids(results):
+        beyond = beyond_grid(grid, best, field) if best else None
+        experiments += [*grid, beyond] if beyond else grid
     for variants in GROUPS.values():
         for name, variant in variants.items():
-            pieces += [Piece(s, name, seed) for s in variant.students for seed in variant.seeds]
-    return pieces
+            experiments += [
+                Experiment(s, name, seed) for s in variant.students for seed in variant.seeds
+            ]
+    return experiments
 
 
 def total_cost(results):
@@ -240,10 +262,10 @@ def total_cost(results):
         is_init = result["variant"] in VARIANTS and VARIANTS[result["variant"]].method == "init"
         measuring = result.get("seconds", 0) / 3600
         hours += measuring + result["hours"] if is_init else max(measuring, result["hours"])
-    total = len(all_pieces()) + (len(PROMPT_GRID) - 1) * len(STUDENTS)
+    total = {experiment.name for experiment in all_experiments(results)}
     return (
-        f"{len(results)} of {total} results are there. They took {hours:.1f} core-hours, without "
-        "those of the grid's inits and of SeqKD's responses."
+        f"{len(results)} of {len(total)} results are there. They took {hours:.1f} core-hours, "
+        "without those of the grid's inits and of SeqKD's responses."
     )
 
 
@@ -303,7 +325,7 @@ CONTROLS = {
     "fixed prompt, tidy": "fixed-tidy",
     "fixed prompt, busy": "fixed-busy",
     "GKD": "gkd",
-    "GKD, 2.5 times the steps": "gkd-equal-time",
+    "GKD, 3.2 times the steps": "gkd-equal-time",
 }
 
 
@@ -629,13 +651,13 @@ def fill_blocks(text, blocks):
     if text.count("<!-- study: ") != len(BLOCK.findall(text)):
         raise InputError("a block `<!-- study: NAME -->` has no `<!-- end -->`")
 
-    def replace(match):
+    def fill(match):
         start, name, end = match.groups()
         if name not in blocks:
             raise InputError(f"there is no block {name!r}; there are {', '.join(blocks)}")
         return f"{start}{blocks[name]}\n{end}"
 
-    return BLOCK.sub(replace, text)
+    return BLOCK.sub(fill, text)
 
 
 def main(argv=None):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data.paper import DEMO_SETS
 from data.report import last_reliable_step
-from tests.study.miniature import RESULTS, STUDENTS, TEACHER, VARIANTS, Piece
+from tests.study.miniature import RESULTS, STUDENTS, TEACHER, VARIANTS, Experiment
 
 # What is beyond Table 1 is on the small student, the README's table on the large one.
 SMALL, LARGE = STUDENTS
@@ -41,12 +41,12 @@ def load_results(directory=RESULTS):
 
 
 def teacher_result(results):
-    return results.get(Piece(TEACHER, "teacher", 10).name)
+    return results.get(Experiment(TEACHER, "teacher", 10).name)
 
 
 def by_seed(results, student, variant):
     """The results of a variant, {seed: JSON}, of the seeds that have one."""
-    names = {seed: Piece(student, variant, seed).name for seed in VARIANTS[variant].seeds}
+    names = {seed: Experiment(student, variant, seed).name for seed in VARIANTS[variant].seeds}
     return {seed: results[name] for seed, name in names.items() if name in results}
 
 
