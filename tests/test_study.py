@@ -45,7 +45,10 @@ def made_up_curve(rng, level):
     """A curve of exposure bias over 20 steps, of which 15 are reliable."""
     error = [level * l / 20 + rng.gauss(0, 1) for l in range(1, 21)]
     alive = [600] * 10 + [100] * 5 + [30] * 5
+    epsilon = 0.5 + rng.random()
     return {
+        "R": [l * epsilon * (1 + e / 100) for l, e in enumerate(error, start=1)],
+        "epsilon": [epsilon] * 20,
         "ex_acc_err": error,
         "alive_student": alive,
         "alive_teacher": alive,
@@ -92,6 +95,8 @@ def made_up_result(experiment):
             return {name: [60 + rank + rng.gauss(0, 1) for _ in range(n)] for name in DEMO_SETS}
 
         result["rouge_l"] = {"sampled": score(3), "greedy": score(1), "banned": score(1)}
+        scores = {kind: [60 + rank + rng.gauss(0, 1)] * 3 for kind in measure.KINDS}
+        result["kinds"] = {kind: {"rows": 9, "scores": values} for kind, values in scores.items()}
         result["exposure"] = made_up_curve(rng, 20 - 2 * rank)
         result["effect"] = made_up_effect(rng, has_prompt, 1)
     if experiment.lr is None and variant and variant.keep:
@@ -355,11 +360,28 @@ def test_exposure_bias_is_compared_at_the_last_step_reliable_for_all(full):
     found = deepcopy(full)
     found[f"{LARGE}/gkd-s3"]["exposure"]["alive_student"][12:] = [59] * 8
     rows = rows_of(study.exposure_table(found))
-    assert rows["ExAccErr(l), %"] == [f"{SMALL}, l = 15", f"{LARGE}, l = 12"]
+    assert rows[""][0] == f"{SMALL}: ExAccErr(15), %"
+    heads = ["ExAccErr(12), %", "R(12) / 12", "ε(12)"]
+    assert rows[""][3:] == [f"{LARGE}: {head}" for head in heads]
+    curves = [found[f"{LARGE}/kd-s{seed}"]["exposure"] for seed in miniature.SEEDS]
     values = [
-        found[f"{LARGE}/kd-s{seed}"]["exposure"]["ex_acc_err"][11] for seed in miniature.SEEDS
+        np.array([curve[name][11] for curve in curves]) for name in ("ex_acc_err", "R", "epsilon")
     ]
-    assert rows["KD"][1] == interval_cell(np.array(values))
+    assert rows["KD"][3] == interval_cell(values[0])
+    cells = [f"{v.mean():.2f} ± {v.std(ddof=1):.2f}" for v in (values[1] / 12, values[2])]
+    assert rows["KD"][4:] == cells
+
+
+def test_kinds_of_rows_are_compared_apart(full, blocks):
+    rows = rows_of(blocks["kinds-small"])
+    assert rows["ROUGE-L on test"] == [f"{kind} (9 rows)" for kind in measure.KINDS]
+    ours, gkd = (
+        np.array([full[f"{SMALL}/{m}-s{s}"]["kinds"][kind]["scores"][0] for s in miniature.SEEDS])
+        for kind in measure.KINDS[2:]
+        for m in ("promptkd", "gkd")
+    )
+    assert rows["GKD"][2] == f"{gkd.mean():.1f} ± {gkd.std(ddof=1):.1f}"
+    assert rows["PromptKD minus GKD"][2] == interval_cell(ours - gkd)
 
 
 def test_friendliness_is_before_and_after_training(full, blocks):
@@ -648,8 +670,9 @@ WIDTHS = {miniature.TEACHER: 24, SMALL: 16}  # of models with one layer, under t
 def write_world(directory):
     rng, used = random.Random(1), set()
     write_rows(directory / "train.jsonl", make_rows(rng, 40, used))
-    for name in ("dev", "test", *(f"{name}/test" for name in DEMO_SETS[1:])):
+    for name in ("dev", *(f"{name}/test" for name in DEMO_SETS[1:])):
         write_rows(directory / f"{name}.jsonl", make_rows(rng, 5, used, people=3))
+    write_rows(directory / "test.jsonl", make_rows(rng, 12, used, people=3))  # of all kinds
     (directory / "version.txt").write_text(demo.VERSION)
 
 
@@ -885,6 +908,30 @@ def test_lists_are_counted_by_their_order():
     assert habits_of("bear cat", references=("cow bear", "bear cat", "cow cat")) == nothing
     assert habits_of("bear cat cow", references=references[:2]) == nothing
     assert habits_of("the cow", text="the cow", references=("the cow", "cow the", "cow")) == nothing
+
+
+def test_rows_are_of_a_kind_by_what_their_references_leave_open():
+    def kind(*references, text="cow bear cat", instruction="Sort."):
+        row = SimpleNamespace(instruction=instruction, input=text, references=list(references))
+        return measure.kind_of(row)
+
+    assert kind("bear cat cow") == kind("cow", "cow") == "one answer"
+    assert kind("bear cat", "cat bear") == "a list in any order"
+    assert kind("in on", "on in", text="", instruction="Sort: on in") == "another choice"
+    assert kind("bear cat", "cat bear", text="", instruction="Sort: cat bear") == (
+        "a list in any order"
+    )
+    assert kind("bear cat", "bear cow") == kind("hat cat", "cat hat") == "another choice"
+
+
+def test_rouge_l_by_kind_is_that_of_table_1(tiny_study):
+    for name in (f"{SMALL}/kd-s1", f"{SMALL}/promptkd-s1", f"{miniature.TEACHER}/teacher-s10"):
+        result = read_json(tiny_study.directory / "results" / f"{name}.json", "")
+        kinds, expected = result["kinds"].values(), result["rouge_l"]["sampled"]["test"]
+        assert sum(kind["rows"] for kind in kinds) == 12
+        for i, score in enumerate(expected):
+            mean = sum(kind["rows"] * kind["scores"][i] for kind in kinds) / 12
+            assert mean == pytest.approx(score, abs=1e-2)
 
 
 def test_rouge_l_on_dev_is_that_of_the_responses_of_teacher_and_student(tiny_study, monkeypatch):

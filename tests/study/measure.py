@@ -50,6 +50,40 @@ def rouge_l(model):
     return results
 
 
+def rouge_l_by_kind(model):
+    """ROUGE-L of a model by name on the rows of `test`, apart for each kind of row: {kind: {"rows":
+    number of rows, "scores": [score per seed]}}. The responses are those of `rouge_l`."""
+    q, tokenizer = load_model(model, CPU)
+    rows = read_rows(find_data_dir("demo") / "test.jsonl")
+    kinds = [kind_of(row) for row in rows]
+    results = {kind: {"rows": kinds.count(kind), "scores": []} for kind in KINDS}
+    for seed in SAMPLING_SEEDS:
+        responses = evaluate.evaluate(q, tokenizer, rows, (seed, "evaluate", "test"), **SAMPLING)
+        for kind in KINDS:
+            scores = [r["rouge_l"] for r, k in zip(responses, kinds, strict=True) if k == kind]
+            results[kind]["scores"].append(statistics.fmean(scores))
+    return results
+
+
+KINDS = ("one answer", "a list in any order", "another choice")
+LIST_WORDS = {*ALL_WORDS.animals, *ALL_WORDS.things, *ALL_WORDS.adjectives}
+
+
+def kind_of(row):
+    """What a row leaves open, one of KINDS: nothing, if its references are the same; the order of a
+    list only, if they have the same words of the text; else more."""
+    if len(set(row.references)) == 1:
+        return "one answer"
+    words, contents = text_of(row), {tuple(sorted(r.split())) for r in row.references}
+    is_list = set(words) <= LIST_WORDS and len(contents) == 1 and set(*contents) <= set(words)
+    return "a list in any order" if is_list else "another choice"
+
+
+def text_of(row):
+    """The words that a row asks something about."""
+    return (row.input or row.instruction.partition(": ")[2]).split()
+
+
 # ---- exposure bias -------------------------------------------------------------------------------
 
 
@@ -112,27 +146,20 @@ def sample_rows(model, tokenizer, rows, role, P=None):
 
 def habits(examples, rows, tokenizer):
     """How lists are written, {name: number of responses}: by the alphabet, in the text's order, in
-    another order, or wrong. Only rows where order alone is free, and the two orders differ."""
+    another order, or wrong. Only rows with three references where order alone is free, and the two
+    orders differ."""
     counts = {"alphabet": 0, "text": 0, "other": 0, "wrong": 0}
     for example, row in zip(examples, rows, strict=True):
-        text = (row.input or row.instruction.partition(": ")[2]).split()
-        answers = [reference.split() for reference in row.references]
-        # A list whose order is free, but whose words are not, and come from the text.
-        contents = {tuple(sorted(answer)) for answer in answers}
-        if not set(text) <= LIST_WORDS or len(answers) < 3 or len(contents) > 1:
+        if kind_of(row) != "a list in any order" or len(row.references) < 3:
             continue
-        if not set(answers[0]) <= set(text):
-            continue
-        in_text, by_alphabet = sorted(answers[0], key=text.index), sorted(answers[0])
+        text, answer = text_of(row), row.references[0].split()
+        in_text, by_alphabet = sorted(answer, key=text.index), sorted(answer)
         if in_text != by_alphabet:
             words = decode_response(example.response, tokenizer).split()
             orders = {"alphabet": words == by_alphabet, "text": words == in_text}
             orders |= {"other": sorted(words) == by_alphabet, "wrong": True}
             counts[next(name for name, is_so in orders.items() if is_so)] += 1
     return counts
-
-
-LIST_WORDS = {*ALL_WORDS.animals, *ALL_WORDS.things, *ALL_WORDS.adjectives}
 
 
 def prompt_effect(p, tokenizer, student, P=None):

@@ -284,6 +284,7 @@ def compute(experiment):
 
         best = Path(directory) / "best"
         result["rouge_l"] = measure.rouge_l(directory)
+        result["kinds"] = measure.rouge_l_by_kind(directory)
         result["exposure"] = measure.exposure(exposure_teacher, directory)
         result["effect"] = effect(directory, prompt_of(best))
         if variant.keep:
@@ -315,6 +316,7 @@ def compute_teacher():
     experiment = Experiment(TEACHER, "teacher", 10)
     result = training_result(experiment, directory)
     result["rouge_l"] = measure.rouge_l(directory)
+    result["kinds"] = measure.rouge_l_by_kind(directory)
     write_result(experiment, result)
 
 

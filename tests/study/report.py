@@ -17,6 +17,7 @@ from data.cli import InputError, run_command_line, write_atomic
 from data.paper import PAPER_SCORES
 from data.report import format_table
 from tests.study import plots
+from tests.study.measure import KINDS
 from tests.study.miniature import (
     GRID,
     GROUPS,
@@ -49,6 +50,8 @@ from tests.study.results import (
     effect,
     effect_along,
     effect_on,
+    epsilon_at,
+    error_per_step,
     exposure_at,
     format_interval,
     format_mean,
@@ -420,15 +423,21 @@ def ban_effect(column):
 
 
 def exposure_table(results):
-    """ExAccErr at the last step that is reliable for all runs, with 95 % intervals over seeds."""
+    """ExAccErr with 95 % intervals over seeds, and the two errors that it compares, in nats per
+    step. All at the last step that is reliable for all runs."""
     steps = [common_step(r["exposure"] for r in table1_results(results, s)) for s in STUDENTS]
-    heads = [f"{student}, l = {l or NOT_RUN}" for student, l in zip(STUDENTS, steps)]
-    table = [["ExAccErr(l), %", *heads]]
+    table = [[""]]
+    for student, step in zip(STUDENTS, steps):
+        l = step or NOT_RUN
+        names = (f"ExAccErr({l}), %", f"R({l}) / {l}", f"ε({l})")
+        table[0] += [f"{student}: {name}" for name in names]
     for method in METHODS:
         cells = []
         for student, l in zip(STUDENTS, steps):
             values = measured(results, student, method, exposure_at(l))
             cells.append(format_interval(values, n_seeds(method)))
+            for metric in (error_per_step(l), epsilon_at(l)):
+                cells.append(mean_cell(results, student, method, metric, 2))
         table.append([NAMES[method], *cells])
     return markdown(table)
 
@@ -517,6 +526,27 @@ def lists_table(results, student):
     for label, (variant, metric) in rows.items():
         counts = measured(results, student, variant, metric)
         table.append([label, *list_cells(counts, n_seeds(variant))])
+    return markdown(table)
+
+
+def kinds_table(results, student):
+    """ROUGE-L on `test`, apart for each kind of row: what the rows leave open."""
+
+    def score(kind):
+        return lambda result: statistics.fmean(result["kinds"][kind]["scores"])
+
+    teacher, table = teacher_result(results), [["ROUGE-L on test"]]
+    for kind in KINDS:
+        found = f" ({teacher['kinds'][kind]['rows']} rows)" if teacher else ""
+        table[0].append(kind + found)
+    cells = [f"{score(kind)(teacher):.1f}" if teacher else NOT_RUN for kind in KINDS]
+    table.append(["teacher", *cells])
+    for method in METHODS:
+        cells = (mean_cell(results, student, method, score(kind)) for kind in KINDS)
+        table.append([NAMES[method], *cells])
+    pair = student, "promptkd", "gkd"
+    cells = (difference_cell(results, *pair, score(kind)) for kind in KINDS)
+    table.append(["PromptKD minus GKD", *cells])
     return markdown(table)
 
 
@@ -634,6 +664,7 @@ def make_blocks(results):
             f"friendliness-{size}": friendliness_table(results, student),
             f"friendliness-others-{size}": others_table(results, student),
             f"lists-{size}": lists_table(results, student),
+            f"kinds-{size}": kinds_table(results, student),
         }
     for name, plot in plots.PLOTS.items():
         # The README is above docs/.

@@ -112,6 +112,18 @@ def exposure_at(l, without_first=False):
     return lambda result: result["exposure"]["ex_acc_err"][l - 1]
 
 
+def error_per_step(l):
+    """The function that takes a result to R(l) / l: the error per step on the student's own text,
+    in nats."""
+    return lambda result: result["exposure"]["R"][l - 1] / l
+
+
+def epsilon_at(l):
+    """The function that takes a result to ε(l): the error per step on the teacher's text, in
+    nats."""
+    return lambda result: result["exposure"]["epsilon"][l - 1]
+
+
 # ---- statistics over seeds -----------------------------------------------------------------------
 
 
