@@ -35,7 +35,7 @@ def rounded(values):
 def rouge_l(model):
     """ROUGE-L of a model by name on the demo's five sets: sampled as in Table 1 with each of
     SAMPLING_SEEDS, decoded greedily, and sampled with the first seed and the ban on repeated
-    6-grams that the published numbers have. {way: {set: [score per seed]}}."""
+    6-grams that the published numbers have. {way: {set: [score from 0 to 100 per seed]}}."""
     columns = evaluate.open_columns(["demo"])
     banned = {name: replace(column, ban=BANNED_NGRAM) for name, column in columns.items()}
     ways = {
@@ -95,8 +95,9 @@ def exposure_teacher(p, tokenizer):
 
 
 def exposure(teacher, student):
-    """The curve of a student by name (see `exposure_bias.exposure_curve`), and what it would be
-    without the first generated token, as in the released code."""
+    """The curve of a student by name (see `exposure_bias.exposure_curve`): lists over generation
+    steps, the sum R and the mean ε in nats, ExAccErr in %. And ExAccErr without the first generated
+    token, as in the released code: that list begins with step 2."""
     label = str(student)
     kl_lists = teacher.kl_lists(student, label, MAX_NEW_TOKENS)
     curve = exposure_bias.exposure_curve(*kl_lists, teacher.args.seed, label)
@@ -144,10 +145,10 @@ def sample_rows(model, tokenizer, rows, role, P=None):
     return [Example(row.index, x, y) for row, x, y in zip(rows, requests, responses)]
 
 
-def habits(examples, rows, tokenizer):
+def count_orders(examples, rows, tokenizer):
     """How lists are written, {name: number of responses}: by the alphabet, in the text's order, in
-    another order, or wrong. Only rows with three references where order alone is free, and the two
-    orders differ."""
+    another order, or wrong. Only rows with at least three references where order alone is free, and
+    the two orders differ."""
     counts = {"alphabet": 0, "text": 0, "other": 0, "wrong": 0}
     for example, row in zip(examples, rows, strict=True):
         if kind_of(row) != "a list in any order" or len(row.references) < 3:
@@ -180,5 +181,7 @@ def prompt_effect(p, tokenizer, student, P=None):
         "rouge_l": scores,
         "references": means_over_tokens(p, q, P, encode_training_rows(rows, tokenizer)),
         "student's responses": means_over_tokens(p, q, P, sampled["student"]),
-        "lists": {role: habits(examples, rows, tokenizer) for role, examples in sampled.items()},
+        "lists": {
+            role: count_orders(examples, rows, tokenizer) for role, examples in sampled.items()
+        },
     }

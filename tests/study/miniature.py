@@ -26,6 +26,7 @@ from unittest import mock
 
 import torch
 
+import losses
 import train
 from data.cli import write_atomic
 from data.demo import MODELS_DIR
@@ -64,12 +65,23 @@ class Variant:
 
     method: str  # "init", or one of BUDGET
     changes: tuple = ()  # of Settings, as pairs of field and value
-    patch: str | None = None  # of released.PATCHES
+    patch: str | None = None  # of PATCHES
     init: str = "init"  # the variant that it starts from
     has_tuned_prompt: bool = False  # starts with the prompt that PromptKD tuned with the same seed
     keep: int = 0  # checkpoints along training that are measured too
     seeds: tuple = SEEDS
     students: tuple = STUDENTS[:1]
+
+
+@contextlib.contextmanager
+def sharp_teacher():
+    """The student's loss is against the teacher at temperature 0.5."""
+    student_loss = losses.student_loss
+    with mock.patch.object(losses, "student_loss", lambda q, p: student_loss(q, p / 0.5)):
+        yield
+
+
+PATCHES = released.PATCHES | {"sharp-teacher": sharp_teacher}
 
 
 def promptkd(patch=None, init="init", seeds=SEEDS, **changes):
@@ -84,12 +96,13 @@ GROUPS = {
         **{m: Variant(m, students=STUDENTS) for m in ("sft", "kd", "seqkd", "minillm")},
     },
     # What the tuned prompt adds: prompts that stay as they are, one of them tuned before; and GKD
-    # with the time that PromptKD takes.
+    # with the time that PromptKD takes, and from a teacher that is more certain.
     "controls": {
         "fixed-tidy": promptkd(prompt_lr=0.0, prompt_text="Suppose you are a tidy student."),
         "fixed-busy": promptkd(prompt_lr=0.0, prompt_text="Suppose you are a busy student."),
         "fixed-tuned": replace(promptkd(prompt_lr=0.0), has_tuned_prompt=True),
         "gkd-equal-time": Variant("gkd", (("steps", 1200), ("eval_interval", 240))),
+        "gkd-sharp": Variant("gkd", patch="sharp-teacher", students=STUDENTS),
     },
     "table3": {"reg0": promptkd(reg_weight=0.0)},
     "table5": {
@@ -138,28 +151,32 @@ class Experiment:
 
 
 def best_validation(experiment):
+    """The best ROUGE-L on the validation rows; None without a result."""
+    if not experiment.path.is_file():
+        return None
     return max(json.loads(experiment.path.read_text())["validation"]["rouge_l"])
 
 
-def grid_experiments(student, method):
+def with_best(experiments, score):
+    """The experiments, and the one of the highest score; None for it if a score is missing."""
+    is_done = all(score(experiment) is not None for experiment in experiments)
+    return experiments, max(experiments, key=score) if is_done else None
+
+
+def grid_experiments(student, method, score=best_validation):
     """The experiments of a method's grid, and the best of them if all are done. Those of the
     prompt's grid are not among them."""
     prompt_lr = PROMPT_GRID[1] if method == "promptkd" else None
-    experiments = [Experiment(student, method, GRID_SEED, lr, prompt_lr) for lr in GRID[method]]
-    is_done = all(experiment.path.is_file() for experiment in experiments)
-    return experiments, max(experiments, key=best_validation) if is_done else None
+    rates = GRID[method]
+    return with_best([Experiment(student, method, GRID_SEED, r, prompt_lr) for r in rates], score)
 
 
-def prompt_grid_experiments(student):
+def prompt_grid_experiments(student, score=best_validation):
     """The experiments of the prompt's grid at the student's best rate, and the best of them."""
-    _, best = grid_experiments(student, "promptkd")
+    _, best = grid_experiments(student, "promptkd", score)
     if best is None:
         return [], None
-    experiments = [
-        Experiment(student, "promptkd", GRID_SEED, best.lr, rate) for rate in PROMPT_GRID
-    ]
-    is_done = all(experiment.path.is_file() for experiment in experiments)
-    return experiments, max(experiments, key=best_validation) if is_done else None
+    return with_best([replace(best, prompt_lr=rate) for rate in PROMPT_GRID], score)
 
 
 def beyond_grid(experiments, best, field):
@@ -223,7 +240,7 @@ def train_student(experiment):
     settings = Settings(method, student, **values)
     with contextlib.ExitStack() as patches:
         if variant.patch:
-            patches.enter_context(released.PATCHES[variant.patch]())
+            patches.enter_context(PATCHES[variant.patch]())
         if variant.has_tuned_prompt:
             tuned, _ = train_student(Experiment(experiment.student, "promptkd", experiment.seed))
             P = load_prompt(Path(tuned) / "best", PROMPT_WIDTH)  # (prompt_length, C)

@@ -10,7 +10,6 @@ text outside of the blocks stays as it is. What has no result yet reads "not run
 import argparse
 import re
 import statistics
-from dataclasses import replace
 from functools import partial
 
 from data.cli import InputError, run_command_line, write_atomic
@@ -21,7 +20,6 @@ from tests.study.measure import KINDS
 from tests.study.miniature import (
     GRID,
     GROUPS,
-    PROMPT_GRID,
     ROOT,
     STUDENTS,
     TEACHER,
@@ -29,6 +27,7 @@ from tests.study.miniature import (
     Experiment,
     beyond_grid,
     grid_experiments,
+    prompt_grid_experiments,
 )
 from tests.study.results import (
     COLUMNS,
@@ -114,9 +113,9 @@ def models_table(results):
 
     # The teacher and the untuned prompt are the same for all runs. GKD's has no prompt.
     columns = {
-        "loss on dev": ("promptkd", loss("bare_loss"), 4),
+        "validation loss": ("promptkd", loss("bare_loss"), 4),
         "with the untuned prompt": ("promptkd", loss("prompted_loss"), 4),
-        "ROUGE-L on dev": ("gkd", teachers_rouge_l, 1),
+        "validation ROUGE-L": ("gkd", teachers_rouge_l, 1),
         "with it": ("promptkd", prompted_rouge_l, 1),
     }
     table = [["model", "parameters", *columns]]
@@ -134,27 +133,19 @@ def models_table(results):
 def grids(results):
     """All grids of learning rates, as (student, whose rate, field of Experiment, experiments, the
     best of them). The best is None if a result is missing; then the prompt's grid is empty."""
-
-    def best_of(experiments):
-        if any(e.name not in results for e in experiments):
-            return None
-        return max(experiments, key=partial(grid_score, results))
-
-    found = []
+    score, found = partial(grid_score, results), []
     for student in STUDENTS:
         for method in GRID:
-            experiments, _ = grid_experiments(student, method)
-            best = best_of(experiments)
-            found.append((student, NAMES[method], "lr", experiments, best))
-        # The last method is PromptKD: the prompt's rate is chosen at the student's best.
-        experiments = [replace(best, prompt_lr=rate) for rate in PROMPT_GRID] if best else []
-        best = best_of(experiments) if experiments else None
-        found.append((student, "the prompt", "prompt_lr", experiments, best))
+            found.append((student, NAMES[method], "lr", *grid_experiments(student, method, score)))
+        grid = prompt_grid_experiments(student, score)
+        found.append((student, "the prompt", "prompt_lr", *grid))
     return found
 
 
 def grid_score(results, experiment):
-    return max(results[experiment.name]["validation"]["rouge_l"])
+    """The best ROUGE-L on the validation rows; None without a result."""
+    result = results.get(experiment.name)
+    return result and max(result["validation"]["rouge_l"])
 
 
 def grid_table(results):
@@ -171,9 +162,8 @@ def grid_table(results):
 
 def score_cell(results, experiment, field):
     """What a grid says of an experiment: "rate: score"."""
-    is_there = experiment.name in results
-    score = f"{grid_score(results, experiment):.1f}" if is_there else NOT_RUN
-    return f"{getattr(experiment, field):g}: {score}"
+    score = grid_score(results, experiment)
+    return f"{getattr(experiment, field):g}: {NOT_RUN if score is None else f'{score:.1f}'}"
 
 
 def settings_table(results):
@@ -329,6 +319,7 @@ CONTROLS = {
     "fixed prompt, busy": "fixed-busy",
     "GKD": "gkd",
     "GKD, 3.2 times the steps": "gkd-equal-time",
+    "GKD, teacher at temperature 0.5": "gkd-sharp",
 }
 
 
@@ -354,10 +345,35 @@ def controls_table(results):
     return markdown(table)
 
 
+SHARP = {
+    "GKD": "gkd",
+    "GKD, teacher at temperature 0.5": "gkd-sharp",
+    "PromptKD": "promptkd",
+}
+
+
+def sharp_table(results):
+    """GKD from a teacher at temperature 0.5 beside PromptKD. Losses are in nats per token."""
+    columns = {
+        "average": (rouge_l("average"), 1),
+        "average, greedily": (rouge_l("average", "greedy"), 1),
+        "loss on its own responses": (effect(ON_STUDENT, "loss q"), 2),
+    }
+    table = [["", *(f"{student}: {name}" for student in STUDENTS for name in columns)]]
+    cases = [(student, *column) for student in STUDENTS for column in columns.values()]
+    for label, variant in SHARP.items():
+        cells = (mean_cell(results, s, variant, metric, digits) for s, metric, digits in cases)
+        table.append([label, *cells])
+    pair = "promptkd", "gkd-sharp"
+    cells = (difference_cell(results, s, *pair, metric, digits) for s, metric, digits in cases)
+    table.append(["PromptKD minus GKD at temperature 0.5", *cells])
+    return markdown(table)
+
+
 def time_cells(results, variant):
     """The median of a variant's minutes, and its ratio to that of GKD."""
-    if ("prompt_lr", 0.0) in VARIANTS[variant].changes:
-        # A fixed prompt need not be tuned. Here it is, at a rate of 0.
+    if VARIANTS[variant].patch or ("prompt_lr", 0.0) in VARIANTS[variant].changes:
+        # A fixed prompt need not be tuned, and a sharp teacher costs nothing.
         return [NOT_APPLICABLE, NOT_APPLICABLE]
     took, of_gkd = (measured(results, SMALL, name, minutes) for name in (variant, "gkd"))
     ratio = NOT_RUN
@@ -442,6 +458,11 @@ def exposure_table(results):
     return markdown(table)
 
 
+EFFECTS = KLS | REVERSE_KLS | LOSSES
+# The two ways to say how close the teacher is to the student: the KL that the prompt is trained to
+# lower, and the one that the student is. {direction: (with the prompt, without)}
+CLOSER = {"KL(p ‖ q)": ("kl p_P q", "kl p q"), "KL(q ‖ p)": ("kl q p_P", "kl q p")}
+
 # Columns of the friendliness tables: before and after PromptKD's training, as points along it
 ENDS = {
     "before training (init, untuned prompt)": 0,
@@ -450,7 +471,7 @@ ENDS = {
 
 
 def effect_rows(results, student, columns, names):
-    """Means over tokens, in nats, and how much closer to the student the prompt makes the teacher.
+    """Means over tokens, in nats, and what the prompt changes in the KLs to the student.
 
     columns: functions that take the name of a mean to a metric. names: {name: label}.
     """
@@ -458,11 +479,13 @@ def effect_rows(results, student, columns, names):
     for name, label in names.items():
         cells = (mean_cell(results, student, "promptkd", column(name), 3) for column in columns)
         rows.append([label, *cells])
-    cells = []
-    for column in columns:
-        pairs = (measured(results, student, "promptkd", column(n)) for n in ("kl p_P q", "kl p q"))
-        cells.append(format_interval(differences(*pairs), n_seeds("promptkd"), 3))
-    return [*rows, ["KL(p_P ‖ q) - KL(p ‖ q)", *cells]]
+    for prompted, bare in CLOSER.values():
+        cells = []
+        for column in columns:
+            pair = (measured(results, student, "promptkd", column(n)) for n in (prompted, bare))
+            cells.append(format_interval(differences(*pair), n_seeds("promptkd"), 3))
+        rows.append([f"{EFFECTS[prompted]} - {EFFECTS[bare]}", *cells])
+    return rows
 
 
 def friendliness_table(results, student):
@@ -472,8 +495,7 @@ def friendliness_table(results, student):
         for responses, label in RESPONSES.items()
         for when, i in ENDS.items()
     }
-    names = KLS | REVERSE_KLS | LOSSES
-    return markdown([["", *columns], *effect_rows(results, student, columns.values(), names)])
+    return markdown([["", *columns], *effect_rows(results, student, columns.values(), EFFECTS)])
 
 
 def others_table(results, student):
@@ -483,7 +505,7 @@ def others_table(results, student):
         for other in ("init", "gkd")
         for responses, label in RESPONSES.items()
     }
-    names = {name: KLS[name] for name in ("kl p q", "kl p_P q")}
+    names = {name: EFFECTS[name] for pair in CLOSER.values() for name in reversed(pair)}
     return markdown([["", *columns], *effect_rows(results, student, columns.values(), names)])
 
 
@@ -509,23 +531,26 @@ def list_cells(counts, expected):
 def lists_table(results, student):
     """How the teacher and the students order the lists that have several right orders."""
 
-    def lists(role, along=None):
+    def measure_of(name, role, along):
         def metric(result):
             found = result["effect"] if along is None else result["along"][along]["effect"]
-            return found["lists"][role]
+            return found[name][role]
 
         return metric
 
+    # {label: (variant, role, point along training, or None for the best checkpoint)}
     rows = {
-        "bare teacher": ("gkd", lists("teacher")),
-        "teacher with the untuned prompt": ("promptkd", lists("teacher", along=0)),
-        "teacher with the tuned prompt": ("promptkd", lists("teacher")),
-        **{f"{NAMES[m]}, the student": (m, lists("student")) for m in METHODS},
+        "bare teacher": ("gkd", "teacher", None),
+        "teacher with the untuned prompt": ("promptkd", "teacher", 0),
+        "teacher with the tuned prompt": ("promptkd", "teacher", None),
+        **{f"{NAMES[m]}, the student": (m, "student", None) for m in METHODS},
     }
-    table = [["who writes", "by the alphabet", "in the text's order", "in another", "wrong"]]
-    for label, (variant, metric) in rows.items():
-        counts = measured(results, student, variant, metric)
-        table.append([label, *list_cells(counts, n_seeds(variant))])
+    orders = ["by the alphabet", "in the text's order", "in another", "wrong"]
+    table = [["who writes", *orders, "ROUGE-L on validation rows"]]
+    for label, (variant, *who) in rows.items():
+        counts = measured(results, student, variant, measure_of("lists", *who))
+        score = mean_cell(results, student, variant, measure_of("rouge_l", *who))
+        table.append([label, *list_cells(counts, n_seeds(variant)), score])
     return markdown(table)
 
 
@@ -550,12 +575,23 @@ def kinds_table(results, student):
     return markdown(table)
 
 
+def certainty_table(results, student):
+    """The loss of each method's student, at the best checkpoint."""
+    columns = [f"loss on the {label}" for label in RESPONSES.values()]
+    table = [["nats per token", *columns]]
+    for method in METHODS:
+        metrics = [effect(responses, "loss q") for responses in RESPONSES]
+        cells = (mean_cell(results, student, method, metric, 2) for metric in metrics)
+        table.append([NAMES[method], *cells])
+    return markdown(table)
+
+
 # ---- the paper's claims --------------------------------------------------------------------------
 
 
 def verdict(intervals, n_expected):
-    """What the 95 % intervals of a claim say, one (mean, half width) per student: that a mean is
-    above 0. None stands for a student without results."""
+    """Whether the means of a claim are above 0 for all students. intervals: (mean, half of the 95 %
+    interval) per student, None for one without results."""
     found = [interval for interval in intervals if interval is not None and interval[1] is not None]
     if not found:
         return NOT_RUN
@@ -575,8 +611,8 @@ def paper_average(method):
 
 
 def claims(results):
-    """The claims, as (claim, what the paper reports, {student: {seed: value}}, unit and digits). A
-    claim is that its value is above 0."""
+    """The claims, as (claim, what the paper reports, {student: {seed: value}}, digits of the cell).
+    A claim is that its value is above 0."""
     average, rows = rouge_l("average"), []
 
     def minus(a, b, metric, students=STUDENTS):
@@ -595,18 +631,19 @@ def claims(results):
     steps = {s: common_step(r["exposure"] for r in table1_results(results, s)) for s in STUDENTS}
     for rival in ("sft", "gkd"):
         values = {s: minus(rival, "promptkd", exposure_at(steps[s]), [s])[s] for s in STUDENTS}
-        claim = f"PromptKD has less exposure bias than {NAMES[rival]}: ExAccErr, %"
+        claim = f"PromptKD has less exposure bias than {NAMES[rival]}: ExAccErr, points"
         rows.append((claim, "Figure 3a", values, 1))
 
-    def friendlier(result):
-        kls = result["effect_on"]["gkd"][ON_STUDENT]
-        return kls["kl p q"] - kls["kl p_P q"]
+    for direction, (prompted, bare) in CLOSER.items():
 
-    values = {s: measured(results, s, "promptkd", friendlier) for s in STUDENTS}
-    claim = (
-        "the tuned prompt makes the teacher friendlier, also to GKD's student, which never saw it: "
-    )
-    rows.append((f"{claim}nats per token of its responses", "claimed, not measured", values, 3))
+        def closer(result, prompted=prompted, bare=bare):
+            kls = result["effect_on"]["gkd"][ON_STUDENT]
+            return kls[bare] - kls[prompted]
+
+        values = {s: measured(results, s, "promptkd", closer) for s in STUDENTS}
+        claim = "the tuned prompt brings the teacher closer to GKD's student, which never saw it: "
+        claim += f"fall of {direction}, nats per token of its responses"
+        rows.append((claim, "claimed, not measured", values, 3))
     values = minus("promptkd", "reg0", average, [SMALL])
     rows.append(("L_reg helps: average ROUGE-L", "Table 3", values, 1))
     for label, variant in TABLE_5.items():
@@ -650,6 +687,7 @@ def make_blocks(results):
         "table5": variants_table(results, "direction of L_kd, L_reg", TABLE_5),
         "controls": variants_table(results, "", CONTROLS),
         "controls-gkd": controls_table(results),
+        "sharp": sharp_table(results),
         "figure4-table": variants_table(results, "initialisation, length", figure_4_rows()),
         "released": released_table(results),
         "released-measures": released_measures_table(results),
@@ -665,6 +703,7 @@ def make_blocks(results):
             f"friendliness-others-{size}": others_table(results, student),
             f"lists-{size}": lists_table(results, student),
             f"kinds-{size}": kinds_table(results, student),
+            f"certainty-{size}": certainty_table(results, student),
         }
     for name, plot in plots.PLOTS.items():
         # The README is above docs/.

@@ -8,7 +8,8 @@ from data.paper import DEMO_SETS
 from data.report import last_reliable_step
 from tests.study.miniature import RESULTS, STUDENTS, TEACHER, VARIANTS, Experiment
 
-# What is beyond Table 1 is on the small student, the README's table on the large one.
+# Table 2, the variants and the differences of the released code are on the small student, the
+# README's table on the large one.
 SMALL, LARGE = STUDENTS
 NOT_RUN, NOT_APPLICABLE = "not run", "–"
 NAMES = {"init": "init", "sft": "SFT", "kd": "KD", "seqkd": "SeqKD"}
