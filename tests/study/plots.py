@@ -158,7 +158,9 @@ def plot_along(axes, results, student, responses, names):
     if "kl p q" in names:
         draw("gkd", "kl p q", label="KL(p ‖ q) in GKD", color="0.55", linestyle="--")
     axes.set(xlabel="optimizer step", ylabel="nats per token")
-    axes.legend(fontsize=8)
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(bottom, top + 0.25 * (top - bottom))  # room for the legend
+    axes.legend(fontsize=8, loc="upper left", ncols=2)
 
 
 # ---- figures -------------------------------------------------------------------------------------
