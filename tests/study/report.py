@@ -256,9 +256,10 @@ def total_cost(results):
         measuring = result.get("seconds", 0) / 3600
         hours += measuring + result["hours"] if is_init else max(measuring, result["hours"])
     total = {experiment.name for experiment in all_experiments(results)}
+    cost = f"{hours:.1f} core-hours, that is {hours / 2:.1f} hours\non two cores"
     return (
-        f"{len(results)} of {len(total)} results are there. They took {hours:.1f} core-hours, that is\n"
-        f"{hours / 2:.1f} hours on two cores, without the grid's inits and SeqKD's responses."
+        f"{len(results)} of {len(total)} results are there. They took {cost}, "
+        "without the grid's inits and SeqKD's responses."
     )
 
 
