@@ -139,6 +139,7 @@ def means_over_tokens(p, q, P, examples):
 def sample_rows(model, tokenizer, rows, role, P=None):
     """A response to each row, as examples."""
     requests = [encode_request(row, tokenizer)[0] for row in rows]
+    # "habits" is part of the key of the random numbers: another word gives other responses.
     rng_keys = [(SAMPLING_SEEDS[0], "habits", role, row.index) for row in rows]
     inputs = requests, rng_keys, tokenizer.eot_token, MAX_NEW_TOKENS
     responses, _ = sample_all(model, *inputs, P=P)
