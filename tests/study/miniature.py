@@ -69,7 +69,6 @@ class Variant:
     init: str = "init"  # the variant that it starts from
     has_tuned_prompt: bool = False  # starts with the prompt that PromptKD tuned with the same seed
     keep: int = 0  # checkpoints along training that are measured too
-    seeds: tuple = SEEDS
     students: tuple = STUDENTS[:1]
 
 
@@ -84,8 +83,8 @@ def sharp_teacher():
 PATCHES = released.PATCHES | {"sharp-teacher": sharp_teacher}
 
 
-def promptkd(patch=None, init="init", seeds=SEEDS, **changes):
-    return Variant("promptkd", tuple(changes.items()), patch, init, seeds=seeds)
+def promptkd(patch=None, init="init", **changes):
+    return Variant("promptkd", tuple(changes.items()), patch, init)
 
 
 GROUPS = {
@@ -114,9 +113,10 @@ GROUPS = {
         **{name: promptkd(patch=name) for name in released.PATCHES},
         "late-init": Variant("init", (("epochs", 10), ("metric_for_best", "rouge_l"))),
         "promptkd-late-init": promptkd(init="late-init"),
+        "gkd-late-init": Variant("gkd", init="late-init"),
     },
     "figure4": {
-        f"{init}-{length}": promptkd(prompt_init=init, prompt_length=length, seeds=SEEDS[:3])
+        f"{init}-{length}": promptkd(prompt_init=init, prompt_length=length)
         for init in ("text", "padding", "random")
         for length in (2, 6, 12)
         if (init, length) != ("text", 6)  # PromptKD itself
@@ -392,7 +392,7 @@ def main(argv=None):
             for student in reversed(STUDENTS)  # the demo's first
             for name, variant in variants.items()
             for seed in SEEDS
-            if student in variant.students and seed in variant.seeds
+            if student in variant.students
         ]
         inits = {}
         for experiment in experiments:

@@ -21,6 +21,7 @@ from tests.study.miniature import (
     GRID,
     GROUPS,
     ROOT,
+    SEEDS,
     STUDENTS,
     TEACHER,
     VARIANTS,
@@ -73,20 +74,14 @@ def markdown(table):
     return format_table(table, markdown=True)
 
 
-def n_seeds(variant):
-    return len(VARIANTS[variant].seeds)
-
-
 def mean_cell(results, student, variant, metric, digits=1):
-    values = measured(results, student, variant, metric)
-    return format_mean(values, n_seeds(variant), digits)
+    return format_mean(measured(results, student, variant, metric), digits)
 
 
 def difference_cell(results, student, a, b, metric, digits=1):
     """The cell of a metric of variant a minus that of variant b, paired over the seeds."""
     pairs = (measured(results, student, variant, metric) for variant in (a, b))
-    expected = min(n_seeds(a), n_seeds(b))
-    return format_interval(differences(*pairs), expected, digits)
+    return format_interval(differences(*pairs), digits)
 
 
 # ---- models, learning rates, Table 1 -------------------------------------------------------------
@@ -223,7 +218,7 @@ def table_2(results):
     table = [["cost", *columns]]
     for method in METHODS:
         cells = [
-            format_median(measured(results, SMALL, method, metric), n_seeds(method), digits)
+            format_median(measured(results, SMALL, method, metric), digits)
             for metric, digits in columns.values()
         ]
         table.append([NAMES[method], *cells])
@@ -239,9 +234,7 @@ def all_experiments(results):
         experiments += [*grid, beyond] if beyond else grid
     for variants in GROUPS.values():
         for name, variant in variants.items():
-            experiments += [
-                Experiment(s, name, seed) for s in variant.students for seed in variant.seeds
-            ]
+            experiments += [Experiment(s, name, seed) for s in variant.students for seed in SEEDS]
     return experiments
 
 
@@ -284,7 +277,7 @@ def variant_row(results, label, variant, against="promptkd"):
         cell = mean_cell(results, SMALL, variant, metric, digits) if has_prompt else NOT_APPLICABLE
         cells.append(cell)
     best_steps = measured(results, SMALL, variant, lambda result: result["best_step"])
-    return [label, *cells, format_median(best_steps, n_seeds(variant), 0)]
+    return [label, *cells, format_median(best_steps, 0)]
 
 
 def variants_table(results, title, rows):
@@ -380,7 +373,7 @@ def time_cells(results, variant):
     ratio = NOT_RUN
     if took and of_gkd:
         ratio = f"{statistics.median(took.values()) / statistics.median(of_gkd.values()):.1f}"
-    return [format_median(took, n_seeds(variant)), ratio]
+    return [format_median(took), ratio]
 
 
 # ---- how the released code differs ---------------------------------------------------------------
@@ -390,8 +383,10 @@ RELEASED = {
     "mean of micro-batches' means": ("micro-batch-means", "promptkd"),
     "dropout in the teacher's prompt pass": ("teacher-dropout", "promptkd"),
     "init of 10 epochs, chosen by ROUGE-L: PromptKD from it": ("promptkd-late-init", "promptkd"),
+    "init of 10 epochs, chosen by ROUGE-L: GKD from it": ("gkd-late-init", "gkd"),
     "init of 10 epochs, chosen by ROUGE-L: the init itself": ("late-init", "init"),
 }
+LATE_INIT = {"init": "late-init", "GKD": "gkd-late-init", "PromptKD": "promptkd-late-init"}
 
 
 def released_table(results):
@@ -399,6 +394,18 @@ def released_table(results):
     for label, pair in RELEASED.items():
         cells = (difference_cell(results, SMALL, *pair, rouge_l(column)) for column in COLUMNS)
         table.append([label, *cells])
+    return markdown(table)
+
+
+def late_init_table(results):
+    """ROUGE-L of the late init, and of GKD and PromptKD from it."""
+    table = [["ROUGE-L", *COLUMNS]]
+    for label, variant in LATE_INIT.items():
+        cells = (mean_cell(results, SMALL, variant, rouge_l(column)) for column in COLUMNS)
+        table.append([label, *cells])
+    pair = SMALL, "promptkd-late-init", "gkd-late-init"
+    cells = (difference_cell(results, *pair, rouge_l(column)) for column in COLUMNS)
+    table.append(["PromptKD minus GKD", *cells])
     return markdown(table)
 
 
@@ -419,7 +426,7 @@ def released_measures_table(results):
         ]
         for column in ("test", "average"):
             effects = measured(results, SMALL, method, ban_effect(column))
-            cells.append(format_interval(effects, n_seeds(method)))
+            cells.append(format_interval(effects))
         table.append([NAMES[method], *cells])
     return markdown(table)
 
@@ -452,7 +459,7 @@ def exposure_table(results):
         cells = []
         for student, l in zip(STUDENTS, steps):
             values = measured(results, student, method, exposure_at(l))
-            cells.append(format_interval(values, n_seeds(method)))
+            cells.append(format_interval(values))
             for metric in (error_per_step(l), epsilon_at(l)):
                 cells.append(mean_cell(results, student, method, metric, 2))
         table.append([NAMES[method], *cells])
@@ -484,7 +491,7 @@ def effect_rows(results, student, columns, names):
         cells = []
         for column in columns:
             pair = (measured(results, student, "promptkd", column(n)) for n in (prompted, bare))
-            cells.append(format_interval(differences(*pair), n_seeds("promptkd"), 3))
+            cells.append(format_interval(differences(*pair), 3))
         rows.append([f"{EFFECTS[prompted]} - {EFFECTS[bare]}", *cells])
     return rows
 
@@ -510,7 +517,7 @@ def others_table(results, student):
     return markdown([["", *columns], *effect_rows(results, student, columns.values(), names)])
 
 
-def list_cells(counts, expected):
+def list_cells(counts):
     """The shares of orders among the right lists, and of the wrong lists among all, in %.
 
     counts: {seed: {"alphabet": ..., "text": ..., "other": ..., "wrong": ...}}.
@@ -525,8 +532,8 @@ def list_cells(counts, expected):
                 right.setdefault(order, {})[seed] = 100 * count[order] / n_right
         wrong[seed] = 100 * count["wrong"] / max(1, n_right + count["wrong"])
     orders = [right.get(order, {}) for order in ("alphabet", "text", "other")]
-    cells = [format_mean(values, expected) if values else NOT_APPLICABLE for values in orders]
-    return [*cells, format_mean(wrong, expected)]
+    cells = [format_mean(values) if values else NOT_APPLICABLE for values in orders]
+    return [*cells, format_mean(wrong)]
 
 
 def lists_table(results, student):
@@ -551,7 +558,7 @@ def lists_table(results, student):
     for label, (variant, *who) in rows.items():
         counts = measured(results, student, variant, measure_of("lists", *who))
         score = mean_cell(results, student, variant, measure_of("rouge_l", *who))
-        table.append([label, *list_cells(counts, n_seeds(variant)), score])
+        table.append([label, *list_cells(counts), score])
     return markdown(table)
 
 
@@ -665,7 +672,7 @@ def claims_table(results):
         cells, intervals = [], []
         for student in STUDENTS:
             values = by_student.get(student)
-            cells.append("–" if values is None else format_interval(values, len(values), digits))
+            cells.append("–" if values is None else format_interval(values, digits))
             intervals.append(mean_interval(list(values.values())) if values else None)
         table.append([claim, reported, *cells, verdict(intervals, len(by_student))])
     return markdown(table)
@@ -691,6 +698,7 @@ def make_blocks(results):
         "sharp": sharp_table(results),
         "figure4-table": variants_table(results, "initialisation, length", figure_4_rows()),
         "released": released_table(results),
+        "late-init": late_init_table(results),
         "released-measures": released_measures_table(results),
         "exposure": exposure_table(results),
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data.paper import DEMO_SETS
 from data.report import last_reliable_step
-from tests.study.miniature import RESULTS, STUDENTS, TEACHER, VARIANTS, Experiment
+from tests.study.miniature import RESULTS, SEEDS, STUDENTS, TEACHER, Experiment
 
 # Table 2, the variants and the differences of the released code are on the small student, the
 # README's table on the large one.
@@ -47,7 +47,7 @@ def teacher_result(results):
 
 def by_seed(results, student, variant):
     """The results of a variant, {seed: JSON}, of the seeds that have one."""
-    names = {seed: Experiment(student, variant, seed).name for seed in VARIANTS[variant].seeds}
+    names = {seed: Experiment(student, variant, seed).name for seed in SEEDS}
     return {seed: results[name] for seed, name in names.items() if name in results}
 
 
@@ -142,12 +142,12 @@ def mean_interval(values):
     return mean, T_QUANTILE[n] * statistics.stdev(values) / n**0.5
 
 
-def format_seeds(values, expected):
+def format_seeds(values):
     """What a cell says of the number of its seeds: nothing if none is missing."""
-    return "" if len(values) == expected else f" (n = {len(values)})"
+    return "" if len(values) == len(SEEDS) else f" (n = {len(values)})"
 
 
-def format_mean(values, expected, digits=1):
+def format_mean(values, digits=1):
     """A cell: mean ± standard deviation over the seeds of {seed: value}. What no seed changes, as a
     number of the bare teacher, has no deviation."""
     if not values:
@@ -155,16 +155,16 @@ def format_mean(values, expected, digits=1):
     cell = f"{statistics.fmean(values.values()):.{digits}f}"
     if len(set(values.values())) > 1:
         cell += f" ± {statistics.stdev(values.values()):.{digits}f}"
-    return cell + format_seeds(values, expected)
+    return cell + format_seeds(values)
 
 
-def format_median(values, expected, digits=1):
+def format_median(values, digits=1):
     if not values:
         return NOT_RUN
-    return f"{statistics.median(values.values()):.{digits}f}" + format_seeds(values, expected)
+    return f"{statistics.median(values.values()):.{digits}f}" + format_seeds(values)
 
 
-def format_interval(values, expected, digits=1):
+def format_interval(values, digits=1):
     """A cell: the mean over seeds and its 95 % interval, bold if that does not include 0."""
     if not values:
         return NOT_RUN
@@ -173,4 +173,4 @@ def format_interval(values, expected, digits=1):
     if half is not None:
         cell += f" ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})"
         cell = f"**{cell}**" if abs(mean) > half else cell
-    return cell + format_seeds(values, expected)
+    return cell + format_seeds(values)
