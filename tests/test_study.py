@@ -289,6 +289,13 @@ def test_variants_are_compared_with_promptkd(full, blocks):
     )
     assert rows_of(blocks["figure4-table"])["random, 12"][3] == interval_cell(ours - plain)
     assert len(rows_of(blocks["figure4-table"])) == 2 + 9
+    rows = rows_of(blocks["figure4-text"])
+    for length, text in (("2", "text-2"), ("6", "promptkd"), ("12", "text-12")):
+        for i, init in enumerate(("padding", "random")):
+            ours, other = (
+                scores_of(full, SMALL, variant, "average") for variant in (text, f"{init}-{length}")
+            )
+            assert rows[length][i] == interval_cell(ours - other)
 
 
 def test_variants_say_what_the_prompt_of_the_best_checkpoint_does_to_the_teacher(full, blocks):
@@ -382,7 +389,7 @@ def test_a_sharp_teacher_is_compared_for_both_students(full, blocks):
             scores_of(full, student, variant, "average", "greedy")
             for variant in ("promptkd", "gkd-sharp")
         )
-        label = "PromptKD minus GKD at temperature 0.5"
+        label = "PromptKD minus temperature 0.5"
         assert rows[label][column] == interval_cell(ours - gkd)
 
 
@@ -396,6 +403,7 @@ def test_kinds_of_rows_are_compared_apart(full, blocks):
     )
     assert rows["GKD"][2] == f"{gkd.mean():.1f} ± {gkd.std(ddof=1):.1f}"
     assert rows["PromptKD minus GKD"][2] == interval_cell(ours - gkd)
+    assert "GKD, teacher at temperature 0.5" in rows
 
 
 def test_friendliness_is_before_and_after_training(full, blocks):

@@ -325,6 +325,18 @@ def figure_4_rows():
     return rows | {name.replace("-", ", "): name for name in others}
 
 
+def text_table(results):
+    """Prompts from text minus the others of the same length, on average."""
+    inits = "padding", "random"
+    table = [["length", *(f"text minus {init}" for init in inits)]]
+    for length in (2, 6, 12):
+        text = "promptkd" if length == 6 else f"text-{length}"
+        pairs = ((text, f"{init}-{length}") for init in inits)
+        cells = (difference_cell(results, SMALL, *pair, rouge_l("average")) for pair in pairs)
+        table.append([str(length), *cells])
+    return markdown(table)
+
+
 def controls_table(results):
     """The variants of CONTROLS against GKD, with their cost."""
     table = [["", "minus GKD: test", "minus GKD: average", "minutes", "in units of GKD's"]]
@@ -358,9 +370,13 @@ def sharp_table(results):
     for label, variant in SHARP.items():
         cells = (mean_cell(results, s, variant, metric, digits) for s, metric, digits in cases)
         table.append([label, *cells])
-    pair = "promptkd", "gkd-sharp"
-    cells = (difference_cell(results, s, *pair, metric, digits) for s, metric, digits in cases)
-    table.append(["PromptKD minus GKD at temperature 0.5", *cells])
+    pairs = {
+        "temperature 0.5 minus GKD": ("gkd-sharp", "gkd"),
+        "PromptKD minus temperature 0.5": ("promptkd", "gkd-sharp"),
+    }
+    for label, pair in pairs.items():
+        cells = (difference_cell(results, s, *pair, metric, digits) for s, metric, digits in cases)
+        table.append([label, *cells])
     return markdown(table)
 
 
@@ -552,6 +568,7 @@ def lists_table(results, student):
         "teacher with the untuned prompt": ("promptkd", "teacher", 0),
         "teacher with the tuned prompt": ("promptkd", "teacher", None),
         **{f"{NAMES[m]}, the student": (m, "student", None) for m in METHODS},
+        "GKD, teacher at temperature 0.5, the student": ("gkd-sharp", "student", None),
     }
     orders = ["by the alphabet", "in the text's order", "in another", "wrong"]
     table = [["who writes", *orders, "ROUGE-L on validation rows"]]
@@ -574,9 +591,10 @@ def kinds_table(results, student):
         table[0].append(kind + found)
     cells = [f"{score(kind)(teacher):.1f}" if teacher else NOT_RUN for kind in KINDS]
     table.append(["teacher", *cells])
-    for method in METHODS:
-        cells = (mean_cell(results, student, method, score(kind)) for kind in KINDS)
-        table.append([NAMES[method], *cells])
+    rows = {NAMES[method]: method for method in METHODS} | SHARP
+    for label, variant in rows.items():
+        cells = (mean_cell(results, student, variant, score(kind)) for kind in KINDS)
+        table.append([label, *cells])
     pair = student, "promptkd", "gkd"
     cells = (difference_cell(results, *pair, score(kind)) for kind in KINDS)
     table.append(["PromptKD minus GKD", *cells])
@@ -657,11 +675,12 @@ def claims(results):
     for label, variant in TABLE_5.items():
         if variant != "promptkd":
             values = minus("promptkd", variant, average, [SMALL])
-            claim = f"reverse KLs are better than {label}: average ROUGE-L"
+            kd, reg = label.split(", ")
+            claim = f"two reverse KLs are better than L_kd {kd}, L_reg {reg}: average ROUGE-L"
             rows.append((claim, "Table 5", values, 1))
     for init in ("padding", "random"):
         values = minus("promptkd", f"{init}-6", average, [SMALL])
-        claim = f"a prompt from text is better than from {init}: average ROUGE-L"
+        claim = f"a prompt of six vectors from text is better than from {init}: average ROUGE-L"
         rows.append((claim, "Figure 4", values, 1))
     return rows
 
@@ -697,6 +716,7 @@ def make_blocks(results):
         "controls-gkd": controls_table(results),
         "sharp": sharp_table(results),
         "figure4-table": variants_table(results, "initialisation, length", figure_4_rows()),
+        "figure4-text": text_table(results),
         "released": released_table(results),
         "late-init": late_init_table(results),
         "released-measures": released_measures_table(results),
