@@ -213,11 +213,20 @@ def train_teacher():
     return train.run_stage("teacher", settings, OUT, None, CPU)
 
 
-def teacher_responses(teacher):
+def teacher_responses():
     """The data set of SeqKD: the teacher's responses to the training requests."""
-    values = {"method": "responses", "student": teacher, "data": "demo", "max_train_rows": None}
+    values = {"method": "responses", "student": train_teacher()}
+    values |= {"data": "demo", "max_train_rows": None}
     values |= {"max_new_tokens": measure.MAX_NEW_TOKENS, "seed": 10, "dtype": "float32"}
     return sample_responses(OUT / "responses", values, CPU)
+
+
+def init_of(experiment):
+    """The experiment whose student this one starts from; None if that is the pre-trained one."""
+    variant = VARIANTS[experiment.variant]
+    if BUDGET.get(variant.method) is not INIT_BUDGET:
+        return None
+    return Experiment(experiment.student, variant.init, experiment.seed)
 
 
 def train_student(experiment):
@@ -234,9 +243,9 @@ def train_student(experiment):
     else:
         values["teacher"] = teacher if method != "sft" else None
     if method == "seqkd":
-        values["responses"] = teacher_responses(teacher)
-    if BUDGET.get(method) is INIT_BUDGET:
-        student, _ = train_student(Experiment(experiment.student, variant.init, experiment.seed))
+        values["responses"] = teacher_responses()
+    if init_of(experiment):
+        student, _ = train_student(init_of(experiment))
     settings = Settings(method, student, **values)
     with contextlib.ExitStack() as patches:
         if variant.patch:
@@ -305,7 +314,7 @@ def compute(experiment):
         result["exposure"] = measure.exposure(exposure_teacher, directory)
         result["effect"] = effect(directory, prompt_of(best))
         if variant.keep:
-            init, _ = train_student(Experiment(experiment.student, variant.init, experiment.seed))
+            init, _ = train_student(init_of(experiment))
             settings = Settings(**result["settings"])
             P = untuned_prompt(settings, p.wte.weight, tokenizer) if has_prompt else None
             result["along"] = [{"step": 0, "effect": effect(init, P)}]
@@ -360,8 +369,18 @@ def call_all(calls, jobs):
             print(f"{(time.perf_counter() - start) / 60:6.1f} min  {name}", flush=True)
 
 
-def missing(experiments):
-    return [(e.name, compute, e) for e in experiments if not e.path.is_file()]
+def compute_missing(experiments, jobs):
+    """Train and measure the experiments that have no result. What several of them start from is
+    trained first: no two may train the same run."""
+    missing = [e for e in experiments if not e.path.is_file()]
+    if not missing:
+        return
+    call_all([("teacher", train_teacher)], jobs)
+    if any(e.variant == "seqkd" for e in missing):
+        call_all([("responses", teacher_responses)], jobs)
+    inits = dict.fromkeys(init_of(e) for e in missing if init_of(e))
+    call_all([(init.name, train_student, init) for init in inits], jobs)
+    call_all([(e.name, compute, e) for e in missing], jobs)
 
 
 def main(argv=None):
@@ -372,36 +391,22 @@ def main(argv=None):
     find_data_dir("demo")  # written before two processes need it
     if not Experiment(TEACHER, "teacher", 10).path.is_file():
         call_all([("teacher", compute_teacher)], args.jobs)
-    # What several experiments start from is trained first: no two may train the same run.
-    teacher = train_teacher()
-    call_all([("responses", teacher_responses, teacher)], args.jobs)
-    for methods in (["sft"], [method for method in BUDGET if method != "sft"]):
-        if methods != ["sft"]:
-            inits = [Experiment(student, "init", GRID_SEED) for student in STUDENTS]
-            call_all([(e.name, train_student, e) for e in inits], args.jobs)  # at SFT's best rate
+    for methods in (["sft"], [method for method in BUDGET if method != "sft"]):  # inits: SFT's rate
         grid = [e for s in STUDENTS for method in methods for e in grid_experiments(s, method)[0]]
-        call_all(missing(grid), args.jobs)
-    call_all(missing(e for s in STUDENTS for e in prompt_grid_experiments(s)[0]), args.jobs)
+        compute_missing(grid, args.jobs)
+    compute_missing([e for s in STUDENTS for e in prompt_grid_experiments(s)[0]], args.jobs)
     beyond = [beyond_grid(*grid_experiments(s, method), "lr") for s in STUDENTS for method in GRID]
     beyond += [beyond_grid(*prompt_grid_experiments(s), "prompt_lr") for s in STUDENTS]
-    call_all(missing(e for e in beyond if e), args.jobs)
+    compute_missing([e for e in beyond if e], args.jobs)
     for group in args.groups:
-        variants = GROUPS[group]
         experiments = [
             Experiment(student, name, seed)
             for student in reversed(STUDENTS)  # the demo's first
-            for name, variant in variants.items()
+            for name, variant in GROUPS[group].items()
             for seed in SEEDS
             if student in variant.students
         ]
-        inits = {}
-        for experiment in experiments:
-            init = Experiment(
-                experiment.student, VARIANTS[experiment.variant].init, experiment.seed
-            )
-            inits[init.name] = init
-        call_all([(e.name, train_student, e) for e in inits.values()], args.jobs)
-        call_all(missing(experiments), args.jobs)
+        compute_missing(experiments, args.jobs)
 
 
 if __name__ == "__main__":
