@@ -87,6 +87,15 @@ def promptkd(patch=None, init="init", **changes):
     return Variant("promptkd", tuple(changes.items()), patch, init)
 
 
+PROMPT_INITS, PROMPT_LENGTHS = ("text", "padding", "random"), (2, 6, 12)
+
+
+def figure4_variant(init, length):
+    """The variant with a prompt of this initialisation and length. PromptKD's own has six vectors
+    from text."""
+    return "promptkd" if (init, length) == ("text", 6) else f"{init}-{length}"
+
+
 GROUPS = {
     "table1": {
         "init": Variant("init", students=STUDENTS),
@@ -116,10 +125,10 @@ GROUPS = {
         "gkd-late-init": Variant("gkd", init="late-init"),
     },
     "figure4": {
-        f"{init}-{length}": promptkd(prompt_init=init, prompt_length=length)
-        for init in ("text", "padding", "random")
-        for length in (2, 6, 12)
-        if (init, length) != ("text", 6)  # PromptKD itself
+        figure4_variant(init, length): promptkd(prompt_init=init, prompt_length=length)
+        for init in PROMPT_INITS
+        for length in PROMPT_LENGTHS
+        if figure4_variant(init, length) != "promptkd"
     },
 }
 VARIANTS = {name: v for group in GROUPS.values() for name, v in group.items()}
@@ -244,8 +253,8 @@ def train_student(experiment):
         values["teacher"] = teacher if method != "sft" else None
     if method == "seqkd":
         values["responses"] = teacher_responses()
-    if init_of(experiment):
-        student, _ = train_student(init_of(experiment))
+    if init := init_of(experiment):
+        student, _ = train_student(init)
     settings = Settings(method, student, **values)
     with contextlib.ExitStack() as patches:
         if variant.patch:
@@ -378,7 +387,7 @@ def compute_missing(experiments, jobs):
     call_all([("teacher", train_teacher)], jobs)
     if any(e.variant == "seqkd" for e in missing):
         call_all([("responses", teacher_responses)], jobs)
-    inits = dict.fromkeys(init_of(e) for e in missing if init_of(e))
+    inits = dict.fromkeys(init for e in missing if (init := init_of(e)))
     call_all([(init.name, train_student, init) for init in inits], jobs)
     call_all([(e.name, compute, e) for e in missing], jobs)
 

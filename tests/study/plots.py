@@ -11,7 +11,7 @@ from PIL import Image
 from data.cli import InputError, write_atomic
 from data.paper import DEMO_SETS
 from data.report import save_plot
-from tests.study.miniature import GROUPS, STUDENTS
+from tests.study.miniature import GROUPS, PROMPT_INITS, PROMPT_LENGTHS, STUDENTS, figure4_variant
 from tests.study.results import (
     KLS,
     LARGE,
@@ -216,11 +216,11 @@ def draw_figure_3b(figure, results):
 def draw_figure_4(figure, results):
     """The average over the five sets by length and initialisation of the prompt."""
     figure.set_size_inches(6, 4)
-    axes, lengths = figure.subplots(), (2, 6, 12)
-    for i, init in enumerate(("text", "padding", "random")):
+    axes = figure.subplots()
+    for i, init in enumerate(PROMPT_INITS):
         points = []
-        for k, length in enumerate(lengths):
-            variant = "promptkd" if (init, length) == ("text", 6) else f"{init}-{length}"
+        for k, length in enumerate(PROMPT_LENGTHS):
+            variant = figure4_variant(init, length)
             scores = measured(results, SMALL, variant, rouge_l("average"))
             if scores:
                 points.append((k + 0.06 * (i - 1), *mean_interval(list(scores.values()))))
@@ -229,7 +229,7 @@ def draw_figure_4(figure, results):
             halves = [half or 0 for half in halves]
             style = {"marker": "o", "capsize": 3, "linewidth": 1, "label": init}
             axes.errorbar(x, means, yerr=halves, **style)
-    axes.set_xticks(range(len(lengths)), lengths)
+    axes.set_xticks(range(len(PROMPT_LENGTHS)), PROMPT_LENGTHS)
     axes.set(xlabel="length of the prompt (vectors)", ylabel="ROUGE-L, average of five sets")
     axes.set(title=f"Prompt by length and initialisation, student {SMALL}")
     axes.legend(fontsize=8)

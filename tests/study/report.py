@@ -20,6 +20,8 @@ from tests.study.measure import KINDS
 from tests.study.miniature import (
     GRID,
     GROUPS,
+    PROMPT_INITS,
+    PROMPT_LENGTHS,
     ROOT,
     SEEDS,
     STUDENTS,
@@ -27,6 +29,7 @@ from tests.study.miniature import (
     VARIANTS,
     Experiment,
     beyond_grid,
+    figure4_variant,
     grid_experiments,
     prompt_grid_experiments,
 )
@@ -67,6 +70,7 @@ from tests.study.results import (
 
 DOCS = ROOT / "docs"
 PAGES = (ROOT / "README.md", DOCS / "miniature.md")
+BY_NAME = {name: method for method, name in NAMES.items()}
 RIVALS = [method for method in METHODS if method != "promptkd"]
 
 
@@ -82,6 +86,28 @@ def difference_cell(results, student, a, b, metric, digits=1):
     """The cell of a metric of variant a minus that of variant b, paired over the seeds."""
     pairs = (measured(results, student, variant, metric) for variant in (a, b))
     return format_interval(differences(*pairs), digits)
+
+
+def scores_of_sets(student, way="sampled"):
+    """ROUGE-L on each set and on average, as columns of the two functions below."""
+    return [(student, rouge_l(column, way), 1) for column in COLUMNS]
+
+
+def mean_rows(results, variants, columns):
+    """Rows of means. variants: {label: variant}; columns: (student, metric, digits) of each."""
+    return [
+        [label, *(mean_cell(results, s, variant, metric, n) for s, metric, n in columns)]
+        for label, variant in variants.items()
+    ]
+
+
+def difference_rows(results, pairs, columns):
+    """Rows of differences, paired over seeds. pairs: {label: (variant, variant to subtract)};
+    columns: (student, metric, digits) of each."""
+    return [
+        [label, *(difference_cell(results, s, *pair, metric, n) for s, metric, n in columns)]
+        for label, pair in pairs.items()
+    ]
 
 
 # ---- models, learning rates, Table 1 -------------------------------------------------------------
@@ -187,22 +213,16 @@ def settings_table(results):
 
 
 def table_1(results, student, way="sampled"):
-    table = [["ROUGE-L", *COLUMNS]]
-    table.append(["teacher", *(teacher_cell(results, column, way) for column in COLUMNS)])
-    for method in METHODS:
-        cells = (mean_cell(results, student, method, rouge_l(c, way)) for c in COLUMNS)
-        table.append([NAMES[method], *cells])
-    return markdown(table)
+    teacher = ["teacher", *(teacher_cell(results, column, way) for column in COLUMNS)]
+    rows = mean_rows(results, BY_NAME, scores_of_sets(student, way))
+    return markdown([["ROUGE-L", *COLUMNS], teacher, *rows])
 
 
 def differences_table(results, student, way="sampled"):
     """PromptKD minus each other method."""
-    table = [["PromptKD minus", *COLUMNS]]
-    for rival in RIVALS:
-        pair = student, "promptkd", rival
-        cells = (difference_cell(results, *pair, rouge_l(c, way)) for c in COLUMNS)
-        table.append([NAMES[rival], *cells])
-    return markdown(table)
+    pairs = {NAMES[rival]: ("promptkd", rival) for rival in RIVALS}
+    rows = difference_rows(results, pairs, scores_of_sets(student, way))
+    return markdown([["PromptKD minus", *COLUMNS], *rows])
 
 
 # ---- cost ----------------------------------------------------------------------------------------
@@ -306,6 +326,7 @@ TABLE_5 = {
     "reverse, forward": "reverse-forward",
     "forward, forward": "forward-forward",
 }
+SHARP_LABEL = "GKD, teacher at temperature 0.5"
 CONTROLS = {
     "PromptKD": "promptkd",
     "fixed prompt, tuned before": "fixed-tuned",
@@ -313,25 +334,21 @@ CONTROLS = {
     "fixed prompt, busy": "fixed-busy",
     "GKD": "gkd",
     "GKD, 3.2 times the steps": "gkd-equal-time",
-    "GKD, teacher at temperature 0.5": "gkd-sharp",
+    SHARP_LABEL: "gkd-sharp",
 }
-
-
-def figure_4_rows():
-    """The rows of Figure 4's numbers, {label: variant}."""
-    text = {length: f"text-{length}" for length in (2, 12)} | {6: "promptkd"}
-    rows = {f"text, {length}": text[length] for length in sorted(text)}
-    others = [name for name in GROUPS["figure4"] if name not in text.values()]
-    return rows | {name.replace("-", ", "): name for name in others}
+FIGURE_4 = {
+    f"{init}, {length}": figure4_variant(init, length)
+    for init in PROMPT_INITS
+    for length in PROMPT_LENGTHS
+}
 
 
 def text_table(results):
     """Prompts from text minus the others of the same length, on average."""
-    inits = "padding", "random"
-    table = [["length", *(f"text minus {init}" for init in inits)]]
-    for length in (2, 6, 12):
-        text = "promptkd" if length == 6 else f"text-{length}"
-        pairs = ((text, f"{init}-{length}") for init in inits)
+    text, *others = PROMPT_INITS
+    table = [["length", *(f"{text} minus {init}" for init in others)]]
+    for length in PROMPT_LENGTHS:
+        pairs = [[figure4_variant(init, length) for init in (text, other)] for other in others]
         cells = (difference_cell(results, SMALL, *pair, rouge_l("average")) for pair in pairs)
         table.append([str(length), *cells])
     return markdown(table)
@@ -351,13 +368,6 @@ def controls_table(results):
     return markdown(table)
 
 
-SHARP = {
-    "GKD": "gkd",
-    "GKD, teacher at temperature 0.5": "gkd-sharp",
-    "PromptKD": "promptkd",
-}
-
-
 def sharp_table(results):
     """GKD from a teacher at temperature 0.5 beside PromptKD. Losses are in nats per token."""
     columns = {
@@ -365,25 +375,21 @@ def sharp_table(results):
         "average, greedily": (rouge_l("average", "greedy"), 1),
         "loss on its own responses": (effect(ON_STUDENT, "loss q"), 2),
     }
-    table = [["", *(f"{student}: {name}" for student in STUDENTS for name in columns)]]
-    cases = [(student, *column) for student in STUDENTS for column in columns.values()]
-    for label, variant in SHARP.items():
-        cells = (mean_cell(results, s, variant, metric, digits) for s, metric, digits in cases)
-        table.append([label, *cells])
+    head = ["", *(f"{student}: {name}" for student in STUDENTS for name in columns)]
+    columns = [(student, *column) for student in STUDENTS for column in columns.values()]
+    variants = {"GKD": "gkd", SHARP_LABEL: "gkd-sharp", "PromptKD": "promptkd"}
     pairs = {
         "temperature 0.5 minus GKD": ("gkd-sharp", "gkd"),
         "PromptKD minus temperature 0.5": ("promptkd", "gkd-sharp"),
     }
-    for label, pair in pairs.items():
-        cells = (difference_cell(results, s, *pair, metric, digits) for s, metric, digits in cases)
-        table.append([label, *cells])
-    return markdown(table)
+    rows = mean_rows(results, variants, columns) + difference_rows(results, pairs, columns)
+    return markdown([head, *rows])
 
 
 def time_cells(results, variant):
     """The median of a variant's minutes, and its ratio to that of GKD."""
     if VARIANTS[variant].patch or ("prompt_lr", 0.0) in VARIANTS[variant].changes:
-        # A fixed prompt need not be tuned, and a sharp teacher costs nothing.
+        # A fixed prompt need not be tuned. The sharp teacher's times are from a busy machine.
         return [NOT_APPLICABLE, NOT_APPLICABLE]
     took, of_gkd = (measured(results, SMALL, name, minutes) for name in (variant, "gkd"))
     ratio = NOT_RUN
@@ -406,23 +412,16 @@ LATE_INIT = {"init": "late-init", "GKD": "gkd-late-init", "PromptKD": "promptkd-
 
 
 def released_table(results):
-    table = [["with it minus without it", *COLUMNS]]
-    for label, pair in RELEASED.items():
-        cells = (difference_cell(results, SMALL, *pair, rouge_l(column)) for column in COLUMNS)
-        table.append([label, *cells])
-    return markdown(table)
+    rows = difference_rows(results, RELEASED, scores_of_sets(SMALL))
+    return markdown([["with it minus without it", *COLUMNS], *rows])
 
 
 def late_init_table(results):
     """ROUGE-L of the late init, and of GKD and PromptKD from it."""
-    table = [["ROUGE-L", *COLUMNS]]
-    for label, variant in LATE_INIT.items():
-        cells = (mean_cell(results, SMALL, variant, rouge_l(column)) for column in COLUMNS)
-        table.append([label, *cells])
-    pair = SMALL, "promptkd-late-init", "gkd-late-init"
-    cells = (difference_cell(results, *pair, rouge_l(column)) for column in COLUMNS)
-    table.append(["PromptKD minus GKD", *cells])
-    return markdown(table)
+    columns = scores_of_sets(SMALL)
+    pairs = {"PromptKD minus GKD": ("promptkd-late-init", "gkd-late-init")}
+    rows = mean_rows(results, LATE_INIT, columns) + difference_rows(results, pairs, columns)
+    return markdown([["ROUGE-L", *COLUMNS], *rows])
 
 
 def released_measures_table(results):
@@ -568,7 +567,7 @@ def lists_table(results, student):
         "teacher with the untuned prompt": ("promptkd", "teacher", 0),
         "teacher with the tuned prompt": ("promptkd", "teacher", None),
         **{f"{NAMES[m]}, the student": (m, "student", None) for m in METHODS},
-        "GKD, teacher at temperature 0.5, the student": ("gkd-sharp", "student", None),
+        f"{SHARP_LABEL}, the student": ("gkd-sharp", "student", None),
     }
     orders = ["by the alphabet", "in the text's order", "in another", "wrong"]
     table = [["who writes", *orders, "ROUGE-L on validation rows"]]
@@ -591,25 +590,17 @@ def kinds_table(results, student):
         table[0].append(kind + found)
     cells = [f"{score(kind)(teacher):.1f}" if teacher else NOT_RUN for kind in KINDS]
     table.append(["teacher", *cells])
-    rows = {NAMES[method]: method for method in METHODS} | SHARP
-    for label, variant in rows.items():
-        cells = (mean_cell(results, student, variant, score(kind)) for kind in KINDS)
-        table.append([label, *cells])
-    pair = student, "promptkd", "gkd"
-    cells = (difference_cell(results, *pair, score(kind)) for kind in KINDS)
-    table.append(["PromptKD minus GKD", *cells])
-    return markdown(table)
+    columns = [(student, score(kind), 1) for kind in KINDS]
+    table += mean_rows(results, BY_NAME | {SHARP_LABEL: "gkd-sharp"}, columns)
+    pairs = {"PromptKD minus GKD": ("promptkd", "gkd")}
+    return markdown(table + difference_rows(results, pairs, columns))
 
 
 def certainty_table(results, student):
     """The loss of each method's student, at the best checkpoint."""
-    columns = [f"loss on the {label}" for label in RESPONSES.values()]
-    table = [["nats per token", *columns]]
-    for method in METHODS:
-        metrics = [effect(responses, "loss q") for responses in RESPONSES]
-        cells = (mean_cell(results, student, method, metric, 2) for metric in metrics)
-        table.append([NAMES[method], *cells])
-    return markdown(table)
+    head = ["nats per token", *(f"loss on the {label}" for label in RESPONSES.values())]
+    columns = [(student, effect(responses, "loss q"), 2) for responses in RESPONSES]
+    return markdown([head, *mean_rows(results, BY_NAME, columns)])
 
 
 # ---- the paper's claims --------------------------------------------------------------------------
@@ -715,7 +706,7 @@ def make_blocks(results):
         "controls": variants_table(results, "", CONTROLS),
         "controls-gkd": controls_table(results),
         "sharp": sharp_table(results),
-        "figure4-table": variants_table(results, "initialisation, length", figure_4_rows()),
+        "figure4-table": variants_table(results, "initialisation, length", FIGURE_4),
         "figure4-text": text_table(results),
         "released": released_table(results),
         "late-init": late_init_table(results),
