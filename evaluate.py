@@ -31,7 +31,7 @@ from data.options import add_decoding_options, add_precision_option, number_in_r
 from data.prepare import PUBLIC_SETS, find_data_dir
 from data.rows import encode_request, read_jsonl, read_rows, references_field, text_field, to_jsonl
 from data.runs import UNFINISHED, read_record, run_dir, run_kind, run_labels, unique_labels
-from sample import decode_response, sample_all, sampling_batch_size
+from data.sampling import decode_response, sample_all, sampling_batch_size
 
 
 # ---- ROUGE-L ---------------------------------------------------------------------------------

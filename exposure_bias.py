@@ -33,10 +33,10 @@ from data.prepare import find_data_dir
 from data.report import MIN_ALIVE, last_reliable_step, write_figure
 from data.rows import MAX_NEW_TOKENS, Example, encode_request, micro_batches, read_rows
 from data.runs import checkpoints, unique_labels
+from data.sampling import sample_all
 from data.tokenizer import check_same_vocabulary
 from losses import kl
 from model import precision
-from sample import sample_all
 
 MAX_STEPS = 150  # of Figure 3a: one Dolly reference in six is longer
 REPORT_STEP = 50  # l of Figure 3b

@@ -1,10 +1,10 @@
-"""Every loss on tokens.
+"""Every loss on tokens: first the paper's equations 1 to 4, then the losses of the other methods,
+last `sum_over_tokens`, which sums a loss over many tokens in little memory.
 
-Each loss takes logits (N, V) of N response tokens, V vocabulary entries each, and returns one value
+A loss takes logits (N, V) of N response tokens, V vocabulary entries each, and returns one value
 per token, (N,); prompt_loss returns four. The caller divides the sum by the number of response
 tokens in the global batch. Logits at position i predict the token at i + 1, so those of a response
-start at the last token of its request (`data.rows.Batch`). Arguments p and q are logits of teacher
-and student. A loss trains its first argument, but `kl` and `kls` differentiate every argument.
+start at the last token of its request. Arguments p and q are logits of teacher and student.
 """
 
 import math
@@ -13,11 +13,6 @@ import torch
 import torch.nn.functional as F
 
 from model import head_logits
-
-
-def cross_entropy(logits, targets):
-    """-log q(y_t | y_<t, x): logits (N, V), targets (N,) -> (N,)."""
-    return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def kl(a_logits, b_logits):
@@ -74,6 +69,8 @@ class _KL(torch.autograd.Function):
 def directed_kl(trained, other, direction):
     """KL(trained || other) if "reverse", KL(other || trained) if "forward" (Table 5). trained gets
     the gradient: in the prompt's loss this is p(y | P, x), never the student."""
+    if direction not in ("reverse", "forward"):
+        raise ValueError(f"direction {direction!r} must be 'reverse' or 'forward'")
     return kl(trained, other) if direction == "reverse" else kl(other, trained)
 
 
@@ -81,9 +78,9 @@ def prompt_loss(p_prompted, q, p_bare, lam, reg_weight=1.0, prompt_kl="reverse",
     """Equations 1 to 3, the loss of the soft prompt P:  L_P = L_kd + reg_weight · λ · L_reg.
 
     L_kd = KL(p(y | P, x) || q(y | x)) moves the prompted teacher towards the student q. L_reg =
-    KL(p(y | P, x) || p(y | x)) keeps it near the teacher without prompt. λ (lam) = 1 - t/T falls
-    from 1 at the first of T steps to 1/T at the last: early on the prompt must not spoil the
-    teacher, later it may move further. All logits are (N, V); only p_prompted has a gradient, to P.
+    KL(p(y | P, x) || p(y | x)) keeps it near the teacher without prompt. λ (lam) falls from 1 at
+    the first step to 1 / total_steps at the last: early on the prompt must not spoil the teacher,
+    later it may move further. All logits are (N, V); only p_prompted has a gradient, to P.
     reg_weight, prompt_kl, reg_kl: for ablations; the defaults are the paper's method. reg_weight=0
     drops L_reg; the directions are those of `directed_kl`.
     Returns (4, N): L_P, L_kd, L_reg and the drift KL(p(y | P, x) || p(y | x)), which is L_reg
@@ -104,6 +101,14 @@ def student_loss(q, p):
     """Equation 4:  L_θ = KL(q(y | x) || p(y | P, x)), the student's loss; p: logits of p(y | P, x).
     GKD, as the paper compares it, is the same with p(y | x), the teacher without the prompt."""
     return kl(q, p)
+
+
+# --- SFT, KD and SeqKD ---
+
+
+def cross_entropy(logits, targets):
+    """-log q(y_t | y_<t, x): logits (N, V), targets (N,) -> (N,)."""
+    return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def kd_loss(q, p, targets):
@@ -159,48 +164,66 @@ def importance_weight(log_p, log_q, alpha=0.2):
     return 1 / (1 - alpha + alpha * (log_p - log_q).exp())
 
 
+# --- A loss over many tokens in little memory ---
+
 # Bytes of float32 logits: chunks for the matrix products, blocks within them for the loss. On a CPU
 # a block stays in its cache; on a GPU a chunk is one block.
-CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**28}
-BLOCK_BYTES = {"cpu": 2**23, "cuda": 2**28}
+CPU_CHUNK_BYTES, CPU_BLOCK_BYTES = 2**27, 2**23
+GPU_BYTES = 2**28
 
 
-def sum_over_tokens(loss_fn, hidden, head, *others):
-    """loss_fn(slice(0, N), hidden @ head.T, *[h @ W.T for h, W in others]).sum(-1), without ever
-    holding all (N, V) logits. Gradients are computed chunk by chunk in the forward pass; backward
-    only scales them. All products are in float32, even inside autocast.
+def sum_over_tokens(loss_fn, trained, *others, **per_token):
+    """The sum of a loss over N tokens, from hidden states and heads. It equals
 
-    others: (hidden, head) of each further model; they get no gradient.
-    loss_fn: loss_fn(span, logits, *other_logits) -> (n,), or (k, n): the loss first, then what is
-    only logged. span: which of the N response tokens. Logits are (n, V'): on a CPU V' is V rounded
-    up, to align rows in memory. The extra logits are a large finite negative number: softmax makes
-    them 0, and unlike -inf they keep log a - log b finite.
-    Returns the sum (), or sums (k,). Only the first has a gradient, to hidden (N, C), head (V, C).
+        logits = [hidden @ head.T for hidden, head in (trained, *others)]  # (N, V) each
+        return loss_fn(*logits, **per_token).sum(-1)
+
+    but never holds all (N, V) logits. Gradients are computed chunk by chunk in the forward pass;
+    backward only scales them. All products are in float32, even inside autocast.
+
+    trained: hidden (N, C) and head (V, C) of the model that is trained. Both get a gradient.
+    others: hidden and head of each further model; they get no gradient.
+    per_token: what else loss_fn takes by name, tensors (N, ...).
+    loss_fn: loss_fn(*logits, **per_token) -> (n,), or (k, n): the loss first, then what is only
+    logged. It is called for some n of the N tokens at a time, with logits (n, V'). On a CPU V' is
+    V rounded up, to align rows in memory. The extra logits are a large finite negative number:
+    softmax makes them 0, and unlike -inf they keep log a - log b finite.
+    Returns the sum (), or sums (k,), of which only the first has a gradient. Raises ValueError if
+    numbers of tokens or vocabularies differ.
     """
+    (hidden, head), N = trained, len(trained[0])
+    if any(len(W) != len(head) for _, W in others):
+        sizes = [len(W) for _, W in (trained, *others)]
+        raise ValueError(f"the models' vocabularies have {sizes} entries; they must be the same")
+    if any(len(values) != N for values in (*(h for h, _ in others), *per_token.values())):
+        raise ValueError(f"all models and tensors per token must have {N} tokens, as the first")
+    others = [(h.float(), W.float()) for h, W in others]
     with torch.autocast(hidden.device.type, enabled=False):
-        return _SumOverTokens.apply(loss_fn, others, hidden, head)
+        return _SumOverTokens.apply(loss_fn, others, per_token, hidden.float(), head.float())
 
 
 class _SumOverTokens(torch.autograd.Function):
     """Computes the gradients in the forward pass, while a chunk's logits exist."""
 
     @staticmethod
-    def forward(ctx, loss_fn, others, hidden, head):
-        hidden_needs_grad, head_needs_grad = ctx.needs_input_grad[2:]
+    def forward(ctx, loss_fn, others, per_token, hidden, head):
+        hidden_needs_grad, head_needs_grad = ctx.needs_input_grad[3:]
         needs_grad = hidden_needs_grad or head_needs_grad
         d_hidden = torch.empty_like(hidden) if hidden_needs_grad else None
         d_head = torch.zeros_like(head) if head_needs_grad else None
         total = 0
-        for chunk in equal_slices(len(hidden), head, CHUNK_BYTES):
-            logits = head_logits(hidden[chunk], head, padded=True)  # (n, V')
-            other_logits = [head_logits(h[chunk], W, padded=True) for h, W in others]
-            for block in equal_slices(len(logits), head, BLOCK_BYTES):
+        for chunk in equal_slices(len(hidden), head, CPU_CHUNK_BYTES):
+            logits = aligned_logits(hidden[chunk], head)  # (n, V')
+            other_logits = [aligned_logits(h[chunk], W) for h, W in others]
+            for block in equal_slices(len(logits), head, CPU_BLOCK_BYTES):
                 z = logits[block].detach().requires_grad_(needs_grad)  # (m, V')
-                span = slice(chunk.start + block.start, chunk.start + block.stop)
+                tokens = slice(chunk.start + block.start, chunk.start + block.stop)
+                values = {name: x[tokens] for name, x in per_token.items()}
                 with torch.set_grad_enabled(needs_grad):
-                    losses = loss_fn(span, z, *(other[block] for other in other_logits)).sum(-1)
-                    loss = losses if losses.ndim == 0 else losses[0]
-                total = total + losses.detach()
+                    losses = loss_fn(z, *(other[block] for other in other_logits), **values)
+                    sums = losses.sum(-1)  # () or (k,)
+                    loss = sums if sums.ndim == 0 else sums[0]
+                total = total + sums.detach()
                 if needs_grad:
                     # The gradient may overwrite the block's logits: nothing reads them again.
                     (d_z,) = torch.autograd.grad(loss, z)
@@ -217,19 +240,37 @@ class _SumOverTokens(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # () or (k,)
         scale = grad if grad.ndim == 0 else grad[0]
-        return None, None, *(None if d is None else d * scale for d in ctx.saved_tensors)
+        return None, None, None, *(None if d is None else d * scale for d in ctx.saved_tensors)
 
 
 @torch.no_grad()
 def token_log_probs(hidden, head, tokens):
     """Log-probabilities (N,) of tokens (N,) under the model of hidden (N, C) and head (V, C)."""
-    chunks = equal_slices(len(hidden), head, CHUNK_BYTES)
-    logits = (head_logits(hidden[chunk], head, padded=True) for chunk in chunks)  # (n, V') each
-    return torch.cat([-cross_entropy(z, tokens[i]) for z, i in zip(logits, chunks)])
+    hidden, head, log_probs = hidden.float(), head.float(), []
+    for chunk in equal_slices(len(hidden), head, CPU_CHUNK_BYTES):
+        logits = aligned_logits(hidden[chunk], head)  # (n, V')
+        log_probs.append(-cross_entropy(logits, tokens[chunk]))
+    return torch.cat(log_probs)
 
 
-def equal_slices(n, head, max_bytes):
-    """Slices of n tokens, the logits of each within max_bytes; a single empty slice for n = 0."""
-    n_slices = max(1, math.ceil(n * 4 * len(head) / max_bytes[head.device.type]))
+def aligned_logits(hidden, head):
+    """Logits (n, V') of hidden (n, C) under a head (V, C), without gradients. On a CPU they have
+    more entries, of probability 0, up to a multiple of 16, so that rows are aligned in memory."""
+    if not hidden.is_cpu:
+        return head_logits(hidden, head)
+    V = len(head)
+    logits = hidden.new_empty(len(hidden), math.ceil(V / 16) * 16)
+    # Not -inf: log p - log q of two such entries would be NaN, and with -1e30 it is 0.
+    logits[:, V:] = -1e30
+    # Parts of the head that stay in the CPU's cache. Autocast leaves products with `out` alone.
+    for part, out in zip(head.split(1024), logits[:, :V].split(1024, dim=1)):
+        torch.mm(hidden, part.T, out=out)
+    return logits
+
+
+def equal_slices(n, head, cpu_bytes):
+    """Slices of n tokens, the logits of each within cpu_bytes on a CPU, else within GPU_BYTES. A
+    single empty slice for n = 0."""
+    n_slices = max(1, math.ceil(n * 4 * len(head) / (cpu_bytes if head.is_cpu else GPU_BYTES)))
     size = max(1, math.ceil(n / n_slices))
     return [slice(start, min(start + size, n)) for start in range(0, max(1, n), size)]

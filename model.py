@@ -1,22 +1,15 @@
-"""GPT-2 (Radford et al. 2019) in PyTorch, its key-value cache, and Hugging Face checkpoints.
+"""GPT-2 (Radford et al. 2019) in PyTorch, its key-value cache, and how its official weights are
+stored.
 
 Shapes: B rows, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 """
 
-import json
 import math
-import platform
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from data.cli import InputError, read_json, write_atomic
-from data.hub import weights_files
-from data.tensors import read_tensors, save_tensors
 
 
 @dataclass(frozen=True)
@@ -36,6 +29,9 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        if config.n_embd % config.n_head:
+            sizes = f"n_embd {config.n_embd}, n_head {config.n_head}"
+            raise ValueError(f"{sizes}: the width can't be divided among the heads")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # tokens, and the head
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)  # positions
@@ -43,28 +39,22 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
 
-    def forward(self, ids, prefix=None, cache=None, output_positions=None):
-        """Hidden states after the last LayerNorm, (B, prompt_length + T, C).
+    def forward(self, inputs, cache=None, output_positions=None):
+        """Hidden states after the last LayerNorm, (B, T, C).
 
-        ids: tokens (B, T), right-padded. A position attends only to those before it, so padding
-        changes no real token's state.
-        prefix: a soft prompt (prompt_length, C) in front of every row; None: prompt_length is 0.
-        cache: a KVCache with the tokens before `ids`; the new tokens are added to it.
-        output_positions: row and position in `ids` of N tokens, two tensors (N,). Then only their
-        states are returned, (N, C), and the last layer's MLP skips all others. A last token beyond
-        the model's positions is not read: it is only predicted.
+        inputs: token ids (B, T), right-padded, or their embeddings (B, T, C), to put other vectors
+        among them. A position attends only to those before it, so padding changes no real token's
+        state.
+        cache: a KVCache with the tokens before `inputs`; the new tokens are added to it.
+        output_positions: row and position of N inputs, two tensors (N,). Then only their states
+        are returned, (N, C), and the last layer's MLP skips all others. A last token beyond the
+        model's positions is not read: it is only predicted.
         """
-        prompt_length = 0 if prefix is None else len(prefix)
         if output_positions is not None:
-            rows, columns = output_positions
-            output_positions = (rows, columns + prompt_length)
-            ids = ids[:, : self.config.n_positions - prompt_length]
-        x = self.wte(ids)  # (B, T, C)
-        if prefix is not None:
-            # (B, prompt_length + T, C)
-            x = torch.cat([prefix.to(x.dtype).expand(len(ids), -1, -1), x], dim=1)
+            inputs = inputs[:, : self.config.n_positions]
+        x = inputs if inputs.is_floating_point() else self.wte(inputs)  # (B, T, C)
         if cache is None:
-            positions, mask = torch.arange(x.shape[1], device=ids.device), None
+            positions, mask = torch.arange(x.shape[1], device=x.device), None
         else:
             positions, mask = cache.extend(x.shape[1])
         x = self.drop(x + self.wpe(positions))
@@ -72,12 +62,17 @@ class GPT(nn.Module):
             x = block(x, mask, cache, layer, output_positions if block is self.h[-1] else None)
         return self.ln_f(x)
 
+    @property
+    def head(self):
+        """The output layer's weight (V, C): the token embedding, to which it is tied."""
+        return self.wte.weight
+
     def logits(self, hidden):
-        """Hidden states (..., C) to float32 logits (..., V). The head is tied to `wte`.
+        """Hidden states (..., C) to float32 logits (..., V).
 
         Position i sees tokens 0 to i, so its logits predict token i + 1.
         """
-        return head_logits(hidden, self.wte.weight)
+        return head_logits(hidden, self.head)
 
     def n_parameters(self):
         return sum(p.numel() for p in self.parameters())
@@ -105,7 +100,7 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(C, eps=1e-5)
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(C, eps=1e-5)
-        self.mlp = nn.ModuleDict({"c_fc": Linear(C, 4 * C), "c_proj": Linear(4 * C, C)})
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(C, 4 * C), "c_proj": nn.Linear(4 * C, C)})
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, mask=None, cache=None, layer=None, output_positions=None):
@@ -121,8 +116,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, mask, cache, layer):
         B, T, C = x.shape
@@ -134,13 +129,10 @@ class Attention(nn.Module):
         # Without a cache the causal mask suffices: rows are right-padded, so padding comes after
         # every real token of its row.
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
+        )
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
-
-
-class Linear(nn.Linear):
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
 
 
 class KVCache:
@@ -202,67 +194,19 @@ def precision(device, dtype):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
-def head_logits(hidden, head, padded=False, on_gpu=None):
-    """Logits (..., V) of hidden states (..., C) under a head (V, C), float32 also inside autocast.
+def head_logits(hidden, head):
+    """Logits (..., V) of hidden states (..., C) under a head (V, C): float32 products, also inside
+    autocast and for tensors in bfloat16.
 
     GPT-2's logits share an offset of -35 to -112, where neighboring bfloat16 numbers are 0.25 to
     0.5 apart: in bfloat16 the differences between tokens would be lost. A GPU may round the inputs
     of the product to TF32, which costs each term 0.1 % of itself, whatever the offset.
-
-    padded: on a CPU, append entries of probability 0 up to a multiple of 16, so that every row of
-    logits is aligned in memory; hidden (N, C) -> (N, V'), without gradients.
-    on_gpu: compute as on a GPU; by default if the tensors are on one.
     """
-    on_gpu = hidden.is_cuda if on_gpu is None else on_gpu
     with torch.autocast(hidden.device.type, enabled=False):
-        if on_gpu or not padded:
-            return linear(hidden, head)
-        V = len(head)
-        logits = hidden.new_empty(len(hidden), math.ceil(V / 16) * 16)
-        # Not -inf: log p - log q of two such entries would be NaN, and with -1e30 it is 0.
-        logits[:, V:] = -1e30
-        # Parts of the head that stay in the CPU's cache.
-        for part, out in zip(head.split(1024), logits[:, :V].split(1024, dim=1)):
-            torch.mm(hidden, part.T, out=out)
-        return logits
+        return F.linear(hidden.float(), head.float())
 
 
-# Only the next two functions use PyTorch's private oneDNN operators; elsewhere F.linear serves.
-def linear(x, weight, bias=None):
-    """F.linear, by the packed copy of the weight if there is one: x (..., I) -> (..., O)."""
-    packed = getattr(weight, "packed", None)
-    if packed is None:
-        return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-
-
-@contextmanager
-def packed_weights(*models):
-    """Within this context, products on an x86 CPU use packed copies of the large float32 weights.
-
-    oneDNN's layout for a few rows makes decoding up to three times as fast as F.linear, whose
-    layout is for many rows. Inside autocast only the head is packed, whose product is float32 there
-    too. The weights must not change within the context.
-    """
-    weights = [w for m in models for w in m.parameters() if w is not m.wpe.weight]
-    if torch.is_autocast_enabled("cpu"):
-        weights = [model.wte.weight for model in models]
-    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
-        weights = []
-    weights = [w for w in weights if w.dtype == torch.float32 and not w.is_cuda]
-    weights = [w for w in weights if w.ndim == 2 and w.numel() >= 2**18]
-    try:
-        for weight in weights:
-            # 32 is the number of rows that oneDNN chooses the layout for, as of a batch being
-            # decoded. The copy multiplies any number of rows.
-            weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 32)
-        yield
-    finally:
-        for weight in weights:
-            weight.packed = None
-
-
-# --- Hugging Face checkpoint directories ---
+# --- The official weights, as Hugging Face stores them ---
 
 # Stored as (in, out), the transpose of nn.Linear.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -272,115 +216,76 @@ WRAPPERS |= {"pretrained_model", "transformer"}
 # Why a model may have other tensors: TRL's value heads, reward models, adapters of peft.
 ALONE = "save the language model alone: no value head or classifier, LoRA merged (merge_and_unload)"
 
-# The sizes that config.json must have, with their limits.
-MAX_SIZES = {"n_layer": 1_000, "n_embd": 10**6, "n_head": 10**6}
-MAX_SIZES |= {"vocab_size": 10**6, "n_positions": 10**6}
-# What GPT-2 fixes and this code relies on.
-FIXED = {
-    "model_type": "gpt2",
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "tie_word_embeddings": True,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-}
+
+def from_stored(tensors, config, vocab_size=None, device="cpu"):
+    """A GPT with stored weights: all tensors of a checkpoint (see `convert_stored`)."""
+    return from_state(convert_stored(tensors, config, vocab_size, device), config)
 
 
-def check(condition, subject, problem):
-    if not condition:
-        raise InputError(f"{subject} {problem}")
+def convert_stored(tensors, config, vocab_size=None, device="cpu"):
+    """Stored tensors, all or some, as float32 tensors under the names of `GPT.state_dict`.
 
-
-def load(directory, dropout=None, vocab_size=None, device="cpu"):
-    """The model of a Hugging Face GPT-2 directory, float32, loaded tensor by tensor.
-
-    Reads config.json and the weights: one file or shards with an index, safetensors or pickles,
-    tensor names with the prefixes of WRAPPERS, the buffers `attn.bias`, and `lm_head.weight`.
-    dropout: replaces the configuration's own. vocab_size: how many rows of the token embedding to
-    keep; by default all. Raises InputError with the file and the tensor.
+    tensors: {stored name: tensor}, emptied on the way so that nothing is in memory twice. Names may
+    have prefixes (WRAPPERS), matrices are transposed, the buffers of the causal mask are left out;
+    `lm_head.weight`, the same as `wte.weight`, keeps its name. vocab_size: how many rows of the
+    token embedding to keep; by default all. Raises ValueError, naming the tensor, if one is not
+    GPT-2's, does not fit `config`, or has values that are not finite.
     """
-    stored = read_config(directory, dropout)
-    config = stored if vocab_size is None else replace(stored, vocab_size=vocab_size)
-    with torch.device("meta"):  # no memory and no random numbers: all weights are replaced
-        model, expected = GPT(config), GPT(stored).state_dict()
-    expected["lm_head.weight"] = expected["wte.weight"]
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    shapes["lm_head.weight"] = shapes["wte.weight"]
     state = {}
-    for path, stored_name, tensor in read_tensors(directory):
+    for stored_name in list(tensors):
+        tensor = tensors.pop(stored_name)
         name = ".".join(part for part in stored_name.split(".") if part not in WRAPPERS)
         if name.endswith((".attn.bias", ".attn.masked_bias")):
             continue  # the causal mask, stored as a buffer
-        key, shape = f"{path}: tensor '{stored_name}'", tuple(tensor.shape)
-        problem = f"is not part of a GPT-2 with {config.n_layer} layers"
-        check(name in expected, key, f"{problem}; give the model's own config.json, and {ALONE}")
-        check(name not in state, key, f"is stored twice; keep one tensor for '{name}'")
-        check(tensor.is_floating_point(), key, f"is {tensor.dtype}; weights must be floating-point")
+        shape = tuple(tensor.shape)
         if name.endswith(TRANSPOSED) and tensor.ndim == 2:
             tensor = tensor.T
-        fits = tensor.shape == expected[name].shape
-        check(fits, key, f"has shape {shape}, which does not fit config.json")
-        if name in ("wte.weight", "lm_head.weight") and len(tensor) > config.vocab_size:
-            tensor = tensor[: config.vocab_size].clone()  # frees the other rows
-        state[name] = tensor.to(device).float().contiguous()
-        problem = "has values that are not finite; the file is damaged or its training diverged"
-        check(torch.isfinite(state[name]).all(), key, problem)
-    path = weights_files(directory)[0]  # the index, if there are shards
+        problem = None
+        if name not in shapes:
+            problem = f"is not part of a GPT-2 with {config.n_layer} layers; "
+            problem += f"give the model's own config.json, and {ALONE}"
+        elif name in state:
+            problem = f"is stored twice; keep one tensor for '{name}'"
+        elif not tensor.is_floating_point():
+            problem = f"is {tensor.dtype}; weights must be floating-point"
+        elif tensor.shape != shapes[name]:
+            problem = f"has shape {shape}, which does not fit config.json"
+        if problem is None:
+            if name in ("wte.weight", "lm_head.weight") and vocab_size is not None:
+                tensor = tensor[:vocab_size].clone()  # frees the other rows
+            state[name] = tensor.to(device).float().contiguous()
+            if not torch.isfinite(state[name]).all():
+                problem = "has values that are not finite; "
+                problem += "the file is damaged or its training diverged"
+        if problem is not None:
+            raise ValueError(f"tensor '{stored_name}' {problem}")
+    return state
+
+
+def from_state(state, config):
+    """A GPT with the weights that `convert_stored` returns. Raises ValueError if one is missing, or
+    if `lm_head.weight` differs from `wte.weight`."""
+    vocab_size = len(state.get("wte.weight", range(config.vocab_size)))
+    with torch.device("meta"):  # no memory and no random numbers: all weights are replaced
+        model = GPT(replace(config, vocab_size=vocab_size))
     head = state.pop("lm_head.weight", None)
     for name in model.state_dict():
-        check(name in state, f"{path}: tensor '{name}'", "is missing; fetch the weights again")
-    tied = head is None or torch.equal(head, state["wte.weight"])
-    key = f"{path}: tensor 'lm_head.weight'"
-    check(tied, key, "differs from 'wte.weight'; GPT-2's head is its token embedding")
+        if name not in state:
+            raise ValueError(f"tensor '{name}' is missing; fetch the weights again")
+    if head is not None and not torch.equal(head, state["wte.weight"]):
+        problem = "differs from 'wte.weight'; GPT-2's head is its token embedding"
+        raise ValueError(f"tensor 'lm_head.weight' {problem}")
     model.load_state_dict(state, assign=True)
     return model
 
 
-def read_config(directory, dropout=None):
-    """The Config of a checkpoint directory. Raises InputError for a field that is not GPT-2's."""
-    path = Path(directory) / "config.json"
-    layout = "a checkpoint directory has config.json and model.safetensors"
-    check(path.exists(), f"{path}:", f"no such file; {layout}")
-    values = read_json(path, "fetch it again")
-    for name, limit in MAX_SIZES.items():
-        size = values.get(name)
-        valid = type(size) is int and 1 <= size <= limit
-        problem = f"must be an integer from 1 to {limit:,}, not {size!r}"
-        check(valid, f"{path}: field '{name}'", problem)
-    C, H = values["n_embd"], values["n_head"]
-    check(C % H == 0, f"{path}:", f"n_embd {C} can't be divided among n_head {H}")
-    for name, value in (FIXED | {"n_inner": 4 * C}).items():
-        found = values.get(name, value)
-        valid = found == value or (name == "n_inner" and found is None)
-        check(valid, f"{path}: field '{name}'", f"is {found!r}; GPT-2 has {value!r}")
-    rate = values.get("resid_pdrop", 0.1) if dropout is None else dropout
-    valid = isinstance(rate, int | float) and 0 <= rate < 1
-    check(valid, f"{path}: field 'resid_pdrop'", f"must be a rate from 0 to below 1, not {rate!r}")
-    return Config(**{name: values[name] for name in MAX_SIZES}, dropout=rate)
-
-
-def save(model, directory, eos_token_id=None):
-    """Write model.safetensors and config.json as Hugging Face does, each atomically.
-
-    eos_token_id: the id of the tokenizer's end-of-text; by default the last one.
-    """
-    state = {}
+def to_stored(model):
+    """The weights of a GPT under their stored names and in the stored form, float32 on the CPU."""
+    tensors = {}
     for name, tensor in model.state_dict().items():
         tensor = tensor.detach().float().cpu()
-        state[name] = (tensor.T if name.endswith(TRANSPOSED) else tensor).contiguous()
-    save_tensors(state, Path(directory) / "model.safetensors")
-    sizes = asdict(model.config)
-    dropout = sizes.pop("dropout")
-    eos_token_id = sizes["vocab_size"] - 1 if eos_token_id is None else eos_token_id
-    values = {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        **sizes,
-        "n_ctx": sizes["n_positions"],
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout),
-        "initializer_range": 0.02,
-        "tie_word_embeddings": True,
-        **dict.fromkeys(("bos_token_id", "eos_token_id"), eos_token_id),
-    }
-    write_atomic(Path(directory) / "config.json", json.dumps(values, indent=2) + "\n")
+        tensors[name] = (tensor.T if name.endswith(TRANSPOSED) else tensor).contiguous()
+    return tensors

@@ -8,15 +8,11 @@ from data.threads import configure_threads
 
 configure_threads()  # before torch is imported
 
-import math
-import signal
-import sys
 import time
 import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,14 +26,24 @@ from data.optim import adamw, clip_and_step, set_learning_rates
 from data.prepare import find_data_dir
 from data.rows import Example, epoch_order, micro_batches
 from data.runs import Settings, format_time
+from data.sampling import sample_all
 from data.states import load_state, save_state
 from data.tokenizer import check_same_vocabulary
-from data.validation import check_prompt, check_references, checkpoint_score, show_demo, validate
+from data.tuned_prompt import untuned_prompt
+from data.validation import (
+    check_prompt,
+    check_references,
+    checkpoint_score,
+    note_best,
+    show_demo,
+    validate,
+)
+from losses import sum_over_tokens
 from model import GPT, precision
-from prompt import freeze, hidden_states, response_hidden, untuned_prompt
-from sample import sample_all
+from prompt import freeze, response_hidden
 
 TEACHER_MIX = 0.2  # MiniLLM's α, the share of the teacher in the mixture that responses come from
+PROMPT_METRICS = ("prompt_loss", "prompt_kd", "prompt_reg", "kl_prompted_bare")
 
 
 @dataclass
@@ -45,7 +51,7 @@ class Run:
     """What a step works on: the student q with parameters θ, the teacher p, the soft prompt P."""
 
     settings: Settings
-    total_steps: int  # T, optimizer steps
+    total_steps: int  # optimizer steps
     global_batch_size: int  # rows per optimizer step, over all ranks
     micro_batch_tokens: int  # positions per forward pass of one rank, padding and prompt included
     device: torch.device
@@ -74,14 +80,34 @@ def record_time(run, phase):
     run.phase_start = now
 
 
-# --- Gradients of a global batch ---
+# --- What the steps of all methods share ---
+
+
+def rollout(run, examples, t, teacher_mix=None):
+    """Sample a response to each of this rank's requests: y ~ q_θ(y | x), or from the mixture with
+    the teacher (see `sample.sample`). Without dropout and gradient; leaves the student in eval
+    mode."""
+    run.student.eval()
+    s, requests = run.settings, [e.request for e in examples]
+    rng_keys = [(s.seed, "rollout", t, e.index) for e in examples]
+    responses, _ = sample_all(
+        run.student,
+        requests,
+        rng_keys,
+        run.tokenizer.eot_token,
+        s.max_new_tokens,
+        teacher_mix=teacher_mix,
+        dtype=s.dtype,
+    )
+    record_time(run, "sampling")
+    return [replace(e, response=y) for e, y in zip(examples, responses, strict=True)]
 
 
 def split_global_batch(run, examples):
     """This rank's examples as micro-batches, and the number of response tokens of all ranks.
 
     Losses are averaged over that number. Averages per micro-batch would give more weight to tokens
-    of short responses. A batch has ids (B, S), each row a request and its response; targets (N,),
+    of short responses. A batch has ids (B, T), each row a request and its response; targets (N,),
     the response tokens of all rows; response_positions, (row, position) of the logits that predict
     them, two tensors (N,). Padding is on the right and attention is causal, so no mask is needed.
     """
@@ -91,109 +117,90 @@ def split_global_batch(run, examples):
     return batches, max(1, int(dist.all_reduce_sum(n_tokens)))
 
 
-def student_backward(run, loss_fn, batches, n_tokens, compare_with=()):
-    """Accumulate the gradient of a loss with respect to θ. Returns the global batch's mean loss.
+def sync_gradients_at(run, is_last):
+    """The context of one micro-batch: under DDP, its backward pass averages .grad over the ranks if
+    it is the last one. Before that each rank adds to its own .grad."""
+    if is_last or run.ddp_student is run.student:
+        return nullcontext()
+    return run.ddp_student.no_sync()
 
-    loss_fn(batch, span, q, *others) -> (n,): the loss of n of the batch's N response tokens, which
-    the slice `span` selects, from their logits (n, V) under the student and the other models.
-    compare_with: these models, each as (model, P or None). They get no gradient.
+
+def undo_ddp_mean(loss):
+    """The loss whose gradient is right after DDP has averaged it.
+
+    Rank r has the loss L_r, its tokens' sum divided by the tokens of all R ranks. So the gradient
+    of the global batch is Σ_r ∇L_r. DDP gives 1/R Σ_r ∇L_r; hence R · L_r.
     """
-    run.student.train()  # dropout here only: sampling and the q of L_P are without
-    total = torch.zeros((), device=run.device)
-    for batch in batches:
-        # Each rank adds to its own .grad under no_sync; the last backward pass averages .grad over
-        # the ranks. MiniLLM calls this twice per update, so the first call's gradient is averaged
-        # again. It is equal on all ranks by then, so that changes nothing.
-        defer = run.ddp_student is not run.student and batch is not batches[-1]
-        with run.ddp_student.no_sync() if defer else nullcontext():
-            with precision(run.device, run.settings.dtype):
-                hidden = run.ddp_student(batch.ids, output_positions=batch.response_positions)
-                # The head is tied to the embedding. It may be used outside DDP's forward, because
-                # autograd adds up both gradients of the weight before it calls DDP's hook.
-                head = run.student.wte.weight  # (V, C); hidden (N, C)
-                compared = [response_hidden(model, batch, P) for model, P in compare_with]
-                loss = losses.sum_over_tokens(partial(loss_fn, batch), hidden, head, *compared)
-                loss = loss / n_tokens
-            # DDP will divide by the number of ranks. n_tokens counts all ranks already, so undo it.
-            (loss * dist.world_size()).backward()
-        total += loss.detach()
-    return dist.all_reduce_sum(total)
+    return loss * dist.world_size()
 
 
-PROMPT_METRICS = ("prompt_loss", "prompt_kd", "prompt_reg", "kl_prompted_bare")
-
-
-def prompt_backward(run, loss_fn, batches, n_tokens):
-    """Accumulate the gradient of L_P with respect to P. Returns the global batch's means by name.
-
-    loss_fn(batch, span, p_prompted, q, p_bare) -> (4, n), as `losses.prompt_loss`, from logits
-    (n, V) of p(y | P, x), q(y | x) and p(y | x). The teacher's weights are frozen, and q and p_bare
-    are computed without gradient: only P gets one.
-    """
-    total = torch.zeros(4, device=run.device)
-    for batch in batches:
-        with precision(run.device, run.settings.dtype):
-            hidden = hidden_states(run.teacher, batch.ids, run.P, batch.response_positions)
-            head = run.teacher.wte.weight  # (V, C); hidden (N, C)
-            compared = response_hidden(run.student, batch), response_hidden(run.teacher, batch)
-            means = losses.sum_over_tokens(partial(loss_fn, batch), hidden, head, *compared)
-            means = means / n_tokens
-        means[0].backward()
-        total += means.detach()
-    # P is not in DDP: sum its gradient over the ranks, in place. n_tokens counts all ranks already.
+def sum_prompt_gradient(run):
+    """Add up P's gradient over the ranks, Σ_r ∇L_r (see `undo_ddp_mean`), in place. P belongs to
+    the frozen teacher, which is not in DDP, so no hook does it."""
     dist.all_reduce_sum(run.P.grad)
-    return dict(zip(PROMPT_METRICS, dist.all_reduce_sum(total), strict=True))
 
 
 def update_student(run, n_tokens, **values):
     """Clip the accumulated gradient, make an optimizer step and clear it. Returns the metrics."""
     grad_norm = clip_and_step(run.optimizer)
     record_time(run, "student")
-    return {**values, "grad_norm": grad_norm, "response_tokens": n_tokens}
+    metrics = {name: dist.all_reduce_sum(value) for name, value in values.items()}
+    return {**metrics, "grad_norm": grad_norm, "response_tokens": n_tokens}
 
 
 # --- PromptKD ---
 
 
-def rollout(run, examples, t, teacher_mix=None):
-    """Sample a response to each of this rank's requests: y ~ q_θ(y | x), or from the mixture with
-    the teacher (see `sample.sample`). Without dropout and gradient."""
-    run.student.eval()
-    s, requests = run.settings, [e.request for e in examples]
-    rng_keys = [(s.seed, "rollout", t, e.index) for e in examples]
-    eos, max_new = run.tokenizer.eot_token, s.max_new_tokens
-    responses, _ = sample_all(
-        run.student, requests, rng_keys, eos, max_new, teacher_mix=teacher_mix, dtype=s.dtype
-    )
-    record_time(run, "sampling")
-    return [replace(e, response=y) for e, y in zip(examples, responses, strict=True)]
-
-
 def promptkd_step(run, examples, t):
-    """Algorithm 1 of PromptKD, iteration t = 0 ... T - 1. The equation numbers are the paper's."""
-    s = run.settings
-    lam = 1 - t / run.total_steps  # λ: 1 at first, then linearly down to 1/T
-    variant = s.reg_weight, s.prompt_kl, s.reg_kl  # for the ablations
+    """Algorithm 1 of PromptKD, iteration t = 0 ... total_steps - 1. The numbers are the paper's
+    equations. N is the number of response tokens of a micro-batch."""
+    s, p = run.settings, run.teacher
+    lam = 1 - t / run.total_steps  # λ: 1 at first, then linearly down to 1 / total_steps
 
-    def L_P(_batch, _span, p_prompted, q, p_bare):
-        return losses.prompt_loss(p_prompted, q, p_bare, lam, *variant)  # (1) to (3)
-
-    def L_theta(_batch, _span, q, p_prompted):
-        return losses.student_loss(q, p_prompted)  # (4)
+    def L_P(p_prompted, q, p_bare):  # (1) to (3), from logits (n, V)
+        return losses.prompt_loss(
+            p_prompted,
+            q,
+            p_bare,
+            lam=lam,
+            reg_weight=s.reg_weight,
+            prompt_kl=s.prompt_kl,
+            reg_kl=s.reg_kl,
+        )
 
     # Sample responses y ~ q_θ(y | x), for both phases. No gradient goes through the sampling.
-    sampled = rollout(run, examples, t)
-    batches, n_tokens = split_global_batch(run, sampled)
+    batches, n_tokens = split_global_batch(run, rollout(run, examples, t))
 
-    # Tune the prompt, so that the teacher becomes student-friendly. Gradient to P only.
-    prompt_metrics = prompt_backward(run, L_P, batches, n_tokens) | {"lambda": lam}
-    prompt_metrics["prompt_grad_norm"] = clip_and_step(run.prompt_optimizer)  # updates P
+    # Tune the prompt, so that the teacher becomes student-friendly. The student is in eval mode.
+    prompt_means = torch.zeros(4, device=run.device)
+    for batch in batches:
+        with precision(run.device, s.dtype):
+            prompted = response_hidden(p, batch, run.P)  # gradient to P only: p is frozen
+            with torch.no_grad():  # targets
+                student = response_hidden(run.student, batch)  # hidden (N, C), head (V, C)
+                bare = response_hidden(p, batch)
+            means = sum_over_tokens(L_P, prompted, student, bare) / n_tokens  # (4,), L_P first
+        means[0].backward()
+        prompt_means += means.detach()
+    sum_prompt_gradient(run)
+    prompt_grad_norm = clip_and_step(run.prompt_optimizer)  # updates P
     record_time(run, "prompt")
 
-    # Distil from the teacher with the prompt just updated. Gradient to θ only.
-    prompted_teacher = (run.teacher, run.P)
-    loss = student_backward(run, L_theta, batches, n_tokens, compare_with=[prompted_teacher])
-    return update_student(run, n_tokens, loss=loss, **prompt_metrics)
+    # Distil from the teacher with the prompt just updated.
+    run.student.train()  # dropout, here only
+    loss = torch.zeros((), device=run.device)
+    for batch in batches:
+        with sync_gradients_at(run, batch is batches[-1]):
+            with precision(run.device, s.dtype):
+                student = response_hidden(run.ddp_student, batch)  # gradient to θ
+                with torch.no_grad():  # a target: none to P
+                    prompted = response_hidden(p, batch, run.P)
+                L_theta = sum_over_tokens(losses.student_loss, student, prompted) / n_tokens  # (4)
+            undo_ddp_mean(L_theta).backward()
+        loss += L_theta.detach()
+    metrics = dict(zip(PROMPT_METRICS, dist.all_reduce_sum(prompt_means), strict=True))
+    metrics |= {"lambda": lam, "prompt_grad_norm": prompt_grad_norm}
+    return metrics | update_student(run, n_tokens, loss=loss)
 
 
 # --- The methods it is compared with ---
@@ -202,64 +209,103 @@ def promptkd_step(run, examples, t):
 def gkd_step(run, examples, t):
     """GKD (Agarwal et al. 2024) as the paper compares it: on-policy with reverse KL, which is
     PromptKD without the prompt."""
-
-    def L_theta(_batch, _span, q, p):
-        return losses.student_loss(q, p)  # KL(q(y | x) || p(y | x))
-
+    s = run.settings
     batches, n_tokens = split_global_batch(run, rollout(run, examples, t))  # y ~ q_θ(y | x)
-    loss = student_backward(run, L_theta, batches, n_tokens, compare_with=[(run.teacher, None)])
+    run.student.train()  # dropout
+    loss = torch.zeros((), device=run.device)
+    for batch in batches:
+        with sync_gradients_at(run, batch is batches[-1]):
+            with precision(run.device, s.dtype):
+                student = response_hidden(run.ddp_student, batch)  # gradient to θ
+                with torch.no_grad():  # a target
+                    teacher = response_hidden(run.teacher, batch)
+                L_theta = sum_over_tokens(losses.student_loss, student, teacher) / n_tokens
+            undo_ddp_mean(L_theta).backward()
+        loss += L_theta.detach()
     return update_student(run, n_tokens, loss=loss)
 
 
 def sft_step(run, examples, t):
     """Cross-entropy on the rows' own responses. Pre-training is the same on packed text."""
-
-    def L_theta(batch, span, q):
-        return losses.cross_entropy(q, batch.targets[span])
-
+    s = run.settings
     batches, n_tokens = split_global_batch(run, examples)
-    loss = student_backward(run, L_theta, batches, n_tokens)
+    run.student.train()  # dropout
+    loss = torch.zeros((), device=run.device)
+    for batch in batches:
+        with sync_gradients_at(run, batch is batches[-1]):
+            with precision(run.device, s.dtype):
+                student = response_hidden(run.ddp_student, batch)
+                L_theta = sum_over_tokens(losses.cross_entropy, student, targets=batch.targets)
+                L_theta = L_theta / n_tokens
+            undo_ddp_mean(L_theta).backward()
+        loss += L_theta.detach()
     return update_student(run, n_tokens, loss=loss)
-
-
-def hinton_loss(batch, span, q, p):
-    """Half cross-entropy, half KL(p || q): of KD, of SeqKD, and of MiniLLM on plain text."""
-    return losses.kd_loss(q, p, batch.targets[span])
 
 
 def kd_step(run, examples, t):
-    """KD (Hinton et al. 2015) on the rows' own responses. SeqKD as released is the same on
-    responses sampled from the teacher (Kim and Rush 2016: cross-entropy on beam-search outputs)."""
+    """KD (Sanh et al. 2019, as the paper cites it) on the rows' own responses. SeqKD as released is
+    the same on responses sampled from the teacher (Kim and Rush 2016: cross-entropy on beam-search
+    outputs)."""
     batches, n_tokens = split_global_batch(run, examples)
-    compare_with = [(run.teacher, None)]
-    loss = student_backward(run, hinton_loss, batches, n_tokens, compare_with)
+    loss = kd_backward(run, batches, n_tokens)
     return update_student(run, n_tokens, loss=loss)
+
+
+def kd_backward(run, batches, n_tokens):
+    """Accumulate the gradient of half cross-entropy, half KL(p || q). Returns this rank's part of
+    the mean loss. MiniLLM has the same term on plain text."""
+    s = run.settings
+    run.student.train()  # dropout
+    loss = torch.zeros((), device=run.device)
+    for batch in batches:
+        with sync_gradients_at(run, batch is batches[-1]):
+            with precision(run.device, s.dtype):
+                student = response_hidden(run.ddp_student, batch)
+                with torch.no_grad():  # a target
+                    teacher = response_hidden(run.teacher, batch)
+                L_theta = sum_over_tokens(losses.kd_loss, student, teacher, targets=batch.targets)
+                L_theta = L_theta / n_tokens
+            undo_ddp_mean(L_theta).backward()
+        loss += L_theta.detach()
+    return loss
 
 
 def minillm_step(run, examples, t):
     """MiniLLM (Gu et al. 2024): several optimizer steps per rollout, by policy gradient and the
-    exact KL of the single step; and, given plain text, KD's loss on it."""
-    batch_size, compare_with = run.global_batch_size, [(run.teacher, None)]
+    exact KL of the single step; and, given plain text, KD's loss on it.
+
+    examples: this rank's requests of the whole rollout. A step does not train on them, but on a
+    global batch of the rows of all ranks, which are shuffled together: so it shards them itself.
+    """
+    s, batch_size = run.settings, run.global_batch_size
     if t % run.rollout_steps == 0:
         run.scored_rollout = minillm_rollout(run, examples, t)
     # Several epochs over each rollout, numbered across rollouts, each in another order.
     inner_epoch, k = divmod(t, len(run.scored_rollout) // batch_size)
-    order = epoch_order(len(run.scored_rollout), run.settings.seed, inner_epoch)
-    examples = [run.scored_rollout[i] for i in order[k * batch_size : (k + 1) * batch_size]]
-
-    def L_theta(batch, span, q, p):
-        scores = [score for e in batch.examples for score in e.scores][span]
-        scores = torch.tensor(scores, dtype=q.dtype, device=run.device)
-        log_q, w, R = scores.view(-1, 3).T  # (n,) each
-        return losses.minillm_loss(q, p, batch.targets[span], log_q, w, R)
-
-    batches, n_tokens = split_global_batch(run, dist.shard(examples))
-    values = {"loss": student_backward(run, L_theta, batches, n_tokens, compare_with)}
+    order = epoch_order(len(run.scored_rollout), s.seed, inner_epoch)
+    rows = [run.scored_rollout[i] for i in order[k * batch_size : (k + 1) * batch_size]]
+    batches, n_tokens = split_global_batch(run, dist.shard(rows))
+    run.student.train()  # dropout
+    loss = torch.zeros((), device=run.device)
+    for batch in batches:
+        scores = [score for e in batch.examples for score in e.scores]  # as in `Example.scores`
+        log_q, w, R = torch.tensor(scores, device=run.device).view(-1, 3).T  # (N,) each
+        rollout_values = {"targets": batch.targets, "log_q": log_q, "w": w, "R": R}
+        with sync_gradients_at(run, batch is batches[-1]):
+            with precision(run.device, s.dtype):
+                student = response_hidden(run.ddp_student, batch)
+                with torch.no_grad():  # a target
+                    teacher = response_hidden(run.teacher, batch)
+                L_theta = sum_over_tokens(losses.minillm_loss, student, teacher, **rollout_values)
+                L_theta = L_theta / n_tokens
+            undo_ddp_mean(L_theta).backward()
+        loss += L_theta.detach()
+    values = {"loss": loss}
     if run.lm_blocks:
         n_blocks = len(run.lm_blocks)
         blocks = [run.lm_blocks[(t * batch_size + i) % n_blocks] for i in range(batch_size)]
-        lm_batches = split_global_batch(run, dist.shard(blocks))
-        values["lm_loss"] = student_backward(run, hinton_loss, *lm_batches, compare_with)
+        # DDP averages the gradient above again. It is equal on all ranks, so nothing changes.
+        values["lm_loss"] = kd_backward(run, *split_global_batch(run, dist.shard(blocks)))
     return update_student(run, n_tokens, **values)
 
 
@@ -354,58 +400,54 @@ def train_step(run, examples, t):
     return metrics | {"seconds": run.seconds, **runs.peak_memory(run.device)}
 
 
+def step_examples(run, data, t):
+    """The examples of all ranks for step t: a global batch; in MiniLLM the requests of a rollout,
+    the same for all of its steps."""
+    epoch, k = divmod(t, run.steps_per_epoch)
+    first = k // run.rollout_steps * run.rollout_size
+    return data.epoch_examples(epoch)[first : first + run.rollout_size]
+
+
 def train_loop(run, data, progress, directory, keep, save_every):
     """Train from `progress["step"]` to the last step, updating `progress`.
 
-    SIGTERM or SIGINT to any rank ends the process after the current step, with the state saved.
+    keep: number of evenly spaced checkpoints to keep. save_every: steps between saved states,
+    besides those at validations. A signal that ends a run, to any rank, ends the process after the
+    current step, with the state saved (see `data.cli.STOP_SIGNALS`).
     """
-    s, total_steps, start_step = run.settings, run.total_steps, progress["step"]
-    eval_interval = s.eval_interval or run.steps_per_epoch
-    log = runs.MetricsLog(directory / "metrics.jsonl", start_step)
-    if run.P is not None and start_step == 0:
+    total_steps = run.total_steps
+    eval_interval = run.settings.eval_interval or run.steps_per_epoch
+    log = runs.MetricsLog(directory / "metrics.jsonl", progress["step"])
+    if run.P is not None and progress["step"] == 0:
         metrics = validate(run, data.dev_rows, data.dev_examples)
         log.write(check_prompt(run, metrics, data.dev_examples))
-    start_time, hours_before, last_print = time.perf_counter(), progress["hours"], -math.inf
+    clock = runs.Clock(progress, total_steps)
     with dist.defer_signals() as signals:
-        for t in range(start_step, total_steps):
+        for t in range(progress["step"], total_steps):
             step = t + 1
-            epoch, k = divmod(t, run.steps_per_epoch)
-            # The same requests for all steps of one rollout.
-            first = k // run.rollout_steps * run.rollout_size
-            examples = data.epoch_examples(epoch)[first : first + run.rollout_size]
             metrics = {"step": step, "epoch": step / run.steps_per_epoch}
-            metrics |= train_step(run, dist.shard(examples), t)
+            metrics |= train_step(run, dist.shard(step_examples(run, data, t)), t)
             stages.check_finite(directory, metrics)
             is_eval_step = step % eval_interval == 0 or step == total_steps
             if is_eval_step:
                 metrics |= validate(run, data.dev_rows, data.dev_examples)
                 stages.check_finite(directory, metrics)
-                score = checkpoint_score(s, metrics)
-                if progress["best"] is None or score > progress["best"]:
-                    progress |= {"best": score, "best_step": step}
-            # `keep` checkpoints, evenly spaced: of 6 steps and keep=4 after steps 2, 3, 5 and 6.
+                note_best(progress, checkpoint_score(run.settings, metrics), step)
+            # Of 6 steps and keep=4 after steps 2, 3, 5 and 6.
             if step * keep // total_steps > t * keep // total_steps:
                 runs.save_checkpoint(run, directory / "kept" / f"step-{step:06d}")
             log.write(metrics)
-            elapsed = time.perf_counter() - start_time
-            progress |= {"step": step, "hours": hours_before + elapsed / 3600}
-            stop_signal = max(dist.all_gather_list(signals), default=0)
+            clock.update(progress, step)
+            stop_signal = dist.first_signal(signals)
             if is_eval_step or stop_signal or step % (save_every or total_steps) == 0:
                 save_state(run, directory, progress)
             # Saved after the state, because a resumed run can save it again from the state.
             if progress["best_step"] == step:
                 runs.save_checkpoint(run, directory / "best")
-            if is_eval_step or time.perf_counter() - last_print > 5:
-                last_print = time.perf_counter()
-                left = format_time(elapsed / (step - start_step) * (total_steps - step))
-                speed = f"{metrics['tokens_per_second']:,.0f} tokens/s  {left} left"
-                print0(f"step {step:,}/{total_steps:,}  {runs.format_metrics(metrics)}  {speed}")
+            if is_eval_step or clock.is_report_due():
+                clock.report(metrics)
             if stop_signal:
-                print0(
-                    f"{directory}: stopped by {signal.Signals(stop_signal).name}, saved at step "
-                    f"{step:,}; the same command resumes it"
-                )
-                sys.exit(128 + stop_signal)
+                stages.stop(directory, step, stop_signal)
 
 
 def run_stage(name, s, out, micro_batch_tokens, device, paper=None, keep=0, save_every=None):

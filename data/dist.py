@@ -180,12 +180,24 @@ def send_to_rank0(tensor, owner):
         torch.distributed.recv(tensor, src=owner)
 
 
+class DDP(DistributedDataParallel):
+    """DistributedDataParallel with the head of the model in it.
+
+    The head is tied to the embedding. It may be used outside DDP's forward, because autograd adds
+    up both gradients of the weight before it calls DDP's hook.
+    """
+
+    @property
+    def head(self):
+        return self.module.head
+
+
 def wrap_in_ddp(model, device):
-    """The model under DistributedDataParallel; without a launcher the model itself."""
+    """The model under DDP; without a launcher the model itself."""
     if not torch.distributed.is_initialized():
         return model
     device_ids = [device] if device.type == "cuda" else None
-    ddp = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    ddp = DDP(model, device_ids=device_ids, gradient_as_bucket_view=True)
     # DDP rebuilds its buckets after the first pass, and they determine the order in which the
     # gradients of three or more ranks are summed. After these empty passes a run that resumes sums
     # them in the same order as one that was never interrupted, and gradients are views of the
@@ -219,3 +231,8 @@ def defer_signals():
         yield received
     for number in received:
         signal.raise_signal(number)
+
+
+def first_signal(signals):
+    """A signal that any rank has received, the same one on all ranks; 0 if there is none."""
+    return max(all_gather_list(signals), default=0)

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from data import dist
+from data.checkpoint import load, read_config
 from data.cli import InputError, explain_out_of_memory
 from data.dist import print0
 from data.hub import find_model_dir
 from data.paper import COMMON, DEMO, PRESETS, PRETRAIN, PUBLISHED, SIZES
 from data.runs import read_record, run_kind, run_labels
 from data.tokenizer import read_tokenizer
-from model import GPT, load, read_config
+from model import GPT
 
 MAX_PADDING = 1024  # rows after the tokenizer's tokens; with more, it is another model's
 

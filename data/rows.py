@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from data.cli import InputError, check_lfs_pointer, write_atomic
+from sample import pad
 
 MAX_REQUEST = 256  # tokens of a request
 MAX_NEW_TOKENS = 256  # tokens of a sampled response
@@ -217,15 +218,6 @@ class Batch:
     ids: torch.Tensor  # (B, T) request + response
     response_positions: tuple  # rows (N,) and positions (N,) of the logits of the N response tokens
     targets: torch.Tensor  # (N,) the response tokens
-
-
-def pad(lists, device, fill=0):
-    """Lists of token ids as a right-padded tensor (B, T), and their lengths (B,)."""
-    lengths = torch.tensor([len(tokens) for tokens in lists])
-    ids = torch.full((len(lists), int(lengths.max())), fill)
-    for row, tokens in zip(ids, lists):
-        row[: len(tokens)] = torch.tensor(tokens)
-    return ids.to(device), lengths.to(device)
 
 
 def make_batch(examples, device):

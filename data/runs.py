@@ -1,10 +1,12 @@
 """A run's directory: run.json, metrics.jsonl, checkpoints, and the names of runs."""
 
 import json
+import math
 import os
 import platform
 import shutil
 import sys
+import time
 import zlib
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -19,12 +21,12 @@ except ImportError:  # on Windows
     fcntl = resource = None
 
 from data import dist
+from data.checkpoint import save
 from data.cli import InputError, read_json, write_atomic
 from data.dist import print0
 from data.rows import MAX_NEW_TOKENS
 from data.tensors import save_prompt
 from data.tokenizer import tokenizer_files
-from model import save
 
 RUN_FORMAT = 3  # of run.json and the files beside it; raise it when their meaning changes
 # The fields of run.json that are read. An optional one may be null or missing.
@@ -228,6 +230,32 @@ def format_metrics(metrics):
 def format_time(seconds):
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+class Clock:
+    """The hours of a stage, over all processes that worked on it, and the lines that tell a person
+    how far it is."""
+
+    def __init__(self, progress, total_steps):
+        self.first_step, self.hours_before = progress["step"], progress["hours"]
+        self.total_steps, self.start = total_steps, time.perf_counter()
+        self.last_report = -math.inf
+
+    def update(self, progress, step):
+        """Write a step that is complete, and the hours so far, into `progress`."""
+        self.step, self.elapsed = step, time.perf_counter() - self.start  # seconds
+        progress |= {"step": step, "hours": self.hours_before + self.elapsed / 3600}
+
+    def is_report_due(self):
+        return time.perf_counter() - self.last_report > 5
+
+    def report(self, metrics):
+        """Print the step, its metrics, and the time left."""
+        self.last_report = time.perf_counter()
+        seconds_per_step = self.elapsed / (self.step - self.first_step)
+        left = format_time(seconds_per_step * (self.total_steps - self.step))
+        speed = f"{metrics['tokens_per_second']:,.0f} tokens/s  {left} left"
+        print0(f"step {self.step:,}/{self.total_steps:,}  {format_metrics(metrics)}  {speed}")
 
 
 def peak_memory(device):

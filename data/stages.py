@@ -2,6 +2,8 @@
 
 import math
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,9 +21,9 @@ from data.options import OVERRIDES
 from data.paper import DEMO, paper_row
 from data.prepare import PRETRAINING_FILE, find_data_dir, write_pretraining_text
 from data.runs import LOCATIONS, Settings, base_label, finish_run, format_time, override_suffix
+from data.sampling import sample_to_file
 from data.tokenizer import check_same_vocabulary, load_tokenizer
 from prompt import freeze
-from sample import sample_to_file
 
 
 def data_label(args):
@@ -195,6 +197,13 @@ def check_finite(directory, metrics):
         options = "--prompt-lr or --lr" if "prompt" in bad else "--lr"
         found = f"{bad} at step {metrics['step']}"
         raise InputError(f"{directory}: {found}; the training has diverged: lower {options}")
+
+
+def stop(directory, step, stop_signal):
+    """End the process after a signal, with the state of this step saved."""
+    name = signal.Signals(stop_signal).name
+    print0(f"{directory}: stopped by {name}, saved at step {step:,}; the same command resumes it")
+    sys.exit(128 + stop_signal)
 
 
 def default_micro_batch_tokens(s):

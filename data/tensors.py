@@ -12,17 +12,15 @@ from data.cli import InputError, atomic_path, check_lfs_pointer
 from data.hub import weights_files
 
 
-def read_tensors(directory):
-    """Yield the path, name and tensor of a directory's weights, one file in memory at a time.
-    Raises InputError if there are none or a file is damaged."""
+def read_tensor_files(directory):
+    """Yield the path and the tensors by name of each file of a directory's weights. Raises
+    InputError if there are none or a file is damaged."""
     paths = [path for path in weights_files(directory) if path.suffix != ".json"]  # no index
     if not paths:
         layout = "a checkpoint directory has config.json and model.safetensors"
         raise InputError(f"{Path(directory) / 'model.safetensors'}: no such file; {layout}")
     for path in paths:
-        tensors = read_tensor_file(path)
-        for name in list(tensors):
-            yield path, name, tensors.pop(name)
+        yield path, read_tensor_file(path)
 
 
 def read_tensor_file(path):

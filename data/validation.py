@@ -19,6 +19,7 @@ from prompt import response_hidden
 @torch.no_grad()
 def validation_loss(run, model, examples, P=None):
     """Cross-entropy per response token, without dropout. All ranks hold the same examples."""
+    model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=run.device)
     shard, prompt_length = dist.shard(examples), 0 if P is None else len(P)
     for batch in micro_batches(shard, run.micro_batch_tokens, run.device, prompt_length):
@@ -58,6 +59,12 @@ def checkpoint_score(s, metrics):
     """
     by_loss = [-metrics["val_loss"]]
     return by_loss if s.metric_for_best == "loss" else [metrics["val_rouge_l"], *by_loss]
+
+
+def note_best(progress, score, step):
+    """Write a checkpoint's score into `progress` if no earlier one is as good."""
+    if progress["best"] is None or score > progress["best"]:
+        progress |= {"best": score, "best_step": step}
 
 
 def check_references(s, rows):

@@ -1,0 +1,172 @@
+"""Sampling for many requests: batches that fit in memory, ranks, files, and sample.py's command."""
+
+import json
+import sys
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import dist
+from data.cli import ArgumentParser, InputError
+from data.models import load_model
+from data.options import add_decoding_options, add_precision_option, number_in_range
+from data.packed import packed_weights
+from data.rows import (
+    MAX_NEW_TOKENS,
+    MAX_REQUEST,
+    Row,
+    count_complete_lines,
+    encode_request,
+    encode_training_rows,
+    read_rows,
+)
+from data.tensors import load_prompt
+from model import KVCache
+from sample import row_uniforms, sample
+
+CPU_BATCH_SIZE = 64  # more rows at once are not faster on a CPU
+CACHE_SHARE = 0.1  # of a GPU's memory, next to weights, gradients and the states of AdamW
+
+
+def sample_all(
+    model,
+    requests,
+    rng_keys,
+    eos_token_id,
+    max_new_tokens=MAX_NEW_TOKENS,
+    batch_size=None,
+    greedy=False,
+    label=None,
+    **sampling_kwargs,
+):
+    """`sample` for any number of requests, in batches of similar length.
+
+    rng_keys: the requests' keys for `row_uniforms`. label: of a progress bar, if not None. Returns
+    responses and log-probabilities in the order of the requests. Raises InputError if one may
+    exceed the model's positions.
+    """
+    order = sorted(range(len(requests)), key=lambda i: -len(requests[i]))
+    P, teacher_mix = (sampling_kwargs.get(name) for name in ("P", "teacher_mix"))
+    models = [model] if teacher_mix is None else [model, teacher_mix[0]]
+    dtype = sampling_kwargs.get("dtype", "float32")
+    longest = max(map(len, requests), default=0) + (0 if P is None else len(P))
+    check_positions(models, longest, max_new_tokens)
+    if batch_size is None:
+        batch_size = sampling_batch_size(models, len(requests), max_new_tokens, dtype, longest)
+    responses, log_probs = [None] * len(requests), [None] * len(requests)
+    disable = None if label and dist.rank() == 0 else True  # None: shown on a terminal only
+    bar = tqdm(total=len(requests), desc=label, unit="row", leave=False, disable=disable)
+    with bar, packed_weights(models, dtype):
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            xs, u = [requests[i] for i in batch], None
+            if not greedy:
+                u = np.stack([row_uniforms(max_new_tokens, *rng_keys[i]) for i in batch])
+            results = sample(model, xs, u, eos_token_id, max_new_tokens, **sampling_kwargs)
+            for i, response, log_p in zip(batch, *results):
+                responses[i], log_probs[i] = response, log_p
+            bar.update(len(batch))
+    return responses, log_probs
+
+
+def check_positions(models, longest, max_new_tokens):
+    """Raise InputError if a request, with a soft prompt, and its response may exceed the positions
+    of a model. longest: tokens of the longest one."""
+    n_positions = min(model.config.n_positions for model in models)
+    if longest + max_new_tokens - 1 > n_positions:  # the last new token is never read
+        problem = f"{longest} tokens of prompt and request and {max_new_tokens} new ones exceed"
+        raise InputError(f"{problem} the model's {n_positions} positions; shorten them")
+
+
+def sampling_batch_size(models, n_rows, max_new_tokens, dtype, max_request=MAX_REQUEST):
+    """How many of n rows to sample at once: on a GPU, as many as fit in CACHE_SHARE of its total
+    memory. The total, not what is free, so a resumed run has the same batch size and rounding."""
+    device = models[0].wte.weight.device
+    if device.type == "cpu":
+        return CPU_BATCH_SIZE
+    memory = torch.cuda.get_device_properties(device).total_memory
+    max_seq_len = max_request + max_new_tokens
+    row_bytes = sum(KVCache.row_bytes(m.config, max_seq_len, dtype) for m in models)
+    return max(1, min(n_rows, int(CACHE_SHARE * memory) // row_bytes))
+
+
+def sample_to_file(model, tokenizer, rows, key, path, max_new_tokens, dtype="float32"):
+    """Write a model's responses to the training rows as JSON lines, SeqKD's data, by all ranks.
+
+    `ids` has the sampled tokens, because text does not tell whether a response was cut off. An
+    interrupted run resumes; `path` exists only when it is complete.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    examples = encode_training_rows(rows, tokenizer)
+    n, eos_token_id = len(examples), tokenizer.eot_token
+    batch_size = dist.world_size() * sampling_batch_size([model], n, max_new_tokens, dtype)
+    n_done = dist.run_on_rank0(count_complete_lines, partial)
+    disable = None if dist.rank() == 0 else True
+    with tqdm(total=n, initial=n_done, desc="sampling", unit="row", disable=disable) as bar:
+        for start in range(n_done, n, batch_size):
+            mine = dist.shard(examples[start : start + batch_size])
+            xs, keys = [e.request for e in mine], [(*key, e.index) for e in mine]
+            responses, _ = sample_all(model, xs, keys, eos_token_id, max_new_tokens, dtype=dtype)
+            sampled = dist.all_gather_list([(e.index, y) for e, y in zip(mine, responses)])
+            if dist.rank() == 0:
+                with open(partial, "a", encoding="utf-8") as file:
+                    for index, response in sorted(sampled):
+                        row, text = rows[index], decode_response(response, tokenizer)
+                        line = {"instruction": row.instruction, "input": row.input, "output": text}
+                        line |= {"ids": response, "reference": row.references[0]}
+                        file.write(json.dumps(line) + "\n")
+            bar.update(len(sampled))
+    dist.run_on_rank0(partial.replace, path)
+
+
+def decode_response(response, tokenizer):
+    """The text of a response, without its end-of-text."""
+    return tokenizer.decode([token for token in response if token != tokenizer.eot_token])
+
+
+def parse_args(argv):
+    help = "Let a model respond to an instruction, or to a file of them."
+    parser = ArgumentParser("sample.py", description=help)
+    option = parser.add_argument
+    help = "a run or checkpoint directory, an official name such as gpt2-xl, or a hub id owner/name"
+    option("model", help=help)
+    option("--instruction", help="one instruction")
+    option("--input", default="", help="the context of the instruction")
+    option("--file", help="JSON lines with 'instruction' and optionally 'input'")
+    option("--prompt", metavar="FILE", help="a soft prompt: prompt.safetensors or its directory")
+    option("--json", action="store_true", help="JSON lines with tokens and log-probabilities")
+    option("--seed", type=number_in_range(int, 0, 2**32), default=10)
+    add_decoding_options(parser)
+    add_precision_option(parser)
+    args = parser.parse_args(argv)
+    if (args.instruction is None) == (args.file is None) or (args.file and args.input):
+        raise InputError("give either --instruction TEXT, perhaps with --input, or --file FILE")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device, dtype = dist.init_process(args.dtype)
+    rows = [Row(0, args.instruction, args.input, ())]
+    if args.file is not None:
+        rows = read_rows(args.file, needs_output=False)
+    model, tokenizer = load_model(args.model, device)
+    P = None if args.prompt is None else load_prompt(args.prompt, model.config.n_embd).to(device)
+    requests, shortened = zip(*(encode_request(row, tokenizer) for row in rows))
+    if any(shortened):
+        print(f"{sum(shortened)} of {len(rows)} requests were shortened to fit", file=sys.stderr)
+    rng_keys = [(args.seed, "sample", row.index) for row in rows]
+    names = ("max_new_tokens", "greedy", "temperature", "top_k", "top_p", "no_repeat_ngram")
+    options = {name: getattr(args, name) for name in names}
+    options |= {"P": P, "dtype": dtype, "label": "sampling"}
+    responses, log_probs = sample_all(model, requests, rng_keys, tokenizer.eot_token, **options)
+    for row, response, log_p in zip(rows, responses, log_probs):
+        text = decode_response(response, tokenizer)
+        if args.json:
+            record = {"instruction": row.instruction, "input": row.input, "text": text}
+            record |= {"ids": response, "log_probs": log_p}
+            record["finished"] = response[-1] == tokenizer.eot_token
+            print(json.dumps(record))
+        else:
+            print(text if len(rows) == 1 else f"### {row.instruction}\n{text}\n")

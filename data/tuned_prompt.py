@@ -1,0 +1,98 @@
+"""What the tuned soft prompt of a run does: the body of prompt.py's command."""
+
+import torch
+
+from data import dist, models, prepare, report, runs
+from data.cli import ArgumentParser, InputError
+from data.rows import Example, encode_training_rows, make_batch, micro_batches, read_rows
+from data.sampling import sample_all
+from data.tensors import load_prompt
+from losses import cross_entropy, kl
+from model import head_logits, precision
+from prompt import initial_prompt, response_hidden
+
+
+def untuned_prompt(s, embedding, tokenizer):
+    """The prompt of a run with Settings `s` before it is tuned (see `prompt.initial_prompt`).
+    embedding: the teacher's (V, C). Raises InputError if its text is empty."""
+    text = tokenizer.encode_ordinary(s.prompt_text)
+    if not text:
+        raise InputError("--prompt-text is empty; give a sentence")
+    return initial_prompt(
+        embedding,
+        init=s.prompt_init,
+        length=s.prompt_length or len(text),
+        text_tokens=text,
+        pad_token=tokenizer.eot_token,
+        seed=s.seed,
+    )
+
+
+@torch.no_grad()
+def describe_vectors(P, P_0, wte):
+    """How far each vector of P (prompt_length, C) has moved from P_0, ‖P_i - P_0i‖ / ‖P_0i‖, and
+    its cosine with P_0i; the cosines of the five nearest embeddings of wte (V, C), and which they
+    are: four lists. Nearest by angle: a tuned vector may be longer than all embeddings."""
+    moved = (P - P_0).norm(dim=1) / P_0.norm(dim=1)  # (prompt_length,)
+    cosines = P @ wte.T / P.norm(dim=1, keepdim=True) / wte.norm(dim=1)  # (prompt_length, V)
+    columns = moved, torch.cosine_similarity(P, P_0), *cosines.topk(5)
+    return [column.tolist() for column in columns]
+
+
+MEASURES = ("KL(p || q)", "KL(p_P || q)", "KL(p_P || p)", "loss of p", "loss of p_P", "loss of q")
+
+
+@torch.no_grad()
+def measure(p, q, P, batch, dtype):
+    """MEASURES of a batch's N response tokens, in nats, (6, N). p_P: the teacher p with the prompt
+    P; q: the student."""
+    with precision(P.device, dtype):
+        bare = head_logits(*response_hidden(p, batch))  # (N, V)
+        prompted = head_logits(*response_hidden(p, batch, P))  # (N, V)
+        student = head_logits(*response_hidden(q, batch))  # (N, V)
+    kls = [kl(bare, student), kl(prompted, student), kl(prompted, bare)]  # (N,) each
+    losses = [cross_entropy(logits, batch.targets) for logits in (bare, prompted, student)]
+    return torch.stack([*kls, *losses])
+
+
+def main(argv=None):
+    parser = ArgumentParser("prompt.py", description="What a run's tuned prompt does.")
+    parser.add_argument("run", metavar="RUN", help="the directory of a complete PromptKD run")
+    run = parser.parse_args(argv).run
+    directory, record = runs.run_dir(run), runs.read_record(run)
+    s = record.get("settings", {})
+    if s.get("method") != "promptkd" or not record.get("complete"):
+        raise InputError(f"{directory}: is not a complete run of train.py --method promptkd")
+    paths = {field: directory.parent / s[field] for field in ("teacher", "data")}
+    teacher, data = (str(path) if path.exists() else s[field] for field, path in paths.items())
+    device, dtype = dist.init_process(s["dtype"])
+    rows = read_rows(prepare.find_data_dir(data) / "dev.jsonl", s["max_dev_rows"])
+    q, tokenizer = models.load_model(directory, device)
+    p, _ = models.load_model(teacher, device)
+    P = load_prompt(directory / "best", p.config.n_embd).to(device)
+
+    def show(token):
+        return "-" if token is None else repr(tokenizer.decode([token]))
+
+    text, eos = tokenizer.encode_ordinary(s["prompt_text"]), tokenizer.eot_token
+    settings = runs.Settings(**s | {"prompt_length": len(P)})
+    P_0 = untuned_prompt(settings, p.wte.weight, tokenizer).to(device)
+    source = {"text": text, "padding": [eos], "random": [None]}[s["prompt_init"]]
+    columns, vectors = describe_vectors(P, P_0, p.wte.weight), []
+    for i, (moved, cosine, cosines, tokens) in enumerate(zip(*columns)):
+        began_as, near = show(source[i % len(source)]), list(zip(map(show, tokens), cosines))
+        vectors.append({"began_as": began_as, "moved": moved, "cosine": cosine, "nearest": near})
+
+    examples = encode_training_rows(rows, tokenizer)
+    batches = micro_batches(examples, 1024, device, len(P))
+    means = torch.cat([measure(p, q, P, batch, dtype) for batch in batches], dim=1).mean(1)  # (6,)
+
+    request, row = examples[0].request, examples[0].index + 1
+    rng_key = (s["seed"], "prompt", row)
+    [response], _ = sample_all(q, [request], [rng_key], eos, s["max_new_tokens"], dtype=dtype)
+    batch = make_batch([Example(0, request, response)], device)
+    probabilities = (-measure(p, q, P, batch, dtype)[3:]).exp().tolist()  # (3, N)
+    by_model = dict(zip(("bare teacher", "prompted teacher", "student"), probabilities))
+    response = {"row": row, "tokens": list(map(show, response)), "probabilities": by_model}
+    means = dict(zip(MEASURES, means.tolist()))
+    report.write_prompt(directory, {"vectors": vectors, "references": means, "response": response})
