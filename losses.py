@@ -40,11 +40,10 @@ def prompt_loss(p_prompted, q, p_bare, lam, reg_weight=1.0, prompt_kl="reverse",
     L_kd = KL(p(y | P, x) || q(y | x)) moves the prompted teacher towards the student q. L_reg =
     KL(p(y | P, x) || p(y | x)) keeps it near the teacher without prompt. λ (lam) falls from 1 at
     the first step to 1 / total_steps at the last: early on the prompt must not spoil the teacher,
-    later it may move further. All logits are (N, V); only p_prompted has a gradient, to P.
-    reg_weight, prompt_kl, reg_kl: for ablations; the defaults are the paper's method. reg_weight=0
-    drops L_reg; the directions are those of `directed_kl`.
-    Returns (4, N): L_P, L_kd, L_reg and the drift KL(p(y | P, x) || p(y | x)), which is L_reg
-    unless reg_kl is "forward".
+    later it may move further. The gradient is for p_prompted, and so for P.
+    reg_weight, and prompt_kl and reg_kl as in `directed_kl`: for ablations; the defaults are the
+    paper's method. Returns (4, N): L_P, L_kd, L_reg and the drift KL(p(y | P, x) || p(y | x)),
+    which is L_reg unless reg_kl is "forward".
     """
     L_kd = directed_kl(p_prompted, q, prompt_kl)  # (1)
     L_reg = directed_kl(p_prompted, p_bare, reg_kl)  # (2)
@@ -124,8 +123,7 @@ def importance_weight(log_p, log_q, alpha=0.2):
 
 # Bytes of float32 logits: chunks for the matrix products, blocks within them for the loss. On a CPU
 # a block stays in its cache; on a GPU a chunk is one block.
-CPU_CHUNK_BYTES, CPU_BLOCK_BYTES = 2**27, 2**23
-GPU_BYTES = 2**28
+CPU_CHUNK_BYTES, CPU_BLOCK_BYTES, GPU_BYTES = 2**27, 2**23, 2**28
 
 
 def sum_over_tokens(loss_fn, trained, *others, **per_token):
@@ -140,10 +138,8 @@ def sum_over_tokens(loss_fn, trained, *others, **per_token):
     trained: hidden (N, C) and head (V, C) of the model that is trained. Both get a gradient.
     others: hidden and head of each further model; they get no gradient.
     per_token: what else loss_fn takes by name, tensors (N, ...).
-    loss_fn: loss_fn(*logits, **per_token) -> (n,), or (k, n): the loss first, then what is only
-    logged. It is called for some n of the N tokens at a time, with logits (n, V'). On a CPU V' is
-    V rounded up, to align rows in memory. The extra logits are a large finite negative number:
-    softmax makes them 0, and unlike -inf they keep log a - log b finite.
+    loss_fn: returns (n,), or (k, n): the loss first, then what is only logged. It is called for
+    some n of the N tokens at a time, with their logits (n, V') as in `aligned_logits`.
     Returns the sum (), or sums (k,), of which only the first has a gradient. Raises ValueError if
     numbers of tokens or vocabularies differ.
     """
@@ -210,13 +206,13 @@ def token_log_probs(hidden, head, tokens):
 
 
 def aligned_logits(hidden, head):
-    """Logits (n, V') of hidden (n, C) under a head (V, C), without gradients. On a CPU they have
-    more entries, of probability 0, up to a multiple of 16, so that rows are aligned in memory."""
+    """Logits (n, V') of hidden (n, C) under a head (V, C), without gradients. On a CPU V' is V
+    rounded up to a multiple of 16, so that rows are aligned in memory. The extra logits are a large
+    negative number: softmax makes them 0. With -inf, log a - log b of two of them would be NaN."""
     if not hidden.is_cpu:
         return head_logits(hidden, head)
     V = len(head)
     logits = hidden.new_empty(len(hidden), math.ceil(V / 16) * 16)
-    # Not -inf: log p - log q of two such entries would be NaN, and with -1e30 it is 0.
     logits[:, V:] = -1e30
     # Parts of the head that stay in the CPU's cache. Autocast leaves products with `out` alone.
     for part, out in zip(head.split(1024), logits[:, :V].split(1024, dim=1)):

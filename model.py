@@ -266,24 +266,25 @@ def convert_stored(tensors, config, vocab_size=None, device="cpu"):
 
 
 def from_state(state, config):
-    """A GPT with the weights that `convert_stored` returns. Raises ValueError if one is missing, or
-    if `lm_head.weight` differs from `wte.weight`."""
+    """A GPT with the weights that `convert_stored` returns; it takes these tensors themselves.
+    Raises ValueError if one is missing, or if `lm_head.weight` differs from `wte.weight`."""
     vocab_size = len(state.get("wte.weight", range(config.vocab_size)))
     with torch.device("meta"):  # no memory and no random numbers: all weights are replaced
         model = GPT(replace(config, vocab_size=vocab_size))
-    head = state.pop("lm_head.weight", None)
+    head = state.get("lm_head.weight")
     for name in model.state_dict():
         if name not in state:
             raise ValueError(f"tensor '{name}' is missing; fetch the weights again")
     if head is not None and not torch.equal(head, state["wte.weight"]):
         problem = "differs from 'wte.weight'; GPT-2's head is its token embedding"
         raise ValueError(f"tensor 'lm_head.weight' {problem}")
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict({name: state[name] for name in model.state_dict()}, assign=True)
     return model
 
 
 def to_stored(model):
-    """The weights of a GPT under their stored names and in the stored form, float32 on the CPU."""
+    """The weights of a GPT under their stored names and in the stored form, float32 on the CPU.
+    They may share memory with the model's own."""
     tensors = {}
     for name, tensor in model.state_dict().items():
         tensor = tensor.detach().float().cpu()

@@ -140,29 +140,35 @@ def sum_prompt_gradient(run):
     dist.all_reduce_sum(run.P.grad)
 
 
-def update_student(run, n_tokens, **values):
-    """Clip the accumulated gradient, make an optimizer step and clear it. Returns the metrics."""
+def update_student(run, n_tokens, loss, **metrics):
+    """Clip the accumulated gradient, make an optimizer step and clear it. Returns the metrics.
+
+    loss: this rank's part of the mean over the global batch. metrics: further ones, of all ranks.
+    """
     grad_norm = clip_and_step(run.optimizer)
     record_time(run, "student")
-    metrics = {name: dist.all_reduce_sum(value) for name, value in values.items()}
-    return {**metrics, "grad_norm": grad_norm, "response_tokens": n_tokens}
+    loss = dist.all_reduce_sum(loss)
+    return {"loss": loss, **metrics, "grad_norm": grad_norm, "response_tokens": n_tokens}
 
 
 # --- PromptKD ---
 
 
 def promptkd_step(run, examples, t):
-    """Algorithm 1 of PromptKD, iteration t = 0 ... total_steps - 1. The numbers are the paper's
-    equations. N is the number of response tokens of a micro-batch."""
+    """Algorithm 1, iteration t = 0 ... total_steps - 1. Equation numbers are the paper's.
+
+    A micro-batch has N response tokens. `response_hidden` gives their hidden states (N, C) and the
+    head (V, C) of a model, `sum_over_tokens` the sum of a loss over them, from logits (N, V).
+    """
     s, p = run.settings, run.teacher
     lam = 1 - t / run.total_steps  # λ: 1 at first, then linearly down to 1 / total_steps
 
-    def L_P(p_prompted, q, p_bare):  # (1) to (3), from logits (n, V)
+    def L_P(p_prompted, q, p_bare):  # (1) to (3)
         return losses.prompt_loss(
             p_prompted,
             q,
             p_bare,
-            lam=lam,
+            lam,
             reg_weight=s.reg_weight,
             prompt_kl=s.prompt_kl,
             reg_kl=s.reg_kl,
@@ -177,7 +183,7 @@ def promptkd_step(run, examples, t):
         with precision(run.device, s.dtype):
             prompted = response_hidden(p, batch, run.P)  # gradient to P only: p is frozen
             with torch.no_grad():  # targets
-                student = response_hidden(run.student, batch)  # hidden (N, C), head (V, C)
+                student = response_hidden(run.student, batch)
                 bare = response_hidden(p, batch)
             means = sum_over_tokens(L_P, prompted, student, bare) / n_tokens  # (4,), L_P first
         means[0].backward()
@@ -200,7 +206,7 @@ def promptkd_step(run, examples, t):
         loss += L_theta.detach()
     metrics = dict(zip(PROMPT_METRICS, dist.all_reduce_sum(prompt_means), strict=True))
     metrics |= {"lambda": lam, "prompt_grad_norm": prompt_grad_norm}
-    return metrics | update_student(run, n_tokens, loss=loss)
+    return update_student(run, n_tokens, loss, **metrics)
 
 
 # --- The methods it is compared with ---
@@ -222,7 +228,7 @@ def gkd_step(run, examples, t):
                 L_theta = sum_over_tokens(losses.student_loss, student, teacher) / n_tokens
             undo_ddp_mean(L_theta).backward()
         loss += L_theta.detach()
-    return update_student(run, n_tokens, loss=loss)
+    return update_student(run, n_tokens, loss)
 
 
 def sft_step(run, examples, t):
@@ -239,7 +245,7 @@ def sft_step(run, examples, t):
                 L_theta = L_theta / n_tokens
             undo_ddp_mean(L_theta).backward()
         loss += L_theta.detach()
-    return update_student(run, n_tokens, loss=loss)
+    return update_student(run, n_tokens, loss)
 
 
 def kd_step(run, examples, t):
@@ -248,7 +254,7 @@ def kd_step(run, examples, t):
     outputs)."""
     batches, n_tokens = split_global_batch(run, examples)
     loss = kd_backward(run, batches, n_tokens)
-    return update_student(run, n_tokens, loss=loss)
+    return update_student(run, n_tokens, loss)
 
 
 def kd_backward(run, batches, n_tokens):
@@ -300,13 +306,14 @@ def minillm_step(run, examples, t):
                 L_theta = L_theta / n_tokens
             undo_ddp_mean(L_theta).backward()
         loss += L_theta.detach()
-    values = {"loss": loss}
+    metrics = {}
     if run.lm_blocks:
         n_blocks = len(run.lm_blocks)
         blocks = [run.lm_blocks[(t * batch_size + i) % n_blocks] for i in range(batch_size)]
         # DDP averages the gradient above again. It is equal on all ranks, so nothing changes.
-        values["lm_loss"] = kd_backward(run, *split_global_batch(run, dist.shard(blocks)))
-    return update_student(run, n_tokens, **values)
+        lm_loss = kd_backward(run, *split_global_batch(run, dist.shard(blocks)))
+        metrics["lm_loss"] = dist.all_reduce_sum(lm_loss)
+    return update_student(run, n_tokens, loss, **metrics)
 
 
 @torch.no_grad()

@@ -43,9 +43,9 @@ def load(directory, dropout=None, vocab_size=None, device="cpu"):
             converted = convert_stored(tensors, config, vocab_size, device)
         except ValueError as error:
             raise InputError(f"{path}: {error}") from error
-        for name in converted.keys() & state.keys():
-            fix = f"keep one tensor for '{name}'"
-            raise InputError(f"{path}: tensor '{name}' is stored twice; {fix}")
+        if twice := [name for name in converted if name in state]:
+            problem = f"tensor '{twice[0]}' is stored twice; keep one tensor for '{twice[0]}'"
+            raise InputError(f"{path}: {problem}")
         state |= converted
     try:
         return from_state(state, config)

@@ -19,11 +19,12 @@ def packed_weights(models, dtype):
     patched = []  # objects and the names of their replaced methods
     try:
         for model in models if has_layout else ():
-            if is_packable(model.head):
+            if is_packable(model.head) and "logits" not in vars(model):  # or it is packed already
                 model.logits = packed_linear(model.head)
                 patched.append((model, "logits"))
             for module in model.modules() if dtype == "float32" else ():
-                if isinstance(module, torch.nn.Linear) and is_packable(module.weight):
+                is_linear = isinstance(module, torch.nn.Linear) and "forward" not in vars(module)
+                if is_linear and is_packable(module.weight):
                     module.forward = packed_linear(module.weight, module.bias)
                     patched.append((module, "forward"))
         yield

@@ -46,14 +46,16 @@ def sample_all(
     responses and log-probabilities in the order of the requests. Raises InputError if one may
     exceed the model's positions.
     """
-    order = sorted(range(len(requests)), key=lambda i: -len(requests[i]))
+    if not requests:
+        return [], []
     P, teacher_mix = (sampling_kwargs.get(name) for name in ("P", "teacher_mix"))
     models = [model] if teacher_mix is None else [model, teacher_mix[0]]
     dtype = sampling_kwargs.get("dtype", "float32")
-    longest = max(map(len, requests), default=0) + (0 if P is None else len(P))
+    longest = max(map(len, requests)) + (0 if P is None else len(P))
     check_positions(models, longest, max_new_tokens)
     if batch_size is None:
         batch_size = sampling_batch_size(models, len(requests), max_new_tokens, dtype, longest)
+    order = sorted(range(len(requests)), key=lambda i: -len(requests[i]))
     responses, log_probs = [None] * len(requests), [None] * len(requests)
     disable = None if label and dist.rank() == 0 else True  # None: shown on a terminal only
     bar = tqdm(total=len(requests), desc=label, unit="row", leave=False, disable=disable)
