@@ -42,20 +42,19 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 import evaluate
 import exposure_bias
-import sample
 import train
-from data import cli, prepare
+from data import cli, prepare, sampling
+from data.checkpoint import save
 from data.cli import InputError, run_command_line, write_atomic
 from data.hub import download
 from data.rows import read_rows
 from data.runs import RUN_FORMAT, base_label
 from data.tokenizer import END_OF_TEXT
-from model import save
 
 PROGRAMS = {
     "train.py": train,
     "evaluate.py": evaluate,
-    "sample.py": sample,
+    "sample.py": sampling,
     "exposure_bias.py": exposure_bias,
     "data.prepare": prepare,
 }
@@ -1365,7 +1364,9 @@ def test_malformed_names_of_data_sets(refused, bad, program):
 
 
 def test_validation_rows_are_read_before_a_teacher_is_sampled(refused, bad, monkeypatch):
-    monkeypatch.setattr("sample.sample", lambda *_, **__: pytest.fail("sampling has started"))
+    monkeypatch.setattr(
+        "data.sampling.sample", lambda *_, **__: pytest.fail("sampling has started")
+    )
     (bad / "dev.jsonl").unlink()
     command = "train.py --method seqkd --sft-teacher teacher --student student --data bad"
     has(refused(command), "bad/dev.jsonl: no such file")
@@ -1489,7 +1490,9 @@ def test_an_impossible_output_directory_is_reported_at_once(
 ):
     dangling(bad / "link")
     loop(bad / "loop")
-    monkeypatch.setattr("sample.sample", lambda *_, **__: pytest.fail("sampling has started"))
+    monkeypatch.setattr(
+        "data.sampling.sample", lambda *_, **__: pytest.fail("sampling has started")
+    )
     out = NOT_WRITABLE[what]
     line = refused(WRITERS[writer], "--out", out)
     has(line, f"--out {out}: ", "is not a writable directory", "choose another")
@@ -1564,7 +1567,7 @@ def test_an_impossible_file_of_results(refused, bad, make):
 @pytest.mark.parametrize("limit, name", [(1000, "model.safetensors"), (100, "config.json")])
 def test_a_checkpoint_that_does_not_fit_on_the_disk(tmp_path, monkeypatch, limit, name):
     if name == "config.json":
-        monkeypatch.setattr("model.save_tensors", lambda *_: None)
+        monkeypatch.setattr("data.checkpoint.save_tensors", lambda *_: None)
     with file_size_limit(limit), pytest.raises((OSError, InputError), match=name):
         save(tiny_model(), tmp_path)
     assert snapshot(tmp_path) == {}

@@ -46,6 +46,7 @@ from data.report import (
 )
 from data.rows import fill_template, read_rows
 from data.runs import RUN_FORMAT, unique_labels
+from data.sampling import decode_response
 from evaluate import (
     Column,
     add_average,
@@ -57,7 +58,7 @@ from evaluate import (
     print_unscorable,
     rouge_l,
 )
-from sample import decode_response, row_uniforms, sample
+from sample import row_uniforms, sample
 
 
 @pytest.fixture(autouse=True)

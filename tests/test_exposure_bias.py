@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 
 import exposure_bias
 from data import report
+from data.checkpoint import load
 from data.cli import InputError, run_command_line
 from data.demo import TOKENIZER_DIR
 from data.report import last_reliable_step
@@ -37,7 +38,6 @@ from data.rows import fill_template
 from data.runs import RUN_FORMAT, checkpoints, unique_labels
 from data.tokenizer import load_tokenizer
 from exposure_bias import excess_accumulated_error, exposure_curve, kl_by_step, main
-from model import load
 from sample import row_uniforms, sample
 
 COLUMNS = ["l", "R", "epsilon", "ex_acc_err", "low", "high", "alive_student", "alive_teacher"]

@@ -11,7 +11,7 @@ import pytest
 from helpers import TINY, run_command, soft_prompt, stored_weights, tiny_model
 from safetensors.torch import load_file, save_file
 
-import model
+from data.checkpoint import save
 from data.cli import write_atomic
 from data.tensors import save_prompt, save_tensors
 
@@ -44,7 +44,8 @@ def shim(tmp_path_factory):
 SCRIPT = """
 import os, sys
 sys.path.insert(0, "")
-import train, sample
+import train
+from data import sampling
 for call in (lambda: os.chmod(".", 0o755), lambda: os.truncate(sys.argv[1], 1)):
     try:
         call()
@@ -65,7 +66,7 @@ except KeyboardInterrupt:
 train.train_step = train_step
 train.main(argv)
 run = argv[-1] + "/pretrain-1x16x2-demo-steps2"
-sample.main([run, "--instruction", "x", "--max-new", "4"])
+sampling.main([run, "--instruction", "x", "--max-new", "4"])
 """
 
 
@@ -95,7 +96,7 @@ def test_checkpoints_have_the_permissions_of_other_files(tmp_path, umask, mode):
     """safetensors' own save_file keeps them from other users since version 0.8."""
     previous = os.umask(umask)
     try:
-        model.save(tiny_model(), tmp_path)
+        save(tiny_model(), tmp_path)
         save_prompt(soft_prompt(3), tmp_path)
     finally:
         os.umask(previous)

@@ -28,8 +28,8 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 
-import model
 from data import dist, hub, prepare
+from data.checkpoint import save
 from data.cli import InputError
 from data.hub import download, file_hash, find_model_dir, hub_url, model_hash, weights_files
 from data.models import load_model
@@ -841,7 +841,7 @@ def test_an_existing_cache_is_found_by_each_variable(
 @pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
 def test_a_downloaded_model_is_the_one_that_was_published(server, cache, tmp_path, weights):
     published, tokenizer = tiny_model(talker_config()), tiny_tokenizer()
-    model.save(published, tmp_path / "published")
+    save(published, tmp_path / "published")
     if weights == "pytorch_model.bin":
         torch.save(
             load_file(tmp_path / "published" / "model.safetensors"),
@@ -878,7 +878,7 @@ def test_a_model_that_transformers_saved_in_shards_is_the_same(
     """Its tokenizer is tokenizer.json alone, as transformers 5 saves it."""
     transformers = pytest.importorskip("transformers")
     expected, tokenizer = tiny_model(talker_config()), tiny_tokenizer()
-    model.save(expected, tmp_path / "ours")
+    save(expected, tmp_path / "ours")
     for name, text in zip(("vocab.json", "merges.txt"), tokenizer_files(tokenizer)):
         (tmp_path / "ours" / name).write_text(text, encoding="utf-8")
     snapshot = write_hub_cache(tmp_path / "hf" / "hub", "models--someone--tiny")
@@ -904,7 +904,7 @@ def test_a_downloaded_model_without_its_tokenizer_is_one_line(
     server, cache, tmp_path, shared, monkeypatch
 ):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "gpt2-bpe" / "tiktoken-cache"))
-    model.save(tiny_model(), tmp_path / "published")
+    save(tiny_model(), tmp_path / "published")
     for path in (tmp_path / "published").iterdir():
         server.answers[f"/someone/tiny/resolve/main/{path.name}"] = path.read_bytes()
     message = error_of(load_model, "someone/tiny", CPU)

@@ -26,9 +26,8 @@ from test_train import CPU, student, teacher, world  # noqa: F401
 import data.prepare
 import evaluate
 import exposure_bias
-import sample
 import train
-from data import cli, dist
+from data import cli, dist, sampling
 from data.cli import is_launched
 from data.dist import check_launcher, place_rank
 
@@ -104,7 +103,7 @@ for value in ("0", "four", "1"):
 COMMANDS = {
     train: "--method sft --student student --out out",
     evaluate: "student --data demo --out out",
-    sample: "student --instruction hello",
+    sampling: "student --instruction hello",
     exposure_bias: "--teacher teacher --students student --data demo --out out",
 }
 

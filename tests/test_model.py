@@ -31,10 +31,24 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data.checkpoint import load, save
 from data.cli import InputError
-from data.rows import fill_template, pad
+from data.packed import packed_linear, packed_weights
+from data.rows import fill_template
 from data.tokenizer import load_tokenizer, tokenizer_files
-from model import GPT, Config, KVCache, load, packed_weights, save
+from model import (
+    GPT,
+    TRANSPOSED,
+    Config,
+    KVCache,
+    convert_stored,
+    from_state,
+    from_stored,
+    precision,
+    to_stored,
+)
+from prompt import prepend
+from sample import pad
 
 ROWS = [[5, 17, 60, 3, 3, 41, 8], [22], [9, 60, 60, 1, 30, 12, 55, 2, 19, 44, 7]]
 PROMPT = soft_prompt(5)
@@ -51,6 +65,11 @@ def assert_close(result, expected, atol=1e-4):
     torch.testing.assert_close(result, expected, atol=atol, rtol=0)
 
 
+def with_prompt(prompt, model, ids):
+    """The inputs of a forward pass: ids (B, T), or embeddings (B, prompt_length + T, C)."""
+    return ids if prompt is None else prepend(prompt, model, ids)
+
+
 # --- The numbers of transformers ---
 
 
@@ -58,7 +77,7 @@ def assert_close(result, expected, atol=1e-4):
 def our_logits(model, rows, prompt=None):
     """The logits (T, V) of each row, from one right-padded batch."""
     ids, lengths = pad(rows, "cpu")
-    logits = model.logits(model(ids, prefix=prompt))
+    logits = model.logits(model(with_prompt(prompt, model, ids)))
     start = 0 if prompt is None else len(prompt)
     assert logits.shape == (len(rows), start + ids.shape[1], model.config.vocab_size)
     return [logits[b, start : start + n] for b, n in enumerate(lengths)]
@@ -222,15 +241,17 @@ def test_tensors_move_to_the_device_one_by_one(tmp_path, monkeypatch):
     write_checkpoint(tmp_path)
     alive = []
 
-    def read_and_watch(directory):
-        for name, tensor in stored_weights(TINY).items():
-            assert sum(reference() is not None for reference in alive) <= 1
-            tensor = tensor.clone()
-            alive.append(weakref.ref(tensor))
-            yield tmp_path / WEIGHTS, name, tensor
-            del tensor
+    class Watched(dict):
+        """Tensors that come into being when they are taken out."""
 
-    monkeypatch.setattr("model.read_tensors", read_and_watch)
+        def pop(self, name):
+            assert sum(reference() is not None for reference in alive) <= 1
+            tensor = super().pop(name).clone()
+            alive.append(weakref.ref(tensor))
+            return tensor
+
+    files = [(tmp_path / WEIGHTS, Watched(stored_weights(TINY)))]
+    monkeypatch.setattr("data.checkpoint.read_tensor_files", lambda directory: files)
     monkeypatch.setattr(torch, "isfinite", lambda tensor: torch.ones(1))
     tensors = list(load(tmp_path, device="meta").state_dict().values())
     assert {(tensor.device.type, tensor.dtype) for tensor in tensors} == {("meta", torch.float32)}
@@ -312,6 +333,54 @@ def test_the_official_sizes_have_their_parameter_counts(n_layer, n_embd, n_head,
     assert model.n_parameters() == n_parameters
 
 
+def test_the_width_must_be_divisible_among_the_heads():
+    with pytest.raises(ValueError, match="n_embd 32, n_head 5: the width can't be divided"):
+        GPT(replace(TINY, n_head=5))
+
+
+def test_the_head_is_the_token_embedding():
+    model = tiny_model()
+    assert model.head is model.wte.weight
+    names = [name for name, _ in model.named_parameters()]
+    assert names == list(model.state_dict())
+    assert not [name for name in names if "head" in name]
+    # Its gradient is the sum of both uses, and a step changes both.
+    hidden = torch.randn(3, TINY.n_embd, generator=torch.Generator().manual_seed(1))
+    weights = torch.arange(183.0).view(3, 61)
+    (model.logits(hidden) * weights).sum().backward()
+    assert_close(model.wte.weight.grad, weights.T @ hidden, atol=1e-3)
+    with torch.no_grad():
+        model.wte.weight[7] = 1.0
+        assert_close(model.logits(hidden)[:, 7], hidden.sum(-1))
+
+
+@pytest.mark.parametrize("prompt", [None, PROMPT], ids=["bare", "prompted"])
+@torch.no_grad()
+def test_embeddings_as_inputs_give_the_states_of_their_tokens(prompt):
+    model = tiny_model()
+    ids, _ = pad(ROWS, "cpu")
+    if prompt is None:
+        assert torch.equal(model(model.wte(ids)), model(ids))
+    else:
+        inputs = model.wte(ids)
+        inputs[:, :5] = prompt  # in place of tokens
+        changed = ids.clone()
+        changed[:, :5] = 33
+        assert (model(inputs) - model(changed)).abs().amin(-1).amax() > 0.01
+        assert torch.equal(model(inputs), model(prepend(prompt, model, ids[:, 5:])))
+
+
+@pytest.mark.parametrize("prompt", [None, PROMPT], ids=["bare", "prompted"])
+@torch.no_grad()
+def test_a_last_token_beyond_the_positions_is_only_predicted(prompt):
+    model = tiny_model()
+    prompt_length = 0 if prompt is None else len(prompt)
+    ids = torch.arange(49 - prompt_length)[None]  # with the prompt one more than positions
+    last = torch.tensor([0]), torch.tensor([47])
+    states = model(with_prompt(prompt, model, ids), output_positions=last)
+    assert_close(states, model(with_prompt(prompt, model, ids[:, :-1]))[:, -1], atol=1e-5)
+
+
 @torch.no_grad()
 def test_padding_changes_no_state_of_a_real_token():
     model = tiny_model()
@@ -333,15 +402,16 @@ def test_a_token_changes_no_earlier_state():
     assert difference[6:].min() > 1e-3
 
 
-@pytest.mark.parametrize("with_prefix", [False, True])
-def test_states_at_output_positions_equal_those_of_all_positions(with_prefix):
+@pytest.mark.parametrize("prompted", [False, True])
+def test_states_at_output_positions_equal_those_of_all_positions(prompted):
     model = GPT(Config(2, 32, 4, 61, 64, 0.0)).init_weights(3)
     ids = torch.randint(61, (3, 9), generator=torch.Generator().manual_seed(1))
-    prefix = torch.randn(4, 32, requires_grad=True) if with_prefix else None
+    prompt = torch.randn(4, 32, requires_grad=True) if prompted else None
     rows, columns = torch.tensor([0, 0, 2, 1]), torch.tensor([0, 8, 3, 7])
-    leaves = [*model.parameters(), *([prefix] if with_prefix else [])]
-    expected = model(ids, prefix)[rows, columns + (4 if with_prefix else 0)]
-    states = model(ids, prefix, output_positions=(rows, columns))
+    columns += 4 if prompted else 0  # positions count within the inputs
+    leaves = [*model.parameters(), *([prompt] if prompted else [])]
+    expected = model(with_prompt(prompt, model, ids))[rows, columns]
+    states = model(with_prompt(prompt, model, ids), output_positions=(rows, columns))
     assert_close(states, expected, atol=1e-5)
     gradients = torch.autograd.grad(states.square().sum(), leaves)
     expected_gradients = torch.autograd.grad(expected.square().sum(), leaves)
@@ -354,11 +424,11 @@ def test_states_at_output_positions_equal_those_of_all_positions(with_prefix):
 def test_decoding_ragged_rows_with_the_cache_equals_the_full_forward(prompt):
     model, starts = tiny_model(), torch.tensor([3, 1, 6])
     texts = [[*ROWS[0], 4, 4, 4, 4], [*ROWS[1], *range(20, 30)], ROWS[2]]  # 11 tokens each
-    full = model(torch.tensor(texts), prefix=prompt)
+    full = model(with_prompt(prompt, model, torch.tensor(texts)))
     P = 0 if prompt is None else len(prompt)
     cache = KVCache(TINY, 3, P + 11, "cpu", torch.float32)
     ids, _ = pad([text[:n] for text, n in zip(texts, starts)], "cpu", fill=13)
-    states = model(ids, prefix=prompt, cache=cache)
+    states = model(with_prompt(prompt, model, ids), cache=cache)
     for b, n in enumerate(starts):
         assert_close(states[b, : P + n], full[b, : P + n], atol=1e-5)
     cache.set_lengths(starts + P)
@@ -505,6 +575,162 @@ def test_initial_weights_scale_with_width_and_depth_and_depend_on_the_seed():
             assert (p == (1 if name.endswith("weight") else 0)).all()
 
 
+# --- Stored tensors, without files ---
+
+LAYOUTS = ["plain", "prefix", "buffers", "prefix, head, buffers"]
+
+
+def test_a_model_equals_its_stored_tensors_and_back():
+    model = tiny_model()
+    tensors = to_stored(model)
+    assert list(tensors) == list(model.state_dict())
+    assert tensors.keys() == stored_weights(TINY).keys()
+    for name, expected in stored_weights(TINY).items():
+        assert torch.equal(tensors[name], expected), name
+        assert tensors[name].is_contiguous() and not tensors[name].requires_grad
+    again = from_stored(tensors, TINY)
+    assert tensors == {}  # emptied on the way
+    assert again.config == TINY
+    assert_same_weights(again, model)
+    assert all(p.requires_grad and p.is_leaf and p.is_contiguous() for p in again.parameters())
+    ids = torch.tensor([ROWS[2]])
+    assert torch.equal(again.eval()(ids), model(ids))
+
+
+def test_the_transposed_matrices_are_those_of_the_linear_layers():
+    for name, tensor in to_stored(GPT(TINY).init_weights(0)).items():
+        module = GPT(TINY).get_submodule(name.rpartition(".")[0])
+        is_matrix = isinstance(module, torch.nn.Linear) and name.endswith("weight")
+        assert name.endswith(TRANSPOSED) == is_matrix
+        shape = module.get_parameter(name.rpartition(".")[2]).shape
+        assert tensor.shape == (shape[::-1] if is_matrix else shape)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_of_stored_tensors_gives_the_same_model(layout):
+    assert_same_weights(from_stored(weights_in_layout(layout), TINY), tiny_model())
+
+
+@pytest.mark.parametrize("prefixes", PREFIXES.values(), ids=PREFIXES)
+def test_stored_tensors_may_have_prefixes_of_wrappers(prefixes):
+    assert_same_weights(from_stored(nested(*prefixes), TINY), tiny_model())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_stored_tensors_of_another_dtype_become_float32(dtype):
+    weights = {name: tensor.to(dtype) for name, tensor in stored_weights(TINY).items()}
+    expected = {name: tensor.float() for name, tensor in weights.items()}
+    model = from_stored(weights, TINY)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    stored = to_stored(model.to(dtype))
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    assert all(torch.equal(stored[name], expected[name]) for name in expected)
+
+
+def test_stored_tensors_are_converted_all_or_some():
+    names = ["h.1.attn.c_attn.weight", "ln_f.bias", "lm_head.weight"]
+    weights = weights_in_layout("prefix, head, buffers")
+    some = {name: weights[name] for name in (f"transformer.{names[0]}", *names[2:])}
+    some["module.ln_f.bias"] = weights["transformer.ln_f.bias"]
+    some["h.0.attn.bias"] = weights["transformer.h.0.attn.bias"]
+    state = convert_stored(some, TINY)
+    assert some == {}
+    assert state.keys() == set(names)
+    expected = tiny_model().state_dict()
+    assert torch.equal(state["h.1.attn.c_attn.weight"], expected["h.1.attn.c_attn.weight"])
+    assert torch.equal(state["lm_head.weight"], expected["wte.weight"])
+
+
+@pytest.mark.parametrize("with_head", [False, True])
+def test_stored_embeddings_lose_their_last_rows(with_head):
+    weights = weights_in_layout("head" if with_head else "plain")
+    weights["wte.weight"][59:] = torch.nan  # padding rows may hold anything
+    model = from_stored(weights, TINY, vocab_size=59)
+    assert model.config == replace(TINY, vocab_size=59)
+    assert torch.equal(model.head, stored_weights(TINY)["wte.weight"][:59])
+    assert model.wte.weight.untyped_storage().nbytes() == 59 * TINY.n_embd * 4
+
+
+def with_value(value):
+    def change(tensor):
+        tensor[3] = value
+        return tensor
+
+    return change
+
+
+# What is wrong with stored tensors: a tensor's name, a function of the old tensor that returns the
+# new one (None removes it), and what the message says.
+WRONG_TENSORS = {
+    "tensor missing": ("h.1.mlp.c_fc.bias", None, "'h.1.mlp.c_fc.bias' is missing"),
+    "no embedding": ("wte.weight", None, "'wte.weight' is missing"),
+    "wrong shape": (
+        "wpe.weight",
+        lambda t: t[:-1].clone(),
+        "'wpe.weight' has shape (47, 32), which does not fit config.json",
+    ),
+    "not transposed": (
+        "h.0.attn.c_attn.weight",
+        lambda t: t.T.contiguous(),
+        "'h.0.attn.c_attn.weight' has shape (96, 32)",
+    ),
+    "a vector for a matrix": (
+        "h.0.mlp.c_fc.weight",
+        lambda t: t[0].clone(),
+        "'h.0.mlp.c_fc.weight' has shape (128,)",
+    ),
+    "integers": ("wte.weight", torch.Tensor.long, "'wte.weight' is torch.int64"),
+    "NaN": ("ln_f.bias", with_value(float("nan")), "'ln_f.bias' has values that are not finite"),
+    "infinite": (
+        "h.1.attn.c_proj.weight",
+        with_value(float("-inf")),
+        "'h.1.attn.c_proj.weight' has values that are not finite",
+    ),
+    "a tensor of another model": (
+        "score.weight",
+        lambda _: torch.ones(2, 32),
+        "'score.weight' is not part of a GPT-2 with 2 layers",
+    ),
+    "another head": (
+        "lm_head.weight",
+        lambda _: torch.ones(61, 32),
+        "'lm_head.weight' differs from 'wte.weight'",
+    ),
+    "a tensor with and without a prefix": (
+        "module.wte.weight",
+        lambda _: torch.ones(61, 32),
+        "is stored twice; keep one tensor for 'wte.weight'",
+    ),
+}
+
+
+def changed_weights(name, change):
+    """The stored weights with one tensor replaced by a function of the old one, or removed."""
+    tensors = stored_weights(TINY)
+    old = tensors.pop(name, None)
+    return tensors if change is None else tensors | {name: change(old)}
+
+
+@pytest.mark.parametrize("name, change, message", WRONG_TENSORS.values(), ids=WRONG_TENSORS)
+def test_wrong_stored_tensors_are_a_value_error(name, change, message):
+    """With a file they are an InputError: see DAMAGES."""
+    with pytest.raises(ValueError) as caught:
+        from_stored(changed_weights(name, change), TINY)
+    text = str(caught.value)
+    assert not isinstance(caught.value, InputError)
+    assert text.startswith("tensor '") and message in text and "\n" not in text
+
+
+def test_another_number_of_layers_is_a_value_error():
+    message = r"^tensor 'h\.1\..*' is not part of a GPT-2 with 1 layers"
+    with pytest.raises(ValueError, match=message):
+        from_stored(stored_weights(TINY), replace(TINY, n_layer=1))
+    with pytest.raises(ValueError, match=r"^tensor 'h\.2\.ln_1\.weight' is missing"):
+        from_stored(stored_weights(TINY), replace(TINY, n_layer=3))
+    with pytest.raises(ValueError, match=r"^tensor 'wpe.weight' is missing"):
+        from_state(convert_stored({"wte.weight": torch.ones(61, 32)}, TINY), TINY)
+
+
 # --- Packed weights ---
 
 PACKABLE = Config(2, 288, 4, 1_009, 64)
@@ -512,26 +738,102 @@ CAN_PACK = platform.machine() == "x86_64" and torch.backends.mkldnn.is_available
 
 
 def packed_names(model):
-    parameters = model.named_parameters()
-    return [name for name, w in parameters if getattr(w, "packed", None) is not None]
+    """The names of a model's methods that have been replaced, and of its modules' methods."""
+    return [
+        f"{name}.{method}".lstrip(".")
+        for name, module in model.named_modules()
+        for method in ("logits", "forward")
+        if method in vars(module)
+    ]
+
+
+def attributes(model):
+    """All attributes of a model and of its modules, by name."""
+    return {name: dict(vars(module)) for name, module in model.named_modules()}
+
+
+MLP = [f"h.{n}.mlp.{name}.forward" for n in (0, 1) for name in ("c_fc", "c_proj")]
 
 
 @pytest.mark.parametrize("n_rows, n_tokens", [(1, 1), (3, 1), (64, 1), (5, 40)])
 @torch.no_grad()
 def test_packed_weights_give_the_same_states_and_logits_and_are_removed(n_rows, n_tokens):
     model = GPT(PACKABLE).init_weights(3).eval()
+    before = attributes(model)
     generator = torch.Generator().manual_seed(n_rows)
     ids = torch.randint(1_009, (n_rows, n_tokens), generator=generator)
     expected = model(ids)
-    with packed_weights(model):
+    with packed_weights([model], "float32"):
         hidden, names = model(ids), packed_names(model)
         logits = model.logits(hidden)
     assert_close(hidden, expected)
     assert_close(logits, model.logits(expected))
-    mlp = [f"h.{n}.mlp.{name}.weight" for n in (0, 1) for name in ("c_fc", "c_proj")]
     if CAN_PACK:  # all others are small
-        assert names == ["wte.weight", *mlp]
-    assert packed_names(model) == []
+        assert names == ["logits", *MLP]
+    assert attributes(model) == before
+    assert torch.equal(model(ids), expected)
+
+
+@pytest.mark.skipif(not CAN_PACK, reason="no oneDNN on x86")
+@pytest.mark.parametrize("shape", [(1,), (3,), (64,), (300,), (2, 7), ()])
+@pytest.mark.parametrize("with_bias", [False, True])
+@torch.no_grad()
+def test_a_packed_product_equals_f_linear(shape, with_bias):
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(1_009, 288, generator=generator) / 288**0.5
+    bias = torch.randn(1_009, generator=generator) if with_bias else None
+    x = torch.randn(*shape, 288, generator=generator)
+    expected = torch.nn.functional.linear(x, weight, bias)
+    assert_close(packed_linear(weight, bias)(x), expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_in_bfloat16_only_the_head_is_packed():
+    model = GPT(PACKABLE).init_weights(3).eval()
+    before, ids = attributes(model), torch.arange(6).view(3, 2)
+    cpu = torch.device("cpu")
+    with precision(cpu, "bfloat16"):
+        expected = model(ids)
+        expected_logits = model.logits(expected)
+        with packed_weights([model], "bfloat16"):
+            hidden, names = model(ids), packed_names(model)
+            logits = model.logits(hidden)
+    assert torch.equal(hidden, expected)
+    assert logits.dtype == torch.float32
+    assert_close(logits, expected_logits)
+    if CAN_PACK:
+        assert names == ["logits"]
+    assert attributes(model) == before
+
+
+@torch.no_grad()
+def test_several_models_are_packed_and_others_are_not():
+    models = [GPT(PACKABLE).init_weights(seed).eval() for seed in range(3)]
+    ids = torch.arange(6).view(3, 2)
+    expected = [model.logits(model(ids)) for model in models]
+    with packed_weights(models[:2], "float32"):
+        logits = [model.logits(model(ids)) for model in models]
+        names = [packed_names(model) for model in models]
+    for result, expected_result in zip(logits, expected, strict=True):
+        assert_close(result, expected_result)
+    if CAN_PACK:
+        assert names == [["logits", *MLP]] * 2 + [[]]
+    assert [packed_names(model) for model in models] == [[]] * 3
+
+
+@torch.no_grad()
+def test_a_model_may_be_packed_twice():
+    """As student and teacher of a mixture, or in a context within another."""
+    model, ids = GPT(PACKABLE).init_weights(3).eval(), torch.arange(6).view(3, 2)
+    before, expected = attributes(model), model.logits(model(ids))
+    with packed_weights([model, model], "float32"):
+        assert_close(model.logits(model(ids)), expected)
+    assert attributes(model) == before
+    with packed_weights([model], "float32"):
+        with packed_weights([model], "bfloat16"):
+            pass
+        assert_close(model.logits(model(ids)), expected)
+    assert attributes(model) == before
 
 
 @pytest.mark.parametrize("reason", ["no oneDNN", "another processor"])
@@ -545,23 +847,45 @@ def test_without_onednn_on_x86_the_plain_product_is_used(monkeypatch, reason):
     model = GPT(PACKABLE).init_weights(3).eval()
     ids = torch.arange(6).view(3, 2)
     expected = model(ids)
-    with packed_weights(model):
+    with packed_weights([model], "float32"):
         hidden = model(ids)
         assert packed_names(model) == []
         assert torch.equal(hidden, expected)
         assert torch.equal(model.logits(hidden), expected @ model.wte.weight.T)
 
 
-def test_packed_weights_are_removed_after_an_error():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packed_weights_are_removed_after_an_error(dtype):
     model = GPT(PACKABLE).init_weights(3)
-    with pytest.raises(ZeroDivisionError), packed_weights(model):
+    before = attributes(model)
+    with pytest.raises(ZeroDivisionError), packed_weights([model], dtype):
         raise ZeroDivisionError
     assert packed_names(model) == []
+    assert attributes(model) == before
+
+
+@pytest.mark.skipif(not CAN_PACK, reason="no oneDNN on x86")
+def test_packed_weights_are_removed_if_the_memory_does_not_suffice_for_all(monkeypatch):
+    packed = []
+
+    def pack(weight, bias=None):
+        if len(packed) == 3:
+            raise MemoryError
+        packed.append(weight)
+        return packed_linear(weight, bias)
+
+    model = GPT(PACKABLE).init_weights(3)
+    before = attributes(model)
+    monkeypatch.setattr("data.packed.packed_linear", pack)
+    with pytest.raises(MemoryError), packed_weights([model], "float32"):
+        pytest.fail("the context has begun")
+    assert len(packed) == 3
+    assert attributes(model) == before
 
 
 def test_float64_weights_are_not_packed():
     model = GPT(PACKABLE).double()
-    with packed_weights(model):
+    with packed_weights([model], "float32"):
         assert packed_names(model) == []
 
 
@@ -674,11 +998,7 @@ def tensor_with(name, change):
     """Replace a tensor by a function of the old one; None removes it."""
 
     def damage(directory):
-        tensors = stored_weights(TINY)
-        old = tensors.pop(name, None)
-        if change is not None:
-            tensors[name] = change(old)
-        save_file(tensors, directory / WEIGHTS)
+        save_file(changed_weights(name, change), directory / WEIGHTS)
 
     return damage
 
@@ -741,14 +1061,6 @@ def lfs_pointer(name):
 POINTER = "is a git-lfs pointer, not the file itself; run `git lfs pull`"
 
 
-def with_value(value):
-    def change(tensor):
-        tensor[3] = value
-        return tensor
-
-    return change
-
-
 def file_bytes(change):
     """Replace the content of the weights' file by a function of the old one."""
 
@@ -792,6 +1104,10 @@ class Code:
 
 
 DAMAGES = {
+    **{
+        what: (tensor_with(name, change), WEIGHTS, message)
+        for what, (name, change, message) in WRONG_TENSORS.items()
+    },
     "no config": (remove(CONFIG), CONFIG, "no such file"),
     "config truncated": (config_bytes(b'{"n_layer": 2,'), CONFIG, "can't be read as JSON"),
     "config is a list": (config_bytes(b"[1, 2]"), CONFIG, "must be a JSON object"),
@@ -825,50 +1141,9 @@ DAMAGES = {
     "dropout of 1": (config_with(resid_pdrop=1.0), CONFIG, "'resid_pdrop'"),
     "dropout not a number": (config_with(resid_pdrop="0.1"), CONFIG, "'resid_pdrop'"),
     "no weights": (remove(WEIGHTS), WEIGHTS, "no such file"),
-    "tensor missing": (
-        tensor_with("h.1.mlp.c_fc.bias", None),
-        WEIGHTS,
-        "'h.1.mlp.c_fc.bias' is missing",
-    ),
     "layer missing": (config_with(n_layer=3), WEIGHTS, "'h.2.ln_1.weight' is missing"),
-    "wrong shape": (
-        tensor_with("wpe.weight", lambda t: t[:-1].clone()),
-        WEIGHTS,
-        "'wpe.weight' has shape (47, 32)",
-    ),
-    "not transposed": (
-        tensor_with("h.0.attn.c_attn.weight", lambda t: t.T.contiguous()),
-        WEIGHTS,
-        "'h.0.attn.c_attn.weight' has shape (96, 32)",
-    ),
-    "a vector for a matrix": (
-        tensor_with("h.0.mlp.c_fc.weight", lambda t: t[0].clone()),
-        WEIGHTS,
-        "'h.0.mlp.c_fc.weight' has shape (128,)",
-    ),
     "another width": (config_with(n_embd=64), WEIGHTS, "does not fit config.json"),
-    "integers": (
-        tensor_with("wte.weight", torch.Tensor.long),
-        WEIGHTS,
-        "'wte.weight' is torch.int64",
-    ),
-    "NaN": (tensor_with("ln_f.bias", with_value(float("nan"))), WEIGHTS, "'ln_f.bias'"),
-    "infinite": (
-        tensor_with("h.1.attn.c_proj.weight", with_value(float("-inf"))),
-        WEIGHTS,
-        "'h.1.attn.c_proj.weight'",
-    ),
     "a layer too many": (config_with(n_layer=1), WEIGHTS, "'h.1."),
-    "a tensor of another model": (
-        tensor_with("score.weight", lambda _: torch.ones(2, 32)),
-        WEIGHTS,
-        "'score.weight'",
-    ),
-    "another head": (
-        tensor_with("lm_head.weight", lambda _: torch.ones(61, 32)),
-        WEIGHTS,
-        "'lm_head.weight' differs",
-    ),
     "safetensors truncated": (file_bytes(lambda data: data[:-100]), WEIGHTS, "truncated"),
     "header truncated": (file_bytes(lambda data: data[:50]), WEIGHTS, "truncated"),
     "safetensors empty": (file_bytes(lambda _: b""), WEIGHTS, "truncated"),
@@ -911,11 +1186,6 @@ DAMAGES = {
         tensors_added(transformer__h__0__attn__c_attn__lora_A__default__weight=(8, 32)),
         WEIGHTS,
         "LoRA merged (merge_and_unload)",
-    ),
-    "a tensor with and without a prefix": (
-        tensors_added(module__wte__weight=(61, 32)),
-        WEIGHTS,
-        "is stored twice; keep one tensor for 'wte.weight'",
     ),
     "a shard without a tensor": (
         sharded(shard_without_a_tensor),

@@ -134,7 +134,7 @@ def test_plot_that_can_not_be_written(tmp_path):
 
 # ---- the commands ------------------------------------------------------------------------------
 
-# Commands one after another in one process, as each is started by name
+# Commands one after another in one process, by module; sample.py's is in data.sampling
 SCRIPT = """
 import importlib, json, sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -188,8 +188,8 @@ def results(tmp_path_factory):
         ["train", *minillm, "--lm-data", corpus, *training, "--steps", "1", "--global-batch", "4"],
         ["evaluate", run, student, *tables, "--samples", "2", "--by", "data"],
         ["evaluate", run, "--cost", "--out", "tables"],
-        ["sample", run, "--file", test, "--max-new", "2"],
-        ["sample", run, "--file", test, "--max-new", "2", "--json"],
+        ["data.sampling", run, "--file", test, "--max-new", "2"],
+        ["data.sampling", run, "--file", test, "--max-new", "2", "--json"],
         [*bias, "--students", student, run],
         [*bias, "--along", run],
     ]

@@ -748,7 +748,7 @@ def test_commands_in_a_read_only_checkout(checkout, tmp_path):
         prepare_set,
         f"{demo_evaluation} --rows 1 --seeds 1 --max-new 1",
         bias,
-        "sample model --file sets/self_inst/test.jsonl --max-new 1",
+        "data.sampling model --file sets/self_inst/test.jsonl --max-new 1",
     ]
     command = [sys.executable, "-c", SCRIPT, str(checkout), json.dumps(commands)]
     process = subprocess.run(
@@ -764,7 +764,7 @@ def test_commands_in_a_read_only_checkout(checkout, tmp_path):
     statuses = re.findall(r"^[\w.]+ \d+$", process.stdout, re.MULTILINE)
     names = ("evaluate", "train", "data.prepare", "exposure_bias")
     expected = [f"{name} {0 if name == 'evaluate' else 2}" for name in names]
-    later = ("train", "data.prepare", "evaluate", "exposure_bias", "sample")
+    later = ("train", "data.prepare", "evaluate", "exposure_bias", "data.sampling")
     assert statuses == expected + [f"{name} 0" for name in later], process.stderr
     errors = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 3 and "Traceback" not in process.stderr

@@ -17,11 +17,12 @@ from helpers import (
 from safetensors.torch import save_file
 
 from data.cli import InputError
-from data.rows import pad
+from data.rows import Example, make_batch
 from data.tensors import load_prompt, save_prompt
 from data.tokenizer import load_tokenizer
 from losses import kl
-from prompt import freeze, hidden_states, initial_prompt
+from prompt import freeze, initial_prompt, prepend, response_hidden
+from sample import pad
 
 TEXT_TOKENS, PAD_TOKEN = [11, 7, 30, 7, 2], 60
 ROWS = [[5, 17, 60, 3, 8], [22], [9, 60, 1, 30, 12, 55, 2]]
@@ -33,8 +34,13 @@ def teacher():
     return freeze(tiny_model())
 
 
-def initial(init, length, seed=10, embedding=WTE):
-    return initial_prompt(embedding, init, length, TEXT_TOKENS, PAD_TOKEN, seed)
+def initial(init, length, seed=10, embedding=WTE, text_tokens=TEXT_TOKENS):
+    return initial_prompt(embedding, init, length, text_tokens, PAD_TOKEN, seed)
+
+
+def hidden_after(P, model, ids):
+    """Hidden states (B, T, C) of ids (B, T), with the prompt P before each row if there is one."""
+    return model(ids) if P is None else model(prepend(P, model, ids))[:, len(P) :]
 
 
 # --- Initialisation ---
@@ -91,14 +97,20 @@ def test_a_prompt_is_float32_and_a_copy(init):
     assert torch.equal(embedding.detach(), before)
 
 
+@pytest.mark.parametrize("init, tokens", [("zeros", TEXT_TOKENS), ("", TEXT_TOKENS), ("text", [])])
+def test_an_unknown_init_and_an_empty_text_are_value_errors(init, tokens):
+    with pytest.raises(ValueError, match=f"init {init!r} must be 'text'"):
+        initial(init, 3, text_tokens=tokens)
+
+
 # --- A frozen teacher ---
 
 
 @torch.no_grad()
 def test_a_text_prompt_equals_its_tokens_in_front(teacher):
     ids, lengths = pad(ROWS, "cpu")
-    hidden = hidden_states(teacher, ids, initial("text", 5))
-    assert hidden.shape == hidden_states(teacher, ids).shape == (3, 7, 32)
+    hidden = hidden_after(initial("text", 5), teacher, ids)
+    assert hidden.shape == teacher(ids).shape == (3, 7, 32)
     for b, (row, n) in enumerate(zip(ROWS, lengths)):
         expected = teacher(torch.tensor([[*TEXT_TOKENS, *row]]))[0, 5:]
         torch.testing.assert_close(hidden[b, :n], expected, atol=1e-5, rtol=0)
@@ -108,7 +120,7 @@ def test_a_text_prompt_equals_its_tokens_in_front(teacher):
 @torch.no_grad()
 def test_logits_of_the_teacher_match_transformers(teacher, P):
     hf, (ids, _) = transformers_model(), pad(ROWS, "cpu")
-    logits = teacher.logits(hidden_states(teacher, ids, P))
+    logits = teacher.logits(hidden_after(P, teacher, ids))
     for b, row in enumerate(ROWS):
         expected = transformers_logits(hf, row, P)
         torch.testing.assert_close(logits[b, : len(row)], expected, atol=1e-4, rtol=0)
@@ -117,7 +129,7 @@ def test_logits_of_the_teacher_match_transformers(teacher, P):
 def test_the_gradient_reaches_the_prompt_and_not_the_teacher(teacher):
     P = torch.nn.Parameter(soft_prompt(3))
     ids, _ = pad(ROWS, "cpu")
-    teacher.logits(hidden_states(teacher, ids, P)).logsumexp(-1).sum().backward()
+    teacher.logits(hidden_after(P, teacher, ids)).logsumexp(-1).sum().backward()
     assert (P.grad.abs().amax(1) > 1e-3).all()
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
 
@@ -129,9 +141,9 @@ def test_the_gradient_of_the_prompt_matches_a_finite_difference():
     direction = soft_prompt(3).double().flip(0)
 
     def loss(P):
-        """KL(prompted || bare), in float64."""
-        prompted = teacher.logits(hidden_states(teacher, ids, P)).log_softmax(-1)
-        bare = teacher.logits(hidden_states(teacher, ids)).log_softmax(-1)
+        """KL(prompted || bare), in float64. `GPT.logits` would be float32."""
+        prompted = (hidden_after(P, teacher, ids) @ teacher.head.T).log_softmax(-1)
+        bare = (teacher(ids) @ teacher.head.T).log_softmax(-1)
         return (prompted.exp() * (prompted - bare)).sum()
 
     loss(P).backward()
@@ -145,7 +157,7 @@ def test_the_gradient_of_the_prompt_matches_a_finite_difference():
 def test_a_prompt_changes_the_distributions_of_the_teacher(teacher):
     ids = torch.tensor([ROWS[2]])
     bare, again, prompted = (
-        teacher.logits(hidden_states(teacher, ids, P))[0] for P in (None, None, soft_prompt(3))
+        teacher.logits(hidden_after(P, teacher, ids))[0] for P in (None, None, soft_prompt(3))
     )
     assert kl(prompted, bare).max() > 0.1
     assert kl(again, bare).abs().max() == 0
@@ -155,7 +167,42 @@ def test_a_prompt_changes_the_distributions_of_the_teacher(teacher):
 def test_a_frozen_teacher_has_no_dropout():
     teacher = freeze(tiny_model(replace(TINY, dropout=0.5)).train())
     ids, P = torch.tensor([ROWS[2]]), soft_prompt(3)
-    assert torch.equal(hidden_states(teacher, ids, P), hidden_states(tiny_model(), ids, P))
+    assert torch.equal(hidden_after(P, teacher, ids), hidden_after(P, tiny_model(), ids))
+
+
+# --- The hidden states of response tokens ---
+
+BATCH = make_batch([Example(0, row[:2], row[2:]) for row in (ROWS[0], ROWS[2])], "cpu")
+with_and_without_prompt = pytest.mark.parametrize(
+    "P", [None, soft_prompt(4)], ids=["bare", "prompted"]
+)
+
+
+@with_and_without_prompt
+@torch.no_grad()
+def test_response_hidden_is_one_to_the_left_of_each_response_token(teacher, P):
+    hidden, head = response_hidden(teacher, BATCH, P)
+    rows = [hidden_after(P, teacher, torch.tensor([row]))[0, 1:-1] for row in (ROWS[0], ROWS[2])]
+    torch.testing.assert_close(hidden, torch.cat(rows), atol=1e-5, rtol=0)  # (N, C)
+    assert torch.equal(head, teacher.wte.weight)
+
+
+@with_and_without_prompt
+@pytest.mark.parametrize("training", [False, True])
+def test_response_hidden_leaves_mode_and_gradients_to_its_caller(P, training):
+    """Dropout is on in training mode only. Gradients reach weights and prompt unless they are off
+    at the call."""
+    model = tiny_model(replace(TINY, dropout=0.5)).train(training)
+    P = None if P is None else P.clone().requires_grad_()
+    torch.manual_seed(1)
+    hidden, _ = response_hidden(model, BATCH, P)
+    assert all(module.training == training for module in model.modules())
+    assert torch.equal(hidden, response_hidden(model, BATCH, P)[0]) != training
+    hidden.sum().backward()
+    inputs = [model.wte.weight] if P is None else [model.wte.weight, P]
+    assert all(x.grad.abs().max() > 0 for x in inputs)
+    with torch.no_grad():
+        assert not response_hidden(model, BATCH, P)[0].requires_grad
 
 
 # --- The file ---

@@ -23,7 +23,8 @@ from data.report import plot_response
 from data.rows import fill_template
 from data.runs import RUN_FORMAT, Settings
 from data.tensors import save_prompt
-from prompt import describe_vectors, initial_prompt, main
+from data.tuned_prompt import describe_vectors, main
+from prompt import initial_prompt, prepend
 from sample import row_uniforms, sample
 
 TOKENIZER = tiny_tokenizer()
@@ -103,11 +104,11 @@ def reference_tokens(row):
 
 
 @torch.no_grad()
-def log_softmax_of(model, request, response, prefix=None):
+def log_softmax_of(model, request, response, P=None):
     """The log-probabilities (N, V) at the tokens of one response: a full softmax in float64."""
-    prefix_length = 0 if prefix is None else len(prefix)
-    hidden = model(torch.tensor([request + response]), prefix=prefix)[0]
-    start = prefix_length + len(request) - 1
+    ids, prompt_length = torch.tensor([request + response]), 0 if P is None else len(P)
+    hidden = model(ids if P is None else prepend(P, model, ids))[0]
+    start = prompt_length + len(request) - 1
     logits = hidden[start : start + len(response)].double() @ model.wte.weight.double().T
     return logits.log_softmax(-1)
 
@@ -115,7 +116,7 @@ def log_softmax_of(model, request, response, prefix=None):
 def three_models(request, response, P=P):
     """The log-probabilities of p, p_P and q, (N, V) each."""
     pairs = (TEACHER, None), (TEACHER, P), (STUDENT, None)
-    return [log_softmax_of(model, request, response, prefix) for model, prefix in pairs]
+    return [log_softmax_of(model, request, response, prompt) for model, prompt in pairs]
 
 
 # ---- the vectors -------------------------------------------------------------------------------

@@ -32,10 +32,10 @@ from test_train import (  # noqa: F401
 import data.prepare
 import train
 from data import report, runs, tensors
+from data.checkpoint import load
 from data.cli import InputError
 from data.rows import fill_template
-from model import load
-from prompt import load_prompt
+from data.tensors import load_prompt
 
 # Fields of a line of metrics that depend on the clock and the machine
 VARYING = ("tokens_per_second", "seconds", "memory_resident_gb")

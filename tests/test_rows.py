@@ -31,7 +31,6 @@ from data.rows import (
     make_batch,
     micro_batches,
     packed_examples,
-    pad,
     read_jsonl,
     read_rows,
     read_texts,
@@ -42,6 +41,7 @@ from data.tokenizer import (
     load_tokenizer,
     tokenizer_files,
 )
+from sample import pad
 
 CPU = torch.device("cpu")
 EOS = 50256  # GPT-2's end-of-text

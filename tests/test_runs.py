@@ -31,8 +31,8 @@ from test_train import (  # noqa: F401
 
 import train
 from data import runs
+from data.checkpoint import load
 from data.paper import PROMPT
-from model import load
 
 CHANGED = "is not what it was made with: its content has changed; choose another --out, or"
 

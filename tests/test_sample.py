@@ -5,7 +5,9 @@ import io
 import json
 import os
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -28,21 +30,13 @@ from helpers import (
     write_rows,
 )
 
-import sample as sample_module
-from data import dist
-from data.cli import InputError, run_command_line
-from data.rows import fill_template, pad, read_rows
+from data import dist, sampling
+from data.cli import run_command_line
+from data.rows import fill_template, read_rows
+from data.sampling import decode_response, main, sample_all, sample_to_file
 from data.tensors import save_prompt
-from sample import (
-    ban_repeated_ngrams,
-    decode_response,
-    main,
-    row_uniforms,
-    sample,
-    sample_all,
-    sample_next_token,
-    sample_to_file,
-)
+from prompt import prepend
+from sample import ban_repeated_ngrams, pad, row_uniforms, sample, sample_next_token
 
 # So few vocabulary entries that responses finish and n-grams repeat.
 SMALL = replace(TINY, vocab_size=12, n_positions=64)
@@ -100,7 +94,9 @@ def banned_tokens(text, n):
 @torch.no_grad()
 def next_logits(model, text, P=None):
     """The logits (V,) of the next token, float64, from a forward pass over the whole text."""
-    return model.logits(model(torch.tensor([text]), prefix=P)[0, -1]).double().numpy()
+    ids = torch.tensor([text])
+    hidden = model(ids if P is None else prepend(P, model, ids))
+    return model.logits(hidden[0, -1]).double().numpy()
 
 
 def generate(request, uniforms, next_probs, eos_token_id=EOS):
@@ -190,6 +186,66 @@ def test_no_requests_give_no_responses(model):
     assert sample_all(model, [], [], EOS) == ([], [])
 
 
+@pytest.mark.parametrize("case", ["a long request", "a soft prompt", "a mixture"])
+def test_too_many_positions_are_an_input_error_before_anything_is_sampled(model, monkeypatch, case):
+    """Only the last of the requests is long. One token less, and all of them are sampled."""
+    short = tiny_model(replace(WIDE, n_positions=60))
+    n_tokens, n_positions, kwargs = {
+        "a long request": (52, 64, {}),  # 52 + 14 - 1 = 65 positions
+        "a soft prompt": (47, 64, {"P": PROMPT}),  # 5 more
+        "a mixture": (48, 60, {"teacher_mix": (short, 0.2)}),
+    }[case]
+    requests = [*ragged_requests(19), [1] * (n_tokens - 1)]
+    arguments = (model, requests, keys_of(20), EOS, MAX_NEW_TOKENS)
+    responses, _ = sample_all(*arguments, **kwargs)
+    assert all(responses)
+    monkeypatch.setattr(sampling, "sample", lambda *_, **__: pytest.fail("sampled"))
+    requests[-1].append(1)
+    n_tokens += len(kwargs.get("P", ()))
+    problem = f"{n_tokens} tokens of prompt and request and 14 new ones exceed the model's "
+    problem += f"{n_positions} positions; shorten them"
+    for options in ({}, {"greedy": True}, {"batch_size": 8}):
+        assert error_of(partial(sample_all, *arguments, **kwargs, **options)) == problem
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_batch_is_sampled_with_the_weights_of_all_models_packed(
+    model, teacher, monkeypatch, dtype
+):
+    events = []
+
+    @contextmanager
+    def recording_packed_weights(models, dtype):
+        events.append((models, dtype))
+        yield
+        events.append("unpacked")
+
+    def recording_sample(model, requests, *args, **kwargs):
+        events.append(len(requests))
+        return sample(model, requests, *args, **kwargs)
+
+    monkeypatch.setattr(sampling, "packed_weights", recording_packed_weights)
+    monkeypatch.setattr(sampling, "sample", recording_sample)
+    arguments = (model, ragged_requests(12), keys_of(12), EOS, MAX_NEW_TOKENS)
+    for mix, models in ((None, [model]), ((teacher, 0.2), [model, teacher])):
+        sample_all(*arguments, batch_size=5, teacher_mix=mix, dtype=dtype)
+        assert events == [(models, dtype), 5, 5, 2, "unpacked"]
+        events.clear()
+
+
+@with_and_without_prompt
+def test_dropout_is_as_the_mode_of_the_model_says(P):
+    """And the mode stays."""
+    model, without = tiny_model(replace(SMALL, dropout=0.5)), tiny_model(SMALL)
+    arguments = (ragged_requests(8), uniforms_of(8), EOS, MAX_NEW_TOKENS)
+    responses, _ = sample(model, *arguments, P=P)
+    assert responses == sample(without, *arguments, P=P)[0]
+    assert not any(module.training for module in model.modules())
+    torch.manual_seed(1)
+    assert sample(model.train(), *arguments, P=P)[0] != responses
+    assert all(module.training for module in model.modules())
+
+
 @with_and_without_prompt
 @torch.no_grad()
 def test_log_probabilities_of_decoding_equal_those_of_one_forward_pass(model, P):
@@ -199,7 +255,8 @@ def test_log_probabilities_of_decoding_equal_those_of_one_forward_pass(model, P)
     )
     texts = [request + response for request, response in zip(requests, responses)]
     ids = torch.tensor([text + [0] * (24 - len(text)) for text in texts])
-    log_p = (model.logits(model(ids, prefix=P)) / 1.3).log_softmax(-1)
+    hidden = model(ids if P is None else prepend(P, model, ids))
+    log_p = (model.logits(hidden) / 1.3).log_softmax(-1)
     log_p = log_p[:, 0 if P is None else len(P) :]
     for row, (request, response) in enumerate(zip(requests, responses)):
         positions = range(len(request) - 1, len(texts[row]) - 1)
@@ -223,9 +280,9 @@ def test_a_response_ends_with_end_of_text_or_at_the_limit(model):
 def test_finished_rows_are_dropped_and_decoding_stops_after_the_last(model, monkeypatch):
     shapes, forward = [], model.forward
 
-    def recording_forward(ids, **kwargs):
-        shapes.append(ids.shape)
-        return forward(ids, **kwargs)
+    def recording_forward(inputs, **kwargs):
+        shapes.append(inputs.shape)
+        return forward(inputs, **kwargs)
 
     monkeypatch.setattr(model, "forward", recording_forward)
     requests, uniforms = ragged_requests(24), uniforms_of(24, 50)
@@ -245,9 +302,9 @@ def test_all_positions_can_be_used_and_more_are_an_error(model):
     [response], _ = sample(model, [request], None, 99, MAX_NEW_TOKENS)
     assert response == plain_sample(model, request, None)[0]
     message = "51 tokens of prompt and request and 15 new ones exceed the model's 64 positions"
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(ValueError, match=message):
         sample(model, [request], None, EOS, MAX_NEW_TOKENS + 1)
-    with pytest.raises(InputError, match="52 tokens"):
+    with pytest.raises(ValueError, match="52 tokens"):
         sample(model, [request], None, EOS, MAX_NEW_TOKENS, P=PROMPT[:1])
 
 
@@ -330,8 +387,15 @@ def test_a_mixture_has_the_positions_of_the_model_with_fewer(n_student, n_teache
     [response], _ = sample(student, [request], u, 99, MAX_NEW_TOKENS, teacher_mix=mix)
     assert response == plain_mixed_sample(student, *mix, request, u[0], eos_token_id=99)[0]
     message = "18 tokens of prompt and request and 14 new ones exceed the model's 30 positions"
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(ValueError, match=message):
         sample(student, [[*request, 1]], u, 99, MAX_NEW_TOKENS, teacher_mix=mix)
+
+
+def test_a_prompt_with_a_mixture_is_a_value_error(model, teacher):
+    """Also with a teacher as wide as the student: the prompt belongs to one model."""
+    for other in (teacher, tiny_model(SMALL)):
+        with pytest.raises(ValueError, match="P can't be combined with teacher_mix"):
+            sample(model, [[1, 2]], None, EOS, 3, P=PROMPT, teacher_mix=(other, 0.2))
 
 
 # --- One token ---
@@ -504,7 +568,7 @@ def talker_model():
 def write_responses(model, rows, path, batch_size=4):
     key = (10, "responses")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample_module, "sampling_batch_size", lambda *_: batch_size)
+        patch.setattr(sampling, "sampling_batch_size", lambda *_: batch_size)
         sample_to_file(model, tiny_tokenizer(), rows, key, path, FILE_NEW_TOKENS)
 
 
@@ -572,7 +636,7 @@ def test_an_interrupted_run_resumes_and_writes_the_same_bytes(
             raise Interrupted
         return sample_all(model, requests, *args, **kwargs)
 
-    monkeypatch.setattr(sample_module, "sample_all", interrupted_sample_all)
+    monkeypatch.setattr(sampling, "sample_all", interrupted_sample_all)
     with pytest.raises(Interrupted):
         write_responses(talker_model, rows, path)
     assert os.listdir(tmp_path) == ["train.jsonl.partial"]

@@ -28,10 +28,11 @@ from data.models import load_model
 from data.optim import clip_and_step
 from data.paper import DEMO_SETS
 from data.rows import Example, encode_request, micro_batches, read_jsonl
+from data.tensors import load_prompt
 from data.tokenizer import load_tokenizer
 from losses import kl
-from model import Config
-from prompt import hidden_states, load_prompt
+from model import Config, head_logits
+from prompt import prepend, response_hidden
 from tests.study import measure, miniature, plots, released, results
 from tests.study import report as study
 from tests.study.miniature import GRID, GRID_SEED, PROMPT_GRID, STUDENTS, VARIANTS, Experiment
@@ -569,8 +570,11 @@ def step_under(context, run, examples):
 
 
 def response_logits(model, example, P=None):
+    """The logits (N, V) of the example's response tokens."""
     ids = torch.tensor([example.request + example.response])
-    return model.logits(hidden_states(model, ids, P))[0, len(example.request) - 1 : -1]
+    prompt_length = 0 if P is None else len(P)
+    hidden = model(ids if P is None else prepend(P, model, ids))
+    return model.logits(hidden)[0, prompt_length + len(example.request) - 1 : -1]
 
 
 def direct_prompt_gradient(run, terms):
@@ -657,10 +661,10 @@ def test_teacher_dropout_is_on_in_the_pass_that_gives_the_prompt_its_gradient_on
     teacher = make_run(teacher_dropout=0.1).teacher.train()
     P = before.P.detach().clone().requires_grad_()
     torch.manual_seed(7)
-    p_prompted = teacher.logits(hidden_states(teacher, batch.ids, P, batch.response_positions))
+    p_prompted = head_logits(*response_hidden(teacher, batch, P))
     with torch.no_grad():
         q, p = (
-            model.logits(model(batch.ids, output_positions=batch.response_positions))
+            head_logits(*response_hidden(model, batch))
             for model in (before.student.eval(), before.teacher)
         )
     (kl(p_prompted, q) + kl(p_prompted, p)).sum().div(N_TOKENS).backward()
@@ -675,7 +679,8 @@ def test_teacher_dropout_is_on_in_the_pass_that_gives_the_prompt_its_gradient_on
 
 
 def test_patches_end_with_their_context():
-    names = "micro_batches", "clip_and_step", "student_backward", "prompt_backward", "hidden_states"
+    names = ["micro_batches", "clip_and_step", "split_global_batch", "response_hidden"]
+    names.append("sum_over_tokens")
     before = [getattr(train, name) for name in names]
     for context in released.PATCHES.values():
         with context():

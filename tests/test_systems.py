@@ -80,7 +80,7 @@ os.unlink = os.remove = unlink_on_windows
 # A stage that is stopped, damaged and resumed, samples from it, and its evaluation.
 SCRIPT = """
 import sys
-import data.prepare, evaluate, exposure_bias, sample, train
+import data.prepare, data.sampling, evaluate, exposure_bias, train
 from data.cli import run_command_line
 
 step = train.METHODS["sft"].step
@@ -104,7 +104,7 @@ with open("out/sft-student-rows-steps4-globalbatch2-s10/state/step-000003.pt", "
 train.METHODS["sft"].step = step
 train.main(training)
 run = "out/sft-student-rows-steps4-globalbatch2-s10"
-sample.main([run, "--instruction", "say ünö", "--max-new", "4"])
+data.sampling.main([run, "--instruction", "say ünö", "--max-new", "4"])
 evaluate.main([run, "--data", "rows", "--seeds", "10", "--max-new", "4"])
 evaluate.main([run, "--cost"])
 """

@@ -19,6 +19,7 @@ from helpers import (
     write_rows,
 )
 
+from data.checkpoint import save
 from data.demo import TOKENIZER_DIR
 from data.models import count_parameters, find_model, load_model, open_models, preset
 from data.rows import fill_template
@@ -29,7 +30,7 @@ from data.tokenizer import (
     read_tokenizer,
     tokenizer_files,
 )
-from model import GPT, Config, save
+from model import GPT, Config
 
 CPU = torch.device("cpu")
 TEXTS = [

@@ -32,6 +32,7 @@ from helpers import (
 import data.prepare
 import train
 from data import demo, dist, report, runs, stages, validation
+from data.checkpoint import load, save
 from data.cli import InputError, run_command_line
 from data.demo import TOKENIZER_DIR, make_document, make_rows
 from data.hub import find_model_dir
@@ -40,9 +41,10 @@ from data.optim import MAX_GRAD_NORM, learning_rate
 from data.paper import DEMO, DEMO_SETS, PROMPT
 from data.report import plot_curves
 from data.rows import fill_template, read_rows
+from data.tensors import load_prompt
 from data.tokenizer import load_tokenizer
-from model import Config, load, save
-from prompt import load_prompt
+from model import Config
+from prompt import prepend
 from sample import row_uniforms, sample
 
 CPU = torch.device("cpu")
@@ -961,7 +963,8 @@ def plain_loss(model, rows, prompt=None):
     for row in rows:
         request = TOKENIZER.encode(fill_template(row.instruction, row.input))
         response = [*TOKENIZER.encode(row.references[0]), TOKENIZER.eot_token]
-        hidden = model(torch.tensor([request + response]), prefix=prompt)
+        ids = torch.tensor([request + response])
+        hidden = model(ids if prompt is None else prepend(prompt, model, ids))
         log_probs = model.logits(hidden)[0].log_softmax(-1)
         start = len(log_probs) - len(response) - 1
         total -= sum(float(log_probs[start + i, token]) for i, token in enumerate(response))

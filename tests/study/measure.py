@@ -12,9 +12,9 @@ from data.models import load_model
 from data.paper import BANNED_NGRAM, DEMO, PAPER_SAMPLING
 from data.prepare import find_data_dir
 from data.rows import Example, encode_request, encode_training_rows, micro_batches, read_rows
+from data.sampling import decode_response, sample_all
 from losses import cross_entropy, kl
 from prompt import response_hidden
-from sample import decode_response, sample_all
 
 CPU = torch.device("cpu")
 MAX_NEW_TOKENS = DEMO["promptkd"]["max_new_tokens"]

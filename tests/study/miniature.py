@@ -36,7 +36,8 @@ from data.prepare import find_data_dir
 from data.rows import read_jsonl
 from data.runs import Settings, read_record
 from data.stages import sample_responses
-from prompt import load_prompt, untuned_prompt
+from data.tensors import load_prompt
+from data.tuned_prompt import untuned_prompt
 from tests.study import measure, released
 
 ROOT = Path(__file__).parents[2]

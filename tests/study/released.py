@@ -27,49 +27,50 @@ def micro_batches_of_rows(examples, max_tokens, device, prompt_length=0):
 def micro_batch_means():
     """The loss is the mean over micro-batches of the mean over each one's tokens. So a token counts
     more the shorter the responses of its micro-batch are."""
+    split_global_batch, sum_over_tokens = train.split_global_batch, train.sum_over_tokens
+    whole = {}  # the global batch of the step
 
-    def by_batch(backward):
-        def averaged(run, loss_fn, batches, n_tokens, *args, **kwargs):
-            results = []
-            for batch in batches:
-                weight = len(batch.targets) * len(batches)
-                results.append(backward(run, loss_fn, [batch], weight, *args, **kwargs))
-            if isinstance(results[0], dict):
-                return {name: sum(r[name] for r in results) for name in results[0]}
-            return sum(results)
+    def remember_sizes(run, examples):
+        batches, n_tokens = split_global_batch(run, examples)
+        whole.update(n_tokens=n_tokens, n_batches=len(batches))
+        return batches, n_tokens
 
-        return averaged
+    def rescaled(loss_fn, trained, *others, **per_token):
+        sums = sum_over_tokens(loss_fn, trained, *others, **per_token)  # () or (k,)
+        # The step divides by n_tokens. This leaves 1 / (the batch's tokens · n_batches).
+        return sums * (whole["n_tokens"] / (len(trained[0]) * whole["n_batches"]))
 
     with (
         patch.object(train, "micro_batches", micro_batches_of_rows),
-        patch.object(train, "student_backward", by_batch(train.student_backward)),
-        patch.object(train, "prompt_backward", by_batch(train.prompt_backward)),
+        patch.object(train, "split_global_batch", remember_sizes),
+        patch.object(train, "sum_over_tokens", rescaled),
     ):
         yield
+
+
+def gives_prompt_its_gradient(P):
+    """Whether a call of `response_hidden` with this P is the pass that the prompt is tuned on. All
+    others with a P give the student's target, without gradient."""
+    return P is not None and torch.is_grad_enabled()
 
 
 @contextmanager
 def stale_prompt():
     """The prompt is stepped at the last micro-batch of a global batch only. So the student distils
     from the prompt of the step before on all micro-batches but the last."""
-    prompt_backward, student_backward = train.prompt_backward, train.student_backward
+    response_hidden = train.response_hidden
     before_step = {}
 
-    def keep_prompt(run, *args):
-        before_step["P"] = run.P.detach().clone()  # (prompt_length, C)
-        return prompt_backward(run, *args)
-
-    def distil(run, loss_fn, batches, n_tokens, compare_with):
-        stale = [(run.teacher, before_step["P"])]
-        loss = student_backward(run, loss_fn, batches[-1:], n_tokens, compare_with)
-        if len(batches) > 1:
-            loss = loss + student_backward(run, loss_fn, batches[:-1], n_tokens, stale)
-        return loss
+    def with_stale_prompt(model, batch, P=None):
+        if gives_prompt_its_gradient(P):
+            before_step.update(P=P.detach().clone(), last_batch=batch)  # P: (prompt_length, C)
+        elif P is not None and batch is not before_step["last_batch"]:
+            P = before_step["P"]
+        return response_hidden(model, batch, P)
 
     with (
         patch.object(train, "micro_batches", micro_batches_of_rows),
-        patch.object(train, "prompt_backward", keep_prompt),
-        patch.object(train, "student_backward", distil),
+        patch.object(train, "response_hidden", with_stale_prompt),
     ):
         yield
 
@@ -77,9 +78,11 @@ def stale_prompt():
 @contextmanager
 def teacher_dropout():
     """The teacher has dropout in the pass that gives the prompt its gradient."""
-    hidden_states = train.hidden_states
+    response_hidden = train.response_hidden
 
-    def with_dropout(model, *args):
+    def with_dropout(model, batch, P=None):
+        if not gives_prompt_its_gradient(P):
+            return response_hidden(model, batch, P)
         model.train()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -87,11 +90,11 @@ def teacher_dropout():
             if hasattr(module, "dropout"):  # attention's
                 module.dropout = TEACHER_DROPOUT
         try:
-            return hidden_states(model, *args)
+            return response_hidden(model, batch, P)
         finally:
             model.eval()
 
-    with patch.object(train, "hidden_states", with_dropout):
+    with patch.object(train, "response_hidden", with_dropout):
         yield
 
 
