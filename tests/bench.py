@@ -58,7 +58,6 @@ from recipe import (
 )
 from roofline import PROMPT_LENGTH, bound_seconds, count_work, machine_rates
 
-import sample
 import train
 from data import dist, runs
 from data.cli import InputError, run_command_line, write_atomic
@@ -75,6 +74,7 @@ from data.rows import (
     micro_batches,
     read_rows,
 )
+from data.sampling import decode_response, sample_all
 from data.tokenizer import load_tokenizer
 from evaluate import evaluate, rouge_l
 from model import GPT, precision
@@ -273,7 +273,7 @@ def make_sampling(name, case, device):
         if name == "ours":
             keys = [(10, "rollout", t, e.index) for e in examples]
             sizes = eos_token_id, limit
-            return sample.sample_all(model, requests, keys, *sizes, dtype=dtype)[0]
+            return sample_all(model, requests, keys, *sizes, dtype=dtype)[0]
         sampler = hf_sample if name == "transformers" else plain_sample
         forced = token_table([e.response for e in examples], limit, eos_token_id, device)
         return sampler(model, requests, forced, case["request"], eos_token_id)
@@ -316,7 +316,7 @@ def make_evaluation(name, case, device):
             longest = max(len(request) for request in requests)
             with precision(device, dtype):
                 sampled = plain_sample(model, requests, forced, longest, eos_token_id)
-            texts += [sample.decode_response(response, tokenizer) for response in sampled]
+            texts += [decode_response(response, tokenizer) for response in sampled]
         return rouge_l(texts, [row.references for row in rows])
 
     def by_evaluate(rows):

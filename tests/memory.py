@@ -27,11 +27,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-import losses
-import model
 import sample
 import train
-from data import dist, stages, validation
+from data import dist, sampling, stages, validation
 from data.optim import adamw
 from data.paper import COMMON, PAPER_COSTS, PRESETS, SIZES
 from data.report import format_table
@@ -109,16 +107,6 @@ class Meter(TorchDispatchMode):
         self.moments[moment] = max(self.moments.get(moment, 0), peak)
         self.peak = self.now
 
-    def marked(self, function, moment):
-        """The function, with a mark at its end."""
-
-        def call(*args, **kwargs):
-            result = function(*args, **kwargs)
-            self.mark(moment)
-            return result
-
-        return call
-
 
 # ---- what stands in for a GPU and for the other ranks --------------------------------------------
 
@@ -147,6 +135,10 @@ class BucketDDP(torch.nn.Module):
         self.synchronizes = False
         yield
         self.synchronizes = True
+
+    @property
+    def head(self):
+        return self.module.head
 
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
@@ -180,7 +172,7 @@ def load_model(name, device, dropout=None):
     with torch.device(device):
         gpt = GPT(replace(CONFIGS[name], dropout=dropout or 0.0))
     for p in gpt.parameters():
-        torch.isfinite(p)  # model.load's check of each tensor
+        torch.isfinite(p)  # the check of each tensor in model.convert_stored
     for block in gpt.h:
         block.attn.dropout = 0.0  # a CPU would keep matrices for it; a GPU keeps a seed
     return gpt.eval(), TOKENIZER
@@ -203,22 +195,27 @@ def to_bfloat16(self):
 def gpu_form(meter, batches):
     """Within it, the product's functions have the form of a GPU. They take `batches`, a list, as
     their micro-batches, and mark their moments."""
-    on_gpu = (*model.head_logits.__defaults__[:-1], True)
+
+    def clip_and_step(optimizer):
+        # The gradients are complete. P is the only parameter of its optimizer.
+        is_prompt = sum(len(group["params"]) for group in optimizer.param_groups) == 1
+        meter.mark("prompt step" if is_prompt else "student step")
+        result = clip_and_step_of_train(optimizer)
+        meter.mark("update")
+        return result
+
+    clip_and_step_of_train = train.clip_and_step
     patches = [
-        (model.head_logits, "__defaults__", on_gpu),
-        (losses, "CHUNK_BYTES", losses.CHUNK_BYTES | {"cpu": losses.CHUNK_BYTES["cuda"]}),
-        (losses, "BLOCK_BYTES", losses.BLOCK_BYTES | {"cpu": losses.BLOCK_BYTES["cuda"]}),
+        (torch.Tensor, "is_cpu", False),
         (torch.nn.Dropout, "forward", gpu_dropout),
         (torch.nn.Linear, "bfloat16", to_bfloat16),
-        (dist, "DistributedDataParallel", BucketDDP),
+        (dist, "DDP", BucketDDP),
         (train, "load_model", load_model),
         (train, "check_same_vocabulary", lambda *arguments: None),
         (train, "rollout", lambda run, examples, t: examples),
         (train, "split_global_batch", lambda run, examples: (batches, 1000)),
         (validation, "micro_batches", lambda *arguments: batches[-1:]),
-        (train, "prompt_backward", meter.marked(train.prompt_backward, "prompt step")),
-        (train, "student_backward", meter.marked(train.student_backward, "student step")),
-        (train, "clip_and_step", meter.marked(train.clip_and_step, "update")),
+        (train, "clip_and_step", clip_and_step),
     ]
     with ExitStack() as stack:
         for arguments in patches:
@@ -260,10 +257,10 @@ def full_batch(n_tokens, prompt_length):
 
 
 def sampling_rows(models, dtype, n_rows, card):
-    """`sample.sampling_batch_size` on a GPU with so many bytes."""
+    """`data.sampling.sampling_batch_size` on a GPU with so many bytes."""
     max_seq_len = MAX_REQUEST + MAX_NEW_TOKENS
     row_bytes = sum(KVCache.row_bytes(m.config, max_seq_len, dtype) for m in models)
-    return max(1, min(n_rows, int(sample.CACHE_SHARE * card) // row_bytes))
+    return max(1, min(n_rows, int(sampling.CACHE_SHARE * card) // row_bytes))
 
 
 @torch.no_grad()
@@ -276,15 +273,15 @@ def sample_at_full_length(models, n_rows, dtype):
     ids = torch.zeros(n_rows, MAX_REQUEST, dtype=torch.long)
     lengths = torch.full((n_rows,), MAX_REQUEST)
     lengths.max = lambda: MAX_REQUEST  # a fake tensor has no values
-    rows, uniforms = torch.arange(n_rows), torch.zeros(n_rows)
+    uniforms = torch.zeros(n_rows)
     with precision(DEVICE, dtype):
         decoder = sample.Decoder(student, mix, lengths, MAX_NEW_TOKENS, dtype)
-        logits = decoder.prefill(ids, None, (rows, torch.zeros_like(rows)))
-        sample.sample_next_token(logits, uniforms, on_gpu=True)
+        logits = decoder.prefill(ids)
+        sample.sample_next_token(logits, uniforms)
         for cache in decoder.caches:
             cache.longest = cache.keys.shape[2] - 1
         logits = decoder.step(torch.zeros(n_rows, 1, dtype=torch.long))
-        sample.sample_next_token(logits, uniforms, on_gpu=True)
+        sample.sample_next_token(logits, uniforms)
         for cache in decoder.caches:
             cache.select_rows(torch.arange(max(1, 3 * n_rows // 4)))
 

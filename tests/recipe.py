@@ -15,9 +15,10 @@ import torch.nn.functional as F
 
 import sample
 import train
-from data.rows import pad
+from data import sampling
 from model import TRANSPOSED, KVCache, precision
-from prompt import hidden_states
+from prompt import prepend
+from sample import pad
 
 
 def token_table(responses, max_new_tokens, eos_token_id, device):
@@ -28,7 +29,7 @@ def token_table(responses, max_new_tokens, eos_token_id, device):
 
 @contextmanager
 def force_responses(responses, max_new_tokens, eos_token_id, device):
-    """Let `sample.sample` do all its work, but generate these responses, {row index: tokens}.
+    """Let `sample_all` do all its work, but generate these responses, {row index: tokens}.
 
     The uniform numbers of a row are replaced by numbers that are unique to row and step, so that
     they identify the token to return.
@@ -45,8 +46,8 @@ def force_responses(responses, max_new_tokens, eos_token_id, device):
         _, log_probs = sample_next_token(logits, u, *args, **kwargs)
         return tokens[(u * len(tokens)).long()], log_probs
 
-    forced = {"row_uniforms": row_uniforms, "sample_next_token": forced_next_token}
-    with patch.multiple(sample, **forced):
+    uniforms = patch.object(sampling, "row_uniforms", row_uniforms)
+    with uniforms, patch.object(sample, "sample_next_token", forced_next_token):
         yield
 
 
@@ -85,7 +86,8 @@ def plain_logits(model, ids, mask, P=None):
 
     mask (B, T) is not needed: the padding is on the right, where causal attention never looks.
     """
-    return F.linear(hidden_states(model, ids, P), model.wte.weight)
+    hidden = model(ids) if P is None else model(prepend(P, model, ids))[:, len(P) :]  # (B, T, C)
+    return F.linear(hidden, model.head)
 
 
 def plain_kl(first, second, is_response):

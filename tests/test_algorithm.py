@@ -20,10 +20,10 @@ import train
 from data import dist
 from data.optim import adamw, clip_and_step, set_learning_rate
 from data.paper import PROMPT
-from data.rows import Example
+from data.rows import Example, make_batch
 from data.validation import validation_loss
 from model import GPT, TRANSPOSED, Config
-from prompt import freeze
+from prompt import freeze, prepend, response_hidden
 
 CPU = torch.device("cpu")
 V, EOS, T = 29, 28, 10  # vocabulary, end-of-text, optimizer steps
@@ -145,6 +145,7 @@ def take_step(patch, run, examples=EXAMPLES, t=0, step=train.promptkd_step, samp
         return norm
 
     def given_responses(run, examples, t, teacher_mix=None):
+        run.student.eval()  # as sampling leaves it
         return examples
 
     patch.setattr(train, "clip_and_step", recording_step)
@@ -213,11 +214,12 @@ def check_student_gradients(grads, loss_fn, weights=None, rel=1e-6):
 
 
 @pytest.mark.parametrize("config, prompt", [(STUDENT, None), (TEACHER, None), (TEACHER, P)])
-def test_reference_and_model_give_the_same_logits(config, prompt):
+def test_reference_and_model_give_the_same_logits(in_float64, config, prompt):
     model, ids = tiny_model(config).double(), [3, 0, EOS, 7, 7, 12, 1]
-    prefix = None if prompt is None else torch.tensor(prompt)
-    n_prompt = 0 if prompt is None else len(prompt)
-    logits = model.logits(model(torch.tensor([ids]), prefix=prefix))[0, n_prompt:]
+    inputs = torch.tensor([ids])
+    if prompt is not None:
+        inputs = prepend(torch.tensor(prompt), model, inputs)
+    logits = model.logits(model(inputs))[0, -len(ids) :]
     expected = reference.gpt2_logits(arrays(config), config.n_head, ids, prompt)
     np.testing.assert_allclose(logits.detach().numpy(), expected, atol=1e-10)
     assert expected.std() > 0.3  # a flat distribution would hide errors
@@ -380,6 +382,7 @@ def test_minillm_samples_once_per_rollout_and_each_inner_epoch_has_every_row_in_
     split_global_batch = train.split_global_batch
 
     def recording_rollout(run, examples, t, teacher_mix):
+        run.student.eval()  # as sampling leaves it
         sampled.append((t, teacher_mix))
         return examples
 
@@ -440,6 +443,44 @@ def test_prompt_phase_leaves_no_gradient_in_the_models_and_student_phase_none_in
     assert prompt.P_grad is not None
     assert student.P_grad is None
     assert student.teacher_grads == []
+
+
+def test_a_gradient_flows_to_the_prompt_in_the_first_loop_and_to_the_student_in_the_second(
+    monkeypatch,
+):
+    """No other hidden states have a graph: not the student's in the first loop, and not those with
+    the prompt in the second. Three micro-batches each."""
+    flows, run, sum_over_tokens = [], make_run(), train.sum_over_tokens
+
+    def recording_sum(loss_fn, *models, **per_token):
+        owners = ["student" if head is run.student.head else "teacher" for _, head in models]
+        graphs = [hidden.requires_grad for hidden, _ in models]
+        flows.append(list(zip(owners, graphs)))
+        return sum_over_tokens(loss_fn, *models, **per_token)
+
+    monkeypatch.setattr(train, "sum_over_tokens", recording_sum)
+    take_step(monkeypatch, run)
+    prompt_loop = [("teacher", True), ("student", False), ("teacher", False)]
+    student_loop = [("student", True), ("teacher", False)]
+    assert flows == [prompt_loop] * 3 + [student_loop] * 3
+    assert not any(w.requires_grad for w in run.teacher.parameters())
+
+
+@pytest.mark.parametrize("method", [method for method in STEPS if method != "promptkd"])
+def test_in_the_other_methods_a_gradient_flows_to_the_student_only(monkeypatch, method):
+    hidden_have_graphs, run, sum_over_tokens = [], make_run(), train.sum_over_tokens
+
+    def recording_sum(loss_fn, *models, **per_token):
+        assert models[0][1] is run.student.head
+        hidden_have_graphs.append([hidden.requires_grad for hidden, _ in models])
+        return sum_over_tokens(loss_fn, *models, **per_token)
+
+    monkeypatch.setattr(train, "sum_over_tokens", recording_sum)
+    _, (update,) = take_step(monkeypatch, run, SAMPLED, step=STEPS[method])
+    assert hidden_have_graphs
+    assert all(graphs == [True, False][: len(graphs)] for graphs in hidden_have_graphs)
+    assert update.P_grad is None
+    assert update.teacher_grads == []
 
 
 def test_a_second_step_starts_without_gradients(monkeypatch):
@@ -524,13 +565,12 @@ def record_passes(patch):
     """A list to which each forward pass of a model adds which one it is, rows and positions."""
     passes, forward = [], GPT.forward
 
-    def recording_forward(self, ids, *arguments, prefix=None, **kwargs):
+    def recording_forward(self, inputs, *arguments, **kwargs):
         name = "teacher" if len(self.h) == TEACHER.n_layer else "student"
         name = name + " in training" if self.training else name
-        name = name if prefix is None else "prompted " + name
-        n_prompt = 0 if prefix is None else len(prefix)
-        passes.append((name, len(ids), n_prompt + ids.shape[1]))
-        return forward(self, ids, *arguments, prefix=prefix, **kwargs)
+        name = "prompted " + name if inputs.is_floating_point() else name
+        passes.append((name, *inputs.shape[:2]))
+        return forward(self, inputs, *arguments, **kwargs)
 
     patch.setattr(GPT, "forward", recording_forward)
     return passes
@@ -683,6 +723,32 @@ def test_student_phase_has_dropout_in_the_student_from_the_seed(monkeypatch):
     assert same_bits(first, again)
     for grads in (without, other):
         assert not first["wpe.weight"].allclose(grads["wpe.weight"], atol=1e-3)
+
+
+def test_only_the_loop_of_the_student_has_it_in_training_mode(monkeypatch):
+    """Also if it was in training mode before, as in any step after the first."""
+    run, passes = make_run(dtype=torch.float32), record_passes(monkeypatch)
+    run.student.train()
+    take_step(monkeypatch, run, REQUESTS[:8], sample=True)
+    names = [name for name, _, _ in passes]
+    start = names.index("student in training")
+    assert names[0] == "student"  # sampling
+    assert set(names[:start]) == {"student", "teacher", "prompted teacher"}
+    assert set(names[start:]) == {"student in training", "prompted teacher"}
+
+
+@pytest.mark.parametrize("prompt", [None, torch.tensor(P, dtype=torch.float32)])
+@pytest.mark.parametrize("training", [False, True])
+def test_response_hidden_changes_no_mode(training, prompt):
+    """Dropout is as the mode says, and so are gradients."""
+    model = tiny_model(replace(TEACHER, dropout=0.5)).train(training)
+    batch = make_batch(EXAMPLES, CPU)
+    first, second = (response_hidden(model, batch, prompt)[0] for _ in range(2))
+    assert all(module.training == training for module in model.modules())
+    assert torch.equal(first, second) == (not training)
+    assert first.requires_grad
+    with torch.no_grad():
+        assert not response_hidden(model, batch, prompt)[0].requires_grad
 
 
 def test_student_phase_has_no_dropout_in_the_teacher(monkeypatch):

@@ -18,6 +18,7 @@ from recipe import force_responses, recipe_step, token_table
 
 import sample
 import train
+from data import sampling
 from data.cli import InputError
 from data.rows import Example
 
@@ -161,7 +162,7 @@ def test_both_samplers_return_the_forced_responses_and_do_all_the_work(monkeypat
     requests, expected = [e.request for e in UNEQUAL], [e.response for e in UNEQUAL]
     with forced_to(UNEQUAL):
         keys = [(10, "rollout", 0, e.index) for e in UNEQUAL]
-        assert sample.sample_all(model, requests, keys, EOS, LIMIT)[0] == expected
+        assert sampling.sample_all(model, requests, keys, EOS, LIMIT)[0] == expected
     assert len(shapes) == 12
     assert shapes[0] == (3, 61)
     assert {n_tokens for _, n_tokens in shapes} == {61}
@@ -173,7 +174,7 @@ def test_both_samplers_return_the_forced_responses_and_do_all_the_work(monkeypat
     assert len(shapes) == 3  # until both rows have finished
     monkeypatch.undo()
     assert sample.sample_next_token is sample_next_token
-    assert sample.row_uniforms.__module__ == "sample"
+    assert sampling.row_uniforms is sample.row_uniforms
 
 
 def test_plain_sampling_has_the_distributions_of_forwards_without_a_cache(monkeypatch):
@@ -196,7 +197,7 @@ def test_plain_sampling_has_the_distributions_of_forwards_without_a_cache(monkey
 def test_forced_uniforms_of_a_large_evaluation_identify_their_tokens():
     responses = {index: [(index * 7 + t) % 50_000 for t in range(256)] for index in range(500)}
     with force_responses(responses, 256, 50_256, CPU):
-        rows = [sample.row_uniforms(256, 10, "evaluate", "dolly", index) for index in responses]
+        rows = [sampling.row_uniforms(256, 10, "evaluate", "dolly", index) for index in responses]
         u = torch.stack([torch.from_numpy(row) for row in rows])
         for t in (0, 1, 128, 255):
             tokens, _ = sample.sample_next_token(torch.zeros(500, 3), u[:, t])

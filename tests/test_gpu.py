@@ -27,8 +27,10 @@ from safetensors.torch import load_file
 
 import sample
 import train
+from data import sampling
 from data.paper import PROMPT
 from data.rows import MAX_REQUEST, Example
+from losses import aligned_logits
 from model import Config, head_logits, precision
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -207,8 +209,8 @@ def test_a_global_batch_without_response_tokens_has_loss_and_gradients_of_zero(m
 # --- Logits ---
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_logits_with_an_offset_are_float32_products_inside_autocast(padded):
+@pytest.mark.parametrize("logits_of", [head_logits, aligned_logits])
+def test_logits_with_an_offset_are_float32_products_inside_autocast(logits_of):
     """With an offset of -112, where bfloat16 numbers are 0.5 apart. It comes from column 0, whose
     values are exact in TF32. TF32 keeps 10 bits of all other values, so that the relative error of
     a product is at most 2**-9."""
@@ -221,12 +223,14 @@ def test_logits_with_an_offset_are_float32_products_inside_autocast(padded):
     bound = 2.0**-9 * (hidden[:, 1:].abs().double() @ head[:, 1:].abs().double().T) + 0.01
 
     with matmul_precision("high"), torch.no_grad(), precision(GPU, "bfloat16"):
-        logits = head_logits(hidden.to(GPU), head.to(GPU), padded=padded)[:, :vocab]
+        logits = logits_of(hidden.to(GPU), head.to(GPU))[:, :vocab]
     assert logits.dtype == torch.float32
 
     def within_bounds(logits):
         error = (logits.cpu().double() - exact).abs()
-        print({"padded": padded, "largest": float(error.max()), "mean": float(error.mean())})
+        print(
+            {"by": logits_of.__name__, "largest": float(error.max()), "mean": float(error.mean())}
+        )
         return bool((error <= bound).all()) and float(error.mean()) < 0.02
 
     assert within_bounds(logits)
@@ -266,7 +270,7 @@ def test_sampling_gives_the_tokens_of_the_cpu(kwargs):
     def respond(device, eos_token_id):
         model, on_device = tiny_model(STUDENT).to(device), kwargs_on(device, kwargs)
         with matmul_precision("highest"):
-            return sample.sample_all(
+            return sampling.sample_all(
                 model, requests, keys, eos_token_id, max_new_tokens=24, **on_device
             )
 
@@ -299,10 +303,10 @@ def count_synchronizations(function, *args):
     [{}, {"no_repeat_ngram": 6}, {"top_k": 20, "top_p": 0.9}, SAMPLING_KWARGS["mixture"]],
 )
 def test_sampling_synchronizes_only_at_its_checks(kwargs):
-    """One check for finished rows per CHECK_INTERVAL tokens, and none after the last."""
+    """One check for finished rows per interval, and none after the last token."""
     model, on_gpu = tiny_model(STUDENT).to(GPU), kwargs_on(GPU, kwargs)
     requests = [[3, 1, 4], [1, 5, 9, 2, 6], list(range(50))]
-    interval = sample.CHECK_INTERVAL["cuda"]
+    interval = sample.check_interval(GPU)
 
     def sample_tokens(max_new_tokens):
         uniforms = np.stack([sample.row_uniforms(max_new_tokens, n) for n in range(len(requests))])
@@ -370,15 +374,15 @@ def test_tokens_have_the_frequencies_of_the_distribution():
 def test_the_batch_size_depends_on_the_total_memory_and_not_on_the_free_memory():
     model = tiny_model(STUDENT).to(GPU)
     free, total = torch.cuda.mem_get_info()
-    before = sample.sampling_batch_size([model], 10**12, 24, "bfloat16")
+    before = sampling.sampling_batch_size([model], 10**12, 24, "bfloat16")
     occupied = torch.empty(free // 2, dtype=torch.uint8, device=GPU)
     assert torch.cuda.mem_get_info()[0] < 0.6 * free
-    assert sample.sampling_batch_size([model], 10**12, 24, "bfloat16") == before
+    assert sampling.sampling_batch_size([model], 10**12, 24, "bfloat16") == before
     del occupied
     torch.cuda.empty_cache()
     # The keys and values of a row, of two bytes each.
     row_bytes = 2 * 2 * STUDENT.n_layer * STUDENT.n_embd * (MAX_REQUEST + 24)
-    assert before == pytest.approx(sample.CACHE_SHARE * total / row_bytes, rel=0.05)
+    assert before == pytest.approx(sampling.CACHE_SHARE * total / row_bytes, rel=0.05)
 
 
 # --- Commands ---

@@ -20,9 +20,9 @@ from losses import (
     policy_gradient_loss,
     prompt_loss,
     student_loss,
+    sum_over_tokens,
     whiten,
 )
-from model import head_logits
 
 N, V = 6, 11
 DTYPES = [torch.float64, torch.float32]
@@ -100,6 +100,11 @@ def test_kl_of_two_coins_by_hand():
 def test_reverse_puts_the_trained_distribution_first(direction, expected):
     result = directed_kl(tensor(FAIR), tensor(BIASED), direction)
     assert result.item() == pytest.approx(expected, abs=1e-7)
+
+
+def test_a_direction_with_another_name_is_refused():
+    with pytest.raises(ValueError, match="direction 'Reverse' must be 'reverse' or 'forward'"):
+        directed_kl(tensor(FAIR), tensor(BIASED), "Reverse")
 
 
 @pytest.mark.parametrize("prompt_kl", DIRECTIONS)
@@ -198,6 +203,45 @@ def test_bfloat16_logits_are_processed_in_float32():
         assert_close(loss, factor * expected, 1e-5)
 
 
+def by_name_under_autocast(enabled):
+    """The values (N,) and gradient (N, V) of every loss with a KL in it, from float32 logits."""
+    p, bare = tensor(logits(14), torch.float32), tensor(logits(15), torch.float32)
+    targets = torch.tensor(TARGETS)
+    log_q, w, R = (tensor(np.full(N, value), torch.float32) for value in (-3.0, 0.1, 0.5))
+    loss_fns = {
+        "kl": lambda q: kl(q, p),
+        "kl, second": lambda q: kl(p, q),
+        "reverse": lambda q: directed_kl(q, p, "reverse"),
+        "forward": lambda q: directed_kl(q, p, "forward"),
+        "prompt": lambda q: prompt_loss(q, p, bare, 0.5)[0],
+        "prompt, forward": lambda q: prompt_loss(q, p, bare, 0.5, 1.0, "forward", "forward")[0],
+        "student": lambda q: student_loss(q, p),
+        "kd": lambda q: kd_loss(q, p, targets),
+        "minillm": lambda q: minillm_loss(q, p, targets, log_q, w, R),
+    }
+    results = {}
+    for name, loss_fn in loss_fns.items():
+        q = tensor(logits(13), torch.float32, grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            values = loss_fn(q)
+        values.sum().backward()
+        results[name] = (values.detach(), q.grad)
+    return results
+
+
+def test_a_kl_is_float32_whatever_autocast_says():
+    """Autocast has dot products, but no sums, in its list of operations in bfloat16."""
+    inside, outside = by_name_under_autocast(True), by_name_under_autocast(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        a = tensor(logits(13), torch.float32)
+        assert torch.linalg.vecdot(a, a).dtype == torch.bfloat16
+    for name, (values, gradient) in outside.items():
+        assert values.dtype == gradient.dtype == torch.float32
+        for result, expected in zip(inside[name], (values, gradient)):
+            assert result.dtype == torch.float32, name
+            assert torch.equal(result, expected), name
+
+
 def test_losses_of_no_tokens_are_empty_with_gradients_of_0():
     a, b = torch.zeros(0, V, requires_grad=True), torch.zeros(0, V, requires_grad=True)
     targets = torch.zeros(0, dtype=torch.long)
@@ -232,6 +276,15 @@ def test_gradients_of_kl_match_their_closed_forms():
     assert_close(b_logits.grad, b - a)
     expected = a * (log_a - log_b - (a * (log_a - log_b)).sum(1, keepdims=True))
     assert_close(a_logits.grad, expected, 1e-5)
+
+
+def test_gradients_of_kl_match_finite_differences(monkeypatch):
+    """Of both distributions together, and of each while the other is fixed."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # keep float64
+    a, b = (tensor(logits(seed)[:4, :6] / 3, grad=True) for seed in (35, 36))
+    assert torch.autograd.gradcheck(kl, (a, b))
+    assert torch.autograd.gradcheck(lambda a: kl(a, b.detach()), (a,))
+    assert torch.autograd.gradcheck(lambda b: kl(a.detach(), b), (b,))
 
 
 @pytest.mark.parametrize("prompt_kl", DIRECTIONS)
@@ -457,121 +510,227 @@ def test_the_single_step_term_of_minillm_is_the_exact_reverse_kl():
 def chunked(request, monkeypatch):
     """Chunks and blocks with the logits of at most so many tokens, of 13 vocabulary entries."""
     n_chunk, n_block = request.param
-    monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", n_chunk * 4 * 13)
-    monkeypatch.setitem(losses.BLOCK_BYTES, "cpu", n_block * 4 * 13)
+    monkeypatch.setattr(losses, "CPU_CHUNK_BYTES", n_chunk * 4 * 13)
+    monkeypatch.setattr(losses, "CPU_BLOCK_BYTES", n_block * 4 * 13)
 
 
-def make_hidden_and_head(n=7, C=5, V=13):
-    """Hidden states and head of the trained model, and hidden states of another of width 3."""
-    generator = torch.Generator().manual_seed(3)
-    hidden, head, other = (
-        torch.randn(shape, generator=generator, dtype=torch.float64)
-        for shape in ((n, C), (V, C), (n, 3))
-    )
-    return hidden.requires_grad_(), head.requires_grad_(), other
+def make_hidden_and_head(n=7, C=5, V=13, seed=3):
+    """Hidden states (n, C) and head (V, C) of a model, float64."""
+    rng = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(size, C, generator=rng, dtype=torch.float64) for size in (n, V))
 
 
 @pytest.mark.parametrize("n_max", [1, 3, 7, 100])
-def test_slices_cover_every_token_once_within_the_limit(n_max):
-    head = torch.zeros(13, 5)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_slices_cover_every_token_once_within_the_limit(monkeypatch, n_max, device):
+    """Every device but the CPU has the limit of a GPU."""
+    limits = {"cpu": n_max * 4 * 13, "meta": 0}
+    monkeypatch.setattr(losses, "GPU_BYTES", n_max * 4 * 13)
+    head = torch.zeros(13, 5, device=device)
     for n in (0, 1, 2, 6, 7, 22):
-        slices = losses.equal_slices(n, head, {"cpu": n_max * 4 * 13})
+        slices = losses.equal_slices(n, head, limits[device])
         assert slices
         assert [i for part in slices for i in range(n)[part]] == list(range(n))
         assert all(len(range(n)[part]) <= n_max for part in slices)
 
 
 @pytest.mark.parametrize("V", [3, 16, 1024, 1025, 2100])
-def test_padded_logits_have_entries_of_probability_0_after_the_vocabulary(V):
+def test_aligned_logits_have_entries_of_probability_0_after_the_vocabulary(V):
     hidden, head = torch.randn(7, 5), torch.randn(V, 5)
-    padded, plain = head_logits(hidden, head, padded=True), hidden @ head.T
-    assert (padded[:, :V] - plain).abs().max() < 1e-5
-    assert (padded.log_softmax(-1)[:, :V] - plain.log_softmax(-1)).abs().max() < 1e-5
-    assert padded.is_contiguous()
-    assert padded.shape[1] % 16 == 0
-    assert (padded.softmax(-1)[:, V:] == 0).all()
+    aligned, plain = losses.aligned_logits(hidden, head), hidden @ head.T
+    assert (aligned[:, :V] - plain).abs().max() < 1e-5
+    assert (aligned.log_softmax(-1)[:, :V] - plain.log_softmax(-1)).abs().max() < 1e-5
+    assert aligned.is_contiguous()
+    assert aligned.shape[1] % 16 == 0
+    assert (aligned.softmax(-1)[:, V:] == 0).all()
 
 
-def reverse_kl(rows, q, p):
-    return student_loss(q, p)
-
-
-def forward_kl(rows, q, p):
+def forward_kl(q, p):
     return kl(p, q)
 
 
-def with_targets(rows, q, p):
-    return kd_loss(q, p, torch.arange(7)[rows])
+def two_losses(q, p, targets):
+    return torch.stack([kl(q, p), cross_entropy(q, targets)])
 
 
-def two_losses(rows, q, p):
-    return torch.stack([kl(q, p), cross_entropy(q, torch.arange(7)[rows])])
+def weighted_losses(q, p, targets, weights):
+    return torch.stack([kd_loss(q, p, targets), kl(p, q), kl(q, p)]) * weights.T
 
 
-def sum_and_gradients(loss_fn, chunked_sum):
-    """The sum of a loss over 7 tokens, and its gradients, in chunks or from all logits at once."""
-    hidden, head, p_hidden = make_hidden_and_head()
-    p_head = torch.randn(13, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    if chunked_sum:
-        total = losses.sum_over_tokens(loss_fn, hidden, head, (p_hidden, p_head))
-    else:
-        total = loss_fn(slice(0, 7), hidden @ head.T, p_hidden @ p_head.T).sum(-1)
+def with_two_others(q, p, p_bare):
+    return prompt_loss(q, p, p_bare, 0.3, 2.0, "reverse", "forward")
+
+
+PER_TOKEN = {
+    "targets": torch.tensor([0, 12, 3, 3, 5, 1, 7]),
+    "weights": torch.linspace(-1, 2, 21, dtype=torch.float64).view(7, 3),
+    "log_q": torch.linspace(-4, -1, 7, dtype=torch.float64),
+    "w": torch.linspace(0.5, 1.2, 7, dtype=torch.float64),
+    "R": torch.linspace(1.5, -1.5, 7, dtype=torch.float64),
+}
+# A loss, how many other models it compares with, and what it takes per token
+CASES = {
+    "cross entropy": (cross_entropy, 0, ["targets"]),
+    "reverse KL": (student_loss, 1, []),
+    "forward KL": (forward_kl, 1, []),
+    "KD": (kd_loss, 1, ["targets"]),
+    "MiniLLM": (minillm_loss, 1, ["targets", "log_q", "w", "R"]),
+    "(2, n)": (two_losses, 1, ["targets"]),
+    "(3, n), weights (N, 3)": (weighted_losses, 1, ["targets", "weights"]),
+    "(4, n), two others": (with_two_others, 2, []),
+}
+
+
+def plain_sum_over_tokens(loss_fn, trained, *others, **per_token):
+    """The form in the docstring of sum_over_tokens."""
+    logits = [hidden @ head.T for hidden, head in (trained, *others)]  # (N, V) each
+    return loss_fn(*logits, **per_token).sum(-1)
+
+
+def sum_and_gradients(sum_fn, loss_fn, n_others, names):
+    """The sum of a loss over 7 tokens, and the gradients of 2.5 times the first one."""
+    trained = [x.requires_grad_() for x in make_hidden_and_head()]
+    others = [make_hidden_and_head(C=3, seed=4 + i) for i in range(n_others)]
+    total = sum_fn(loss_fn, trained, *others, **{name: PER_TOKEN[name] for name in names})
     loss = total if total.ndim == 0 else total[0]
-    return total, torch.autograd.grad(2.5 * loss, (hidden, head))
+    return total.detach(), torch.autograd.grad(2.5 * loss, trained)
 
 
-@pytest.mark.parametrize("loss_fn", [reverse_kl, forward_kl, with_targets, two_losses])
-def test_sum_over_tokens_equals_the_plain_sum_and_its_gradients(chunked, loss_fn, monkeypatch):
-    """Of several losses, the first has the gradients."""
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_sum_over_tokens_equals_its_plain_form_and_the_gradients_of_the_first_sum(
+    chunked, case, monkeypatch
+):
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # keep float64
-    result, gradients = sum_and_gradients(loss_fn, chunked_sum=True)
-    expected, expected_gradients = sum_and_gradients(loss_fn, chunked_sum=False)
+    result, gradients = sum_and_gradients(sum_over_tokens, *case)
+    expected, expected_gradients = sum_and_gradients(plain_sum_over_tokens, *case)
     assert result.tolist() == pytest.approx(expected.tolist(), rel=1e-12)
     for gradient, expected_gradient in zip(gradients, expected_gradients):
         assert (gradient - expected_gradient).abs().max() < 1e-12
+        assert expected_gradient.abs().max() > 0.1
+
+
+def test_the_other_models_get_no_gradient():
+    trained = [x.requires_grad_() for x in make_hidden_and_head()]
+    other = [x.requires_grad_() for x in make_hidden_and_head(seed=4)]
+    sum_over_tokens(student_loss, trained, other).backward()
+    assert all(x.grad is not None for x in trained)
+    assert all(x.grad is None for x in other)
 
 
 def test_sum_over_tokens_with_a_frozen_head_has_gradients_to_the_hidden_states(chunked):
-    hidden, head, _ = make_hidden_and_head()
-    hidden, head = hidden.detach().float().requires_grad_(), head.detach().float()
-    targets = torch.arange(7)
-
-    def loss_fn(rows, logits):
-        return cross_entropy(logits, targets[rows])
-
-    losses.sum_over_tokens(loss_fn, hidden, head).backward()
+    hidden, head = (x.float() for x in make_hidden_and_head())
+    hidden.requires_grad_()
+    targets = PER_TOKEN["targets"]
+    sum_over_tokens(cross_entropy, (hidden, head), targets=targets).backward()
     plain = cross_entropy(hidden @ head.T, targets).sum()
     (expected,) = torch.autograd.grad(plain, hidden)
     assert (hidden.grad - expected).abs().max() < 1e-5
 
 
+def test_a_sum_without_gradients_equals_the_one_with_them(chunked):
+    trained, other = make_hidden_and_head(), make_hidden_and_head(C=3, seed=4)
+    total = sum_over_tokens(kd_loss, trained, other, targets=PER_TOKEN["targets"])
+    assert not total.requires_grad
+    trained[0].requires_grad_()
+    expected = sum_over_tokens(kd_loss, trained, other, targets=PER_TOKEN["targets"])
+    assert torch.equal(total, expected)
+
+
 def test_sum_over_no_tokens_is_0_with_gradients_of_0():
-    hidden, head, _ = make_hidden_and_head(n=0)
-
-    def loss_fn(rows, logits):
-        return cross_entropy(logits, torch.zeros(0, dtype=torch.long)[rows])
-
-    total = losses.sum_over_tokens(loss_fn, hidden, head)
+    hidden, head = (x.requires_grad_() for x in make_hidden_and_head(n=0))
+    targets = torch.zeros(0, dtype=torch.long)
+    total = sum_over_tokens(cross_entropy, (hidden, head), targets=targets)
     total.backward()
     assert total.item() == 0
     assert head.grad.abs().max() == 0
     assert hidden.grad.shape == (0, 5)
 
 
-def test_gradients_of_several_kls_match_finite_differences(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # keep float64
-    p, q1, q2 = (tensor(logits(seed)[:4, :6] / 3, grad=True) for seed in (35, 36, 37))
-    assert torch.autograd.gradcheck(losses.kls, (p, q1, q2))
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("in_bfloat16", [{"hidden"}, {"head"}, {"p"}, {"hidden", "head", "p"}])
+def test_tensors_in_bfloat16_are_multiplied_in_float32(in_bfloat16, autocast):
+    """The gradient of a bfloat16 tensor is itself bfloat16: rounded once, at the end."""
+    hidden, head = make_hidden_and_head(n=64, C=96, V=500)
+    rounded = {"hidden": hidden, "head": head / 6, "p": hidden + 0.3}
+    rounded = {name: x.bfloat16().float() for name, x in rounded.items()}
 
-    def with_others_fixed(p):
-        return losses.kls(p, q1.detach(), q2.detach())
+    def sum_and_gradients_in(dtypes, sum_fn):
+        x = {name: rounded[name].to(dtype, copy=True) for name, dtype in dtypes.items()}
+        trained = [x[name].requires_grad_() for name in ("hidden", "head")]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and sum_fn is sum_over_tokens):
+            total = sum_fn(student_loss, trained, (x["p"], rounded["head"].to(x["p"].dtype)))
+        return total.detach().float(), torch.autograd.grad(total, trained)
 
-    assert torch.autograd.gradcheck(with_others_fixed, (p,))
+    def relative_error(gradient, expected):
+        return float((gradient.float() - expected).norm() / expected.norm())
+
+    float32 = dict.fromkeys(rounded, torch.float32)
+    mixed = float32 | dict.fromkeys(in_bfloat16, torch.bfloat16)
+    total, gradients = sum_and_gradients_in(mixed, sum_over_tokens)
+    expected, expected_gradients = sum_and_gradients_in(float32, plain_sum_over_tokens)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, gradient, expected in zip(("hidden", "head"), gradients, expected_gradients):
+        assert gradient.dtype == mixed[name]
+        if name in in_bfloat16:
+            unit = 2**-8  # bfloat16 keeps 8 bits
+            assert ((gradient.float() - expected).abs() <= 1.01 * unit * expected.abs()).all()
+        else:
+            assert relative_error(gradient, expected) < 1e-5
+    # Products in bfloat16 would have been noticed.
+    all_bfloat16 = dict.fromkeys(rounded, torch.bfloat16)
+    _, gradients = sum_and_gradients_in(all_bfloat16, plain_sum_over_tokens)
+    for gradient, expected in zip(gradients, expected_gradients):
+        assert relative_error(gradient, expected) > 5e-3
+
+
+@pytest.mark.parametrize("sizes", [(31_990, 32_000), (32_000, 31_990), (32_000, 32_000, 31_999)])
+def test_models_with_different_vocabularies_are_refused(sizes):
+    """31,990 and 32,000 are both padded to 32,000, so that their logits have equal shapes."""
+    trained, *others = (make_hidden_and_head(n=3, C=2, V=V) for V in sizes)
+    with pytest.raises(ValueError, match="vocabularies") as caught:
+        sum_over_tokens(lambda q, *p: kl(q, p[-1]), trained, *others)
+    assert str(list(sizes)) in str(caught.value)
+
+
+@pytest.mark.parametrize("n", [0, 1, 6, 8])
+@pytest.mark.parametrize("name", ["others", "targets", "weights"])
+def test_unequal_numbers_of_tokens_are_refused(name, n):
+    """One token, too, which would be broadcast."""
+    trained, other = make_hidden_and_head(), make_hidden_and_head(C=3, seed=4)
+    per_token = {name: PER_TOKEN[name] for name in ("targets", "weights")}
+    if name == "others":
+        other = make_hidden_and_head(n=n, C=3)
+    else:
+        per_token[name] = torch.zeros(n, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="must have 7 tokens"):
+        sum_over_tokens(weighted_losses, trained, other, **per_token)
 
 
 def test_token_log_probs_equal_those_of_all_logits(chunked):
-    hidden, head, _ = (x.detach().float() for x in make_hidden_and_head())
-    tokens = torch.tensor([0, 12, 3, 3, 5, 1, 7])
+    hidden, head = (x.float() for x in make_hidden_and_head())
+    tokens = PER_TOKEN["targets"]
     expected = (hidden @ head.T).log_softmax(-1)[torch.arange(7), tokens]
     result = losses.token_log_probs(hidden, head, tokens)
     assert result == pytest.approx(expected.numpy(), abs=1e-6)
+
+
+def test_token_log_probs_of_bfloat16_tensors_are_those_of_float32_products():
+    hidden, head = (x.bfloat16() for x in make_hidden_and_head())
+    tokens = PER_TOKEN["targets"]
+    expected = losses.token_log_probs(hidden.float(), head.float(), tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = losses.token_log_probs(hidden, head, tokens)
+    assert result.dtype == torch.float32
+    assert torch.equal(result, expected)
+
+
+def test_sums_and_log_probs_work_on_other_devices_than_cpu_and_cuda():
+    """The meta device has shapes but no values."""
+    trained = [x.to("meta").requires_grad_() for x in make_hidden_and_head()]
+    other = [x.to("meta") for x in make_hidden_and_head(C=3, seed=4)]
+    targets = PER_TOKEN["targets"].to("meta")
+    sums = sum_over_tokens(two_losses, trained, other, targets=targets)
+    sums[0].backward()
+    assert (sums.device.type, sums.shape) == ("meta", (2,))
+    assert [x.grad.shape for x in trained] == [(7, 5), (13, 5)]
+    assert losses.token_log_probs(*trained, targets).shape == (7,)

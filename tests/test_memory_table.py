@@ -11,8 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.parallel import DistributedDataParallel
 
-import sample
-from data import dist
+from data import dist, sampling
 from data.paper import PAPER_COSTS
 from model import GPT, Config
 
@@ -214,8 +213,8 @@ def test_as_many_rows_are_sampled_as_on_a_gpu(monkeypatch):
         ([gpt], 99, 7),
     ):
         row = memory.KVCache.row_bytes(TEACHER, 64, "bfloat16")
-        card.total_memory = share * row / sample.CACHE_SHARE
-        assert sample.sampling_batch_size(models, 7, 32, "bfloat16", 32) == n_rows
+        card.total_memory = share * row / sampling.CACHE_SHARE
+        assert sampling.sampling_batch_size(models, 7, 32, "bfloat16", 32) == n_rows
         assert memory.sampling_rows(models, "bfloat16", 7, card.total_memory) == n_rows
 
 

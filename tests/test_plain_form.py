@@ -6,6 +6,8 @@ and sampling of a ragged batch with a KV cache, which drops finished rows. The p
 written out here without regard for speed or memory.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from helpers import write_checkpoint
@@ -13,7 +15,6 @@ from safetensors.torch import load_file
 from test_train import CPU, TOKENIZER, UNLIKE, metrics, world  # noqa: F401  (a fixture)
 
 import data.prepare
-import losses
 import train
 from data.models import preset
 from model import Config
@@ -21,10 +22,11 @@ from model import Config
 V = TOKENIZER.n_vocab
 
 
-def plain_sum_over_tokens(loss_fn, hidden, head, *others):
+def plain_sum_over_tokens(loss_fn, trained, *others, **per_token):
     with torch.no_grad():
-        other_logits = [h @ w.T for h, w in others]  # (N, V) each
-    return loss_fn(slice(0, len(hidden)), hidden @ head.T, *other_logits).sum(-1)
+        other_logits = [hidden @ head.T for hidden, head in others]  # (N, V) each
+    hidden, head = trained
+    return loss_fn(hidden @ head.T, *other_logits, **per_token).sum(-1)
 
 
 @torch.no_grad()
@@ -32,16 +34,14 @@ def plain_token_log_probs(hidden, head, tokens):
     return (hidden @ head.T).log_softmax(-1)[torch.arange(len(tokens)), tokens]
 
 
-def plain_kls(a_logits, *b_logits):
-    log_a = a_logits.log_softmax(-1)
-    return torch.stack(
-        [(log_a.exp() * (log_a - logits.log_softmax(-1))).sum(-1) for logits in b_logits]
-    )
+def plain_kl(a_logits, b_logits):
+    log_ratio = a_logits.log_softmax(-1) - b_logits.log_softmax(-1)
+    return (a_logits.softmax(-1) * log_ratio).sum(-1)
 
 
-def plain_prompt_loss(p_prompted, q, p_bare, lam, reg_weight, *directions):
+def plain_prompt_loss(p_prompted, q, p_bare, lam, reg_weight, **directions):
     """Both KLs are reverse, as in the demo."""
-    L_kd, L_reg = losses.kl(p_prompted, q), losses.kl(p_prompted, p_bare)
+    L_kd, L_reg = plain_kl(p_prompted, q), plain_kl(p_prompted, p_bare)
     return torch.stack([L_kd + reg_weight * lam * L_reg, L_kd, L_reg, L_reg])
 
 
@@ -71,22 +71,23 @@ def plain_sample(model, requests, uniforms, eos, max_new_tokens, teacher_mix=Non
 
 
 def use_plain_forms(patch):
-    patch.setattr("losses.sum_over_tokens", plain_sum_over_tokens)
+    patch.setattr("train.sum_over_tokens", plain_sum_over_tokens)
     patch.setattr("losses.token_log_probs", plain_token_log_probs)
     patch.setattr("data.validation.token_log_probs", plain_token_log_probs)
     patch.setattr("losses.prompt_loss", plain_prompt_loss)
-    patch.setattr("losses.kls", plain_kls)
-    patch.setattr("sample.sample", plain_sample)
-    fast_forms = ("losses._SumOverTokens", "losses._KL", "losses.head_logits")
-    for name in (*fast_forms, "sample.KVCache", "sample.packed_weights"):
+    patch.setattr("losses.kl", plain_kl)
+    patch.setattr("data.sampling.sample", plain_sample)
+    patch.setattr("data.sampling.packed_weights", lambda models, dtype: nullcontext())
+    fast_forms = ("losses._SumOverTokens", "losses.aligned_logits", "losses.head_logits")
+    for name in (*fast_forms, "sample.KVCache", "data.packed.packed_linear"):
         patch.setattr(name, None)  # so that any use of it fails
 
 
 def use_small_blocks(patch):
     """Chunks of at most 30 tokens and blocks of 8: a micro-batch has several of both, as with a
     large vocabulary."""
-    patch.setitem(losses.CHUNK_BYTES, "cpu", 30 * 4 * V)
-    patch.setitem(losses.BLOCK_BYTES, "cpu", 8 * 4 * V)
+    patch.setattr("losses.CPU_CHUNK_BYTES", 30 * 4 * V)
+    patch.setattr("losses.CPU_BLOCK_BYTES", 8 * 4 * V)
 
 
 def train_stage(out, name, method, micro_batch_tokens=300, **values):

@@ -6,6 +6,7 @@ A GPU rounds the inputs of a float32 product to TF32. `TF32` does that to the pr
 
 import functools
 import json
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -29,14 +30,14 @@ import losses
 import model
 import sample
 import train
-from data import dist
+from data import dist, sampling
 from data.cli import InputError
 from data.optim import adamw, set_learning_rate
 from data.paper import PROMPT
 from data.rows import Example, micro_batches
 from data.runs import Settings
 from model import GPT, Config, head_logits, precision
-from prompt import freeze, hidden_states
+from prompt import freeze, response_hidden
 
 CPU = torch.device("cpu")
 OFFSET = -112.0
@@ -67,35 +68,51 @@ def test_tf32_keeps_ten_bits():
     assert product.tolist() == [[1 + 2**-10, 1.0]]
 
 
+@contextmanager
+def as_on_gpu():
+    """Within it, the core computes as on a GPU, because tensors are not said to be on a CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_cpu", False)
+        yield
+
+
 @pytest.fixture
-def gpu_form(monkeypatch):
-    """Logits are computed as on a GPU."""
-    for module in (model, losses):
-        monkeypatch.setattr(module, "head_logits", functools.partial(head_logits, on_gpu=True))
+def gpu_form():
+    with as_on_gpu():
+        yield
 
 
-def bfloat16_head(hidden, head, padded=False):
+def bfloat16_head(hidden, head):
     """What autocast would do to the head, an error that the tests must be able to detect."""
     return F.linear(hidden.bfloat16(), head.bfloat16()).float()
 
 
 @pytest.fixture
 def bfloat16_form(monkeypatch):
-    for module in (model, losses):
-        monkeypatch.setattr(module, "head_logits", bfloat16_head)
+    monkeypatch.setattr(model, "head_logits", bfloat16_head)
+    monkeypatch.setattr(losses, "aligned_logits", bfloat16_head)
 
 
 # --- Logits with an offset ---
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("on_gpu", [False, True])
-def test_logits_are_float32_products_inside_autocast(on_gpu, padded):
+@pytest.mark.parametrize("logits_of", [head_logits, losses.aligned_logits])
+@pytest.mark.parametrize("form", [nullcontext, as_on_gpu])
+def test_logits_are_float32_products_inside_autocast(form, logits_of):
     hidden, head = torch.randn(5, 64), torch.randn(100, 64)
-    with precision(CPU, "bfloat16"):
-        logits = head_logits(hidden, head, padded, on_gpu)
+    with precision(CPU, "bfloat16"), form():
+        logits = logits_of(hidden, head)
     assert logits.dtype == torch.float32
     assert (logits[:, :100] - hidden @ head.T).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("autocast", ["float32", "bfloat16"])
+def test_logits_of_bfloat16_tensors_are_float32_products(autocast):
+    hidden, head = torch.randn(5, 64).bfloat16(), torch.randn(100, 64).bfloat16()
+    with precision(CPU, autocast):
+        logits = head_logits(hidden, head)
+    assert logits.dtype == torch.float32
+    assert (logits - hidden.float() @ head.float().T).abs().max() < 1e-4
 
 
 def make_examples(response_lengths, seed=2):
@@ -122,10 +139,6 @@ def make_model_with_offset(seed, offset):
     return gpt.eval()
 
 
-def student_loss(rows, q, p):
-    return losses.student_loss(q, p)
-
-
 def exact_results(batch, offset):
     """KL(q || p), log-probabilities and the student's gradient in float64."""
     q, p = (make_model_with_offset(seed, offset).double() for seed in (1, 2))
@@ -143,13 +156,10 @@ def results_in(batch, offset, dtype):
     """The same by the product's code, with the blocks in `dtype`."""
     q, p = (make_model_with_offset(seed, offset) for seed in (1, 2))
     with precision(CPU, dtype):
-        p = freeze(p, dtype)
-        p_hidden = hidden_states(p, batch.ids, None, batch.response_positions)
-        hidden = q(batch.ids, output_positions=batch.response_positions)
-        kl = losses.kl(q.logits(hidden), p.logits(p_hidden)).detach()
-        log_probs = losses.token_log_probs(hidden, q.wte.weight, batch.targets)
-        teacher = (p_hidden, p.wte.weight)
-        loss = losses.sum_over_tokens(student_loss, hidden, q.wte.weight, teacher) / len(kl)
+        student, teacher = response_hidden(q, batch), response_hidden(freeze(p, dtype), batch)
+        kl = losses.kl(q.logits(student[0]), p.logits(teacher[0])).detach()
+        log_probs = losses.token_log_probs(*student, batch.targets)
+        loss = losses.sum_over_tokens(losses.student_loss, student, teacher) / len(kl)
     loss.backward()
     return kl.double(), log_probs.double(), gradient_of(q)
 
@@ -175,7 +185,7 @@ def sampled_tokens(offset, dtype):
     rng = np.random.default_rng(3)
     requests = [rng.integers(0, 999, rng.integers(3, 20)).tolist() for _ in range(40)]
     keys = [(10, "offset", n) for n in range(len(requests))]
-    return sample.sample_all(
+    return sampling.sample_all(
         make_model_with_offset(1, offset), requests, keys, 999, 12, dtype=dtype
     )[0]
 
@@ -237,12 +247,13 @@ def gpt2_sized_errors(offset, head_logits):
     (h_q, w_q, h_p, w_p), kl64, probs64, d_hidden, d_head = gpt2_sized_case(offset)
     hidden, head = h_q.clone().requires_grad_(), w_q.clone().requires_grad_()
 
-    def loss_and_error(rows, q, p):
+    def loss_and_error(q, p, exact):
         kl = losses.student_loss(q, p)
-        return torch.stack([kl, (kl - kl64[rows]).abs().float()])
+        return torch.stack([kl, (kl - exact).abs().float()])
 
     with precision(CPU, "bfloat16"):
-        total, kl_error = losses.sum_over_tokens(loss_and_error, hidden, head, (h_p, w_p))
+        student, teacher = (hidden, head), (h_p, w_p)
+        total, kl_error = losses.sum_over_tokens(loss_and_error, student, teacher, exact=kl64)
         with torch.no_grad():
             logits = head_logits(hidden, head).float()
     total.backward()
@@ -273,7 +284,7 @@ def within_bounds(errors):
 def test_an_offset_in_all_dimensions_costs_little_precision(gpu_form, offset):
     """With GPT-2's width and vocabulary."""
     with TF32():
-        errors = gpt2_sized_errors(offset, losses.head_logits)
+        errors = gpt2_sized_errors(offset, head_logits)
     print({"offset": offset, **errors})
     assert within_bounds(errors)
 
@@ -362,7 +373,7 @@ def test_log_probabilities_of_sampling_in_bfloat16_equal_those_of_a_forward_pass
     teacher_mix = (p, alpha) if alpha else None
     requests = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5]]
     keys = [(10, "test", n) for n in range(3)]
-    responses, log_probs = sample.sample_all(
+    responses, log_probs = sampling.sample_all(
         q, requests, keys, 999, 16, teacher_mix=teacher_mix, dtype="bfloat16"
     )
     for request, response, log_p in zip(requests, responses, log_probs, strict=True):
@@ -568,7 +579,8 @@ def test_a_cdf_that_is_not_monotone_gives_no_impossible_token(monkeypatch):
         u = torch.full((64,), float(number))
         _, log_p = sample.sample_next_token(logits, u)
         n_impossible += int(torch.isinf(log_p).sum())
-        tokens, log_p = sample.sample_next_token(logits, u, on_gpu=True)
+        with as_on_gpu():
+            tokens, log_p = sample.sample_next_token(logits, u)
         assert torch.isfinite(log_p).all()
         # u is in the token's part of the exact CDF, up to the noise.
         end = exact_cdf.gather(1, tokens[:, None])[:, 0]
@@ -584,8 +596,8 @@ def test_the_correction_changes_no_bit_of_a_monotone_cdf(kwargs):
     logits[:, ::7] = -torch.inf
     u = torch.rand(32)
     tokens, log_p = sample.sample_next_token(logits, u, **kwargs)
-    corrected = sample.sample_next_token(logits, u, on_gpu=True, **kwargs)
-    corrected_tokens, corrected_log_p = corrected
+    with as_on_gpu():
+        corrected_tokens, corrected_log_p = sample.sample_next_token(logits, u, **kwargs)
     assert torch.equal(tokens, corrected_tokens)
     assert torch.equal(log_p, corrected_log_p)
 
@@ -609,7 +621,7 @@ def test_the_batch_size_depends_only_on_the_total_memory(
         models = [GPT(configs[name]) for name in models]
     properties = SimpleNamespace(total_memory=memory)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    assert sample.sampling_batch_size(models, 256, 256, dtype) == expected
+    assert sampling.sampling_batch_size(models, 256, 256, dtype) == expected
 
 
 def test_the_batch_size_has_no_limit_from_requests_of_no_tokens_and_is_fixed_on_a_cpu(monkeypatch):
@@ -617,8 +629,9 @@ def test_the_batch_size_has_no_limit_from_requests_of_no_tokens_and_is_fixed_on_
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     with torch.device("meta"):
         gpt = GPT(Config(12, 768, 12, 100))
-    assert sample.sampling_batch_size([gpt], 256, 256, "bfloat16", max_request=0) == 256
-    assert sample.sampling_batch_size([tiny_model()], 9, 9, "float32") == sample.CPU_BATCH_SIZE
+    assert sampling.sampling_batch_size([gpt], 256, 256, "bfloat16", max_request=0) == 256
+    n_rows = sampling.sampling_batch_size([tiny_model()], 9, 9, "float32")
+    assert n_rows == sampling.CPU_BATCH_SIZE
 
 
 def test_all_requests_are_sampled_in_batches_of_that_size(monkeypatch):
@@ -628,9 +641,9 @@ def test_all_requests_are_sampled_in_batches_of_that_size(monkeypatch):
         batches.append(len(requests))
         return [[0]] * len(requests), [[0.0]] * len(requests)
 
-    monkeypatch.setattr(sample, "sampling_batch_size", lambda *args: 7)
-    monkeypatch.setattr(sample, "sample", record_batch)
-    sample.sample_all(tiny_model(), [[1, 2]] * 17, [(0, n) for n in range(17)], 60, 4)
+    monkeypatch.setattr(sampling, "sampling_batch_size", lambda *args: 7)
+    monkeypatch.setattr(sampling, "sample", record_batch)
+    sampling.sample_all(tiny_model(), [[1, 2]] * 17, [(0, n) for n in range(17)], 60, 4)
     assert batches == [7, 7, 3]
 
 
@@ -647,7 +660,7 @@ class CountWaits(TorchDispatchMode):
 
 @pytest.mark.parametrize("kwargs", [{}, {"no_repeat_ngram": 3}, {"top_p": 0.9, "top_k": 20}])
 def test_sampling_waits_for_the_device_only_at_its_checks(monkeypatch, kwargs):
-    monkeypatch.setitem(sample.CHECK_INTERVAL, "cpu", 8)
+    monkeypatch.setattr(sample, "check_interval", lambda device: 8)
     gpt, requests, counts = tiny_model(), [[3, 1, 4], [1, 5]], {}
     tolist = torch.Tensor.tolist
 
@@ -666,11 +679,16 @@ def test_sampling_waits_for_the_device_only_at_its_checks(monkeypatch, kwargs):
     assert counts[40] - counts[8] == 4
 
 
+def test_finished_rows_are_looked_for_at_each_token_on_a_cpu_and_rarely_elsewhere():
+    intervals = {name: sample.check_interval(torch.device(name)) for name in ("cpu", "cuda", "mps")}
+    assert intervals == {"cpu": 1, "cuda": 8, "mps": 8}
+
+
 def test_rare_checks_give_the_same_responses(monkeypatch):
     requests = [[n, n + 1, n + 2] for n in range(12)]
     uniforms = np.stack([sample.row_uniforms(30, n) for n in range(12)])
     arguments = (tiny_model(), requests, uniforms, 7, 30)
     expected, _ = sample.sample(*arguments, no_repeat_ngram=2)
-    monkeypatch.setitem(sample.CHECK_INTERVAL, "cpu", 8)
+    monkeypatch.setattr(sample, "check_interval", lambda device: 8)
     assert sample.sample(*arguments, no_repeat_ngram=2)[0] == expected
     assert any(response[-1] == 7 for response in expected)
