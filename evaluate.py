@@ -23,11 +23,12 @@ from rouge_score.tokenize import tokenize
 from tqdm import tqdm
 
 from data import cli, dist, paper, report
-from data.cli import InputError, read_json, write_atomic
+from data.cli import InputError, number_in_range, read_json, write_atomic
 from data.dist import print0
 from data.hub import file_hash, model_hash
+from data.methods import DEFAULTS
 from data.models import load_model, open_models, table_sort_key
-from data.options import add_decoding_options, add_precision_option, number_in_range
+from data.options import add_decoding_options, add_precision_option
 from data.prepare import PUBLIC_SETS, find_data_dir
 from data.rows import encode_request, read_jsonl, read_rows, references_field, text_field, to_jsonl
 from data.runs import UNFINISHED, read_record, run_dir, run_kind, run_labels, unique_labels
@@ -128,10 +129,10 @@ def open_columns(names, limit=None, ban=None):
     for name, path in paths.items():
         rows = read_rows(path / "test.jsonl", limit)
         print_unscorable(name, [row.references for row in rows])
-        is_public = name in PUBLIC_SETS and name in names
-        paper_ban = paper.BANNED_NGRAM if is_public else 0
+        is_papers = name in paper.PAPER_SETS and name in names  # not a directory of that name
+        paper_ban = paper.BANNED_NGRAM if is_papers else 0
         n = paper_ban if ban is None else ban
-        all_rows = is_public and len(rows) == paper.PAPER_SETS[name]
+        all_rows = is_papers and len(rows) == paper.PAPER_SETS[name]
         columns[name] = Column(rows, n, all_rows and n == paper_ban)
     return columns
 
@@ -217,7 +218,7 @@ def table_1(args, device):
     out, models = Path(args.out), open_models(args.models)
     groups = group_runs(models, args.by) if args.by else {}
     data = {model.record["settings"].get("data") for model in models.values() if model.record}
-    sets = args.data or (["demo"] if data == {"demo"} else PUBLIC_SETS)
+    sets = args.data or (["demo"] if data == {"demo"} else paper.PAPER_SETS)
     columns = open_columns(sets, args.rows, args.no_repeat_ngram)
     sampling = {name: getattr(args, name) for name in (*paper.PAPER_SAMPLING, "dtype")}
     names, kept = {label: model.name for label, model in models.items()}, out / "responses"
@@ -289,7 +290,7 @@ def group_runs(models, fields):
     groups, known = {}, set()
     for label, m in models.items():
         if m.record:
-            fields_of_run = (m.record["settings"] | m.record).items()
+            fields_of_run = (DEFAULTS | m.record["settings"] | m.record).items()
             run = {name: value for name, value in fields_of_run if not isinstance(value, dict)}
             known |= run.keys()
             groups.setdefault(tuple(map(run.get, fields)), []).append(label)
@@ -319,7 +320,8 @@ def parse_args(argv):
     parser = cli.ArgumentParser("evaluate.py", description=description)
     add, positive = parser.add_argument, number_in_range(int, 1, 10**6)
     add("models", nargs="*", metavar="RUN|MODEL", help="directories, official names or hub ids")
-    help = f"{', '.join(PUBLIC_SETS)}, demo or directories (default: demo for its runs, or public)"
+    help = f"{', '.join(PUBLIC_SETS)}, demo or directories (default: demo for its runs, else the"
+    help += " paper's five)"
     add("--data", nargs="+", metavar="SET|DIR", help=help)
     add("--seeds", nargs="+", type=number_in_range(int, 0, 2**32), default=[10, 20, 30, 40, 50])
     add("--rows", type=number_in_range(int, 1, 10**9), help="only the first N rows of each set")
