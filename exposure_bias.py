@@ -25,10 +25,10 @@ import numpy as np
 import torch
 
 from data import cli, dist
-from data.cli import InputError
+from data.cli import InputError, number_in_range
 from data.dist import print0
 from data.models import find_model, load_model
-from data.options import add_precision_option, number_in_range
+from data.options import add_precision_option
 from data.prepare import find_data_dir
 from data.report import MIN_ALIVE, last_reliable_step, write_figure
 from data.rows import MAX_NEW_TOKENS, Example, encode_request, micro_batches, read_rows

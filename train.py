@@ -10,7 +10,6 @@ configure_threads()  # before torch is imported
 
 import time
 import zlib
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,14 +17,14 @@ from pathlib import Path
 import torch
 
 import losses
-from data import demo, dist, options, runs, stages
+from data import dist, options, plan, preview, runs, stages
 from data.cli import check_output_dir, run_command_line
 from data.dist import print0
+from data.methods import Settings
 from data.models import load_model
 from data.optim import adamw, clip_and_step, set_learning_rates
-from data.prepare import find_data_dir
 from data.rows import Example, epoch_order, micro_batches
-from data.runs import Settings, format_time
+from data.runs import format_time
 from data.sampling import sample_all
 from data.states import load_state, save_state
 from data.tokenizer import check_same_vocabulary
@@ -345,22 +344,15 @@ def minillm_rollout(run, examples, t):
     ]
 
 
-@dataclass
-class Method:
-    step: Callable  # (run, this rank's examples, t) -> metrics: one optimizer step
-    start: str  # the student starts from a "shape" (random), "pretrained", or fine-tuned ("init")
-    needs_teacher: bool
-    options: tuple = ()  # of the command line, that no other method has
-
-
-METHODS = {
-    "pretrain": Method(sft_step, "shape", needs_teacher=False, options=("shape",)),
-    "sft": Method(sft_step, "pretrained", needs_teacher=False),
-    "kd": Method(kd_step, "pretrained", needs_teacher=True),
-    "seqkd": Method(kd_step, "pretrained", needs_teacher=True),
-    "minillm": Method(minillm_step, "init", needs_teacher=True, options=("lm_data",)),
-    "gkd": Method(gkd_step, "init", needs_teacher=True),
-    "promptkd": Method(promptkd_step, "init", needs_teacher=True, options=options.PROMPT_OPTIONS),
+# The step of each of data.methods.METHODS: (run, this rank's examples, t) -> metrics
+STEPS = {
+    "sft": sft_step,
+    "kd": kd_step,
+    "seqkd": kd_step,
+    "minillm": minillm_step,
+    "gkd": gkd_step,
+    "promptkd": promptkd_step,
+    "pretrain": sft_step,
 }
 
 
@@ -385,7 +377,7 @@ def build(s, steps, tokenizer, micro_batch_tokens, device):
         teacher, teacher_tokenizer = load_model(s.teacher, device)
         check_same_vocabulary(s.teacher, s.student, teacher_tokenizer, tokenizer)
         run.teacher = freeze(teacher, s.dtype)
-    if s.method == "promptkd":
+    if s.prompt_text is not None:
         P = untuned_prompt(s, run.teacher.wte.weight, tokenizer)
         run.P = P.to(device).requires_grad_()
         run.prompt_optimizer = adamw([run.P], s)
@@ -402,7 +394,7 @@ def train_step(run, examples, t):
     torch.manual_seed(zlib.crc32(repr((s.seed, t, dist.rank())).encode()))
     run.seconds, run.phase_start = {}, time.perf_counter()
     metrics = set_learning_rates(run, t)
-    metrics |= {k: float(v) for k, v in METHODS[s.method].step(run, examples, t).items()}
+    metrics |= {k: float(v) for k, v in STEPS[s.method](run, examples, t).items()}
     metrics["tokens_per_second"] = metrics["response_tokens"] / sum(run.seconds.values())
     return metrics | {"seconds": run.seconds, **runs.peak_memory(run.device)}
 
@@ -488,50 +480,42 @@ def run_stage(name, s, out, micro_batch_tokens, device, paper=None, keep=0, save
     return str(directory)
 
 
-def run_stages(args, device, dtype):
-    """Stages: teacher SFT, student SFT ("init"), the method itself. Returns {label: directory}."""
-    method, is_demo = METHODS[args.method], args.data == "demo"
-
-    def stage(kind, student, teacher=None, responses=None):
-        models = {"student": student, "teacher": teacher, "responses": responses, "dtype": dtype}
-        from_init = kind == args.method and method.start == "init"
-        name, s, paper = stages.plan_stage(args, kind, from_init, **models)
-        keep = args.keep if kind == args.method else 0
-        limits = args.micro_batch_tokens, device
-        return run_stage(name, s, args.out, *limits, paper, keep, args.save_every)
-
-    data_dir = dist.run_on_rank0(find_data_dir, args.data)  # before a model is downloaded
-    if args.method == "pretrain":
-        return {"pretrain": stage("pretrain", args.shape)}
-    teacher = responses = None
-    pretrained = (demo.TEACHER, demo.STUDENT) if is_demo else ("gpt2-xl", "gpt2")
-    if method.needs_teacher:
-        teacher = args.sft_teacher or args.teacher or pretrained[0]
-    student = args.init or args.student or pretrained[1]
-    stages.check_later_inputs(args, data_dir, teacher, student)
-    if method.needs_teacher and not args.sft_teacher:
-        teacher = stage("teacher", teacher)
-    if method.start == "init" and not args.init:
-        student = stage("init", student)
-    if args.method == "seqkd":
-        responses = stages.sample_responses(*stages.plan_responses(args, teacher, dtype), device)
-    trained = stage(args.method, student, teacher, responses)
-    init = student if method.start == "init" else None
-    models = {"teacher": teacher, "student's init": init, args.method: trained}
-    return {label: model for label, model in models.items() if model}
+def run_stages(planned, args, device):
+    """Run the stages of a plan (see `data.plan.plan_stages`), each unless it is complete."""
+    for stage in planned:
+        if stage.kind == "responses":
+            stages.sample_responses(stage.directory, stage.settings, device)
+            continue
+        run_stage(
+            stage.directory.name,
+            stage.settings,
+            args.out,
+            args.micro_batch_tokens,
+            device,
+            paper=stage.paper,
+            keep=stage.keep,
+            save_every=args.save_every,
+        )
 
 
 def main(argv=None):
-    args = options.parse_train_args(argv, METHODS)
+    args = options.parse_train_args(argv)
     check_output_dir(args.out)
     device, dtype = dist.init_process(args.dtype)
     start_time = time.perf_counter()
-    options.check_options(args, METHODS[args.method])
-    models = run_stages(args, device, dtype)
-    if args.data == "demo" and args.method != "pretrain":
-        show_demo(models, device, dtype)
-        curves, took = Path(models[args.method]) / "curves.png", time.perf_counter() - start_time
-        print0(f"Curves: {curves}. All of it took {format_time(took)}.")
+    options.check_options(args)
+    if not args.plan:
+        teacher, student = plan.named_models(args)
+        stages.fetch_inputs(args, teacher=teacher, student=student)
+    planned = dist.run_on_rank0(plan.plan_stages, args, dtype)
+    if args.plan:
+        dist.run_on_rank0(preview.print_plan, args, planned)
+    else:
+        run_stages(planned, args, device)
+        if args.data == "demo" and args.method != "pretrain":
+            show_demo(plan.trained_models(planned[-1]), device, dtype)
+            curves, took = planned[-1].directory / "curves.png", time.perf_counter() - start_time
+            print0(f"Curves: {curves}. All of it took {format_time(took)}.")
     dist.shutdown()
 
 

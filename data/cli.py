@@ -41,6 +41,22 @@ class ArgumentParser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
+def number_in_range(kind, low, high, low_open=False):
+    """An argparse type: an int or float from `low` (above it, if low_open) to `high`."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or (low_open and value == low):
+            least = "above" if low_open else "at least"
+            expected = f"{least} {low} and at most {high}"
+            raise argparse.ArgumentTypeError(f"must be {expected}, not {text!r}")
+        return value
+
+    # argparse's own message uses the name.
+    parse.__name__ = "number" if kind is float else "whole number"
+    return parse
+
+
 def run_command_line(main):
     """Run a command. An InputError or OSError ends it with one line and exit status 2; a signal of
     STOP_SIGNALS ends it with one line and exit status 128 + signal."""

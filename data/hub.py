@@ -156,6 +156,32 @@ def find_model_dir(name):
     """The directory of a model's files. `name` is a directory (of a checkpoint, or of a run, which
     has a `best/`), one of OFFICIAL_MODELS, or a hub id `owner/name`, which is taken from the
     Hugging Face cache or downloaded once. Under torchrun, call it with dist.run_on_rank0."""
+    directory, problem = find_local_model(name)
+    if directory is not None:
+        return directory
+    repository = hub_repository(name)
+    directory = download_dir(repository)
+    try:
+        _download_model(repository, directory)
+    except (InputError, OSError) as error:  # OSError: as for a full disk
+        problem = f"no such directory; {problem}; download to TORCH_HOME failed: {error}"
+        raise InputError(f"model {name!r}: {problem}") from error
+    return directory
+
+
+def hub_repository(name):
+    """The repository `owner/name` of one of OFFICIAL_MODELS or of a hub id."""
+    return f"openai-community/{name}" if name in OFFICIAL_MODELS else name
+
+
+def download_dir(repository):
+    """Where a repository is downloaded to if the Hugging Face cache does not have it."""
+    return Path(torch.hub.get_dir()) / "promptkd" / repository
+
+
+def find_local_model(name):
+    """The directory of a model's files, as `find_model_dir`, and "", or None and why it has to be
+    downloaded first. Downloads and writes nothing."""
     if os.path.isdir(name):
         best = Path(name) / "best"
         directory = best if best.is_dir() else Path(name)
@@ -165,8 +191,8 @@ def find_model_dir(name):
             if not (directory / "config.json").is_file():
                 raise InputError(message)
             dist.print_once(f"warning: {message}")
-        return directory
-    repository = f"openai-community/{name}" if name in OFFICIAL_MODELS else name
+        return directory, ""
+    repository = hub_repository(name)
     if not HUB_ID.fullmatch(repository) or ".." in repository:
         names = f"one of {', '.join(OFFICIAL_MODELS)}, or a hub id owner/name"
         raise InputError(f"model {name!r}: no such directory; give a checkpoint directory, {names}")
@@ -174,15 +200,12 @@ def find_model_dir(name):
     for snapshot in _snapshots(repository):
         missing = _missing_file(snapshot, repository)
         if missing is None:
-            return snapshot
+            return snapshot, ""
         problem = f"{snapshot} has no {missing}"
-    directory = Path(torch.hub.get_dir()) / "promptkd" / repository
-    try:
-        _download_model(repository, directory)
-    except (InputError, OSError) as error:  # OSError: as for a full disk
-        problem = f"no such directory; {problem}; download to TORCH_HOME failed: {error}"
-        raise InputError(f"model {name!r}: {problem}") from error
-    return directory
+    directory = download_dir(repository)
+    if (directory / "config.json").is_file():  # it is downloaded last
+        return directory, ""
+    return None, problem
 
 
 def _snapshots(repository):
@@ -216,8 +239,6 @@ def _download_model(repository, directory):
         path = directory / file
         return path.is_file() or download(hub_url(repository, file), path)
 
-    if (directory / "config.json").is_file():
-        return  # it is downloaded last
     weights = next((file for file in WEIGHTS_FILES if fetch(file)), WEIGHTS_FILES[0])
     shards = _shard_names(directory / weights)
     for file in (weights, *shards, *TOKENIZER_FILES, "config.json"):

@@ -1,6 +1,5 @@
-"""Models by name: their files and tokenizers, sizes, and default settings."""
+"""Models by name: their files, tokenizers and sizes."""
 
-import math
 import os
 from dataclasses import dataclass, replace
 
@@ -10,10 +9,11 @@ from data import dist
 from data.checkpoint import load, read_config
 from data.cli import InputError, explain_out_of_memory
 from data.dist import print0
-from data.hub import find_model_dir
-from data.paper import COMMON, DEMO, PRESETS, PRETRAIN, PUBLISHED, SIZES
+from data.hub import OFFICIAL_MODELS, find_local_model, find_model_dir
+from data.methods import METHODS, SIZES, STAGES
+from data.paper import PUBLISHED
 from data.runs import read_record, run_kind, run_labels
-from data.tokenizer import read_tokenizer
+from data.tokenizer import GPT2_VOCAB_SIZE, list_tokenizer_files, load_tokenizer, read_tokenizer
 from model import GPT
 
 MAX_PADDING = 1024  # rows after the tokenizer's tokens; with more, it is another model's
@@ -52,25 +52,26 @@ def load_model(name, device, dropout=None):
 def count_parameters(name):
     """The number of parameters of a model by its name, as it is loaded."""
     directory, tokenizer, _ = find_model(name)
+    return config_parameters(replace(read_config(directory), vocab_size=tokenizer.n_vocab))
+
+
+def config_parameters(config):
+    """The number of parameters of a GPT with a Config, without making one."""
     with torch.device("meta"):
-        return GPT(replace(read_config(directory), vocab_size=tokenizer.n_vocab)).n_parameters()
+        return GPT(config).n_parameters()
 
 
-def preset(kind, name, demo=False):
-    """The settings that a stage of a kind has by default, for a model by its name: outside the demo
-    the paper's for the GPT-2 nearest in parameter count. For pretrain `name` is a shape."""
-    if demo:
-        return DEMO[kind]
-    if kind == "pretrain":
-        return PRETRAIN
-    n_parameters = count_parameters(name)
-    size = min(SIZES, key=lambda size: abs(math.log(n_parameters / SIZES[size])))
-    if abs(n_parameters / SIZES[size] - 1) > 0.05:
-        note = f"its {kind} stage uses the preset of GPT-2 {size}"
-        print0(f"{name} has {n_parameters:,} parameters; {note}")
-    names = ("global_batch_size", "lr", "epochs")
-    values = dict(zip(names, dict(zip(SIZES, PRESETS[kind]))[size])) | COMMON.get(kind, {})
-    return values | ({"prompt_lr": values["lr"]} if kind == "promptkd" else {})
+def known_parameters(name):
+    """The number of parameters of a model by its name, without a download: that of the paper's
+    tables for an official model that is not here yet, None for any other. One rank may call it."""
+    directory, _ = find_local_model(name)
+    if directory is None:
+        sizes = dict(zip(OFFICIAL_MODELS, SIZES.values()))
+        return sizes.get(name.removeprefix("openai-community/"))
+    config, n_vocab = read_config(directory), GPT2_VOCAB_SIZE
+    if list_tokenizer_files(directory):
+        n_vocab = load_tokenizer(directory).n_vocab
+    return config_parameters(replace(config, vocab_size=min(config.vocab_size, n_vocab)))
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def table_sort_key(kind, size):
     """Teachers first, then students by size and method, then models that are not runs."""
     if not kind:
         return (2, 0, 0)
-    return (0 if kind == "teacher" else 1, size, [*PRESETS, kind].index(kind))
+    return (0 if kind == "teacher" else 1, size, [*STAGES, *METHODS, kind].index(kind))
 
 
 def open_models(names):

@@ -1,35 +1,10 @@
 """The options of the command lines, and their checks."""
 
-import argparse
-
 from data import dist
-from data.cli import ArgumentParser, InputError
-from data.paper import PROMPT
+from data.cli import ArgumentParser, InputError, number_in_range
+from data.methods import METHODS, POSITIVE, PRESET_OPTIONS, options_of_methods
 from data.rows import MAX_NEW_TOKENS
 from model import Config
-
-# The options that take precedence over a value of the method's preset: {option: field of Settings}
-_OPTIONS = "lr prompt_lr epochs steps global_batch dropout lm_data".split()
-_OPTIONS += "prompt_text prompt_length prompt_init reg prompt_kl reg_kl".split()
-OVERRIDES = {option: option for option in _OPTIONS}
-OVERRIDES |= {"global_batch": "global_batch_size", "reg": "reg_weight"}
-PROMPT_OPTIONS = tuple(name for name in OVERRIDES if name.startswith(("prompt", "reg")))
-
-
-def number_in_range(kind, low, high, low_open=False):
-    """An argparse type: an int or float from `low` (above it, if low_open) to `high`."""
-
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high or (low_open and value == low):
-            least = "above" if low_open else "at least"
-            expected = f"{least} {low} and at most {high}"
-            raise argparse.ArgumentTypeError(f"must be {expected}, not {text!r}")
-        return value
-
-    # argparse's own message uses the name.
-    parse.__name__ = "number" if kind is float else "whole number"
-    return parse
 
 
 def add_precision_option(parser, default="bfloat16 on a GPU that has it, else float32"):
@@ -52,19 +27,25 @@ def add_decoding_options(parser):
     option("--no-repeat-ngram", type=number_in_range(int, 0, 100), metavar="N", help=help)
 
 
-def parse_train_args(argv, methods):
-    """The command line of train.py. methods: the values of --method."""
+def add_method_option(parser, option, help):
+    """Add an option of data.methods to a parser. Its default is added to the help."""
+    if option.default is not None:
+        default = f"{option.default:g}" if isinstance(option.default, float) else option.default
+        help = f"{help} (default: {default})".lstrip()
+    kwargs = {"choices": option.choices, "help": help or None, "metavar": option.metavar}
+    parser.add_argument(option.flag, type=option.type, **kwargs)
+
+
+def parse_train_args(argv):
+    """The command line of train.py."""
     parser = ArgumentParser(
         prog="train.py",
         allow_abbrev=False,  # an old --micro-batch 8 would be 8 tokens
         description="Train a student by PromptKD or a method that the paper compares it with, and "
         "the stages that it needs. Without options: the demo. MODEL: gpt2, a directory, a hub id.",
     )
-    positive, rate = number_in_range(int, 1, 10**9), number_in_range(float, 0, 10, low_open=True)
-    directions = ("reverse", "forward")
-
     option = parser.add_argument
-    option("--method", choices=sorted(methods), default="promptkd")
+    option("--method", choices=sorted(METHODS), default="promptkd")
     option("--student", metavar="MODEL", help="pre-trained student (default: the demo's)")
     option("--teacher", metavar="MODEL", help="pre-trained teacher (default gpt2-xl)")
     option("--sft-teacher", metavar="MODEL", help="a fine-tuned teacher; its stage is skipped")
@@ -74,49 +55,47 @@ def parse_train_args(argv, methods):
     option("--out", default="out", metavar="DIR", help="directory of the runs (default out)")
     option("--seed", type=number_in_range(int, 0, 2**32), default=10)
     option("--shape", metavar="LxWxH", help="for pretrain: layers, width, heads, as 6x256x8")
-    option("--lm-data", metavar="FILE", help="for minillm: plain text, or JSON lines with 'text'")
-    option("--prompt-text", metavar="TEXT", help=f"default: {PROMPT['prompt_text']!r}")
-    help = "tokens of the soft prompt (default: those of the text)"
-    option("--prompt-length", type=number_in_range(int, 1, 512), metavar="N", help=help)
-    option("--prompt-init", choices=("text", "padding", "random"))
-    option("--reg", type=number_in_range(float, 0, 1e6), help="weight of equation 2 (default 1)")
-    option("--prompt-kl", choices=directions, help="direction of equation 1 (default reverse)")
-    option("--reg-kl", choices=directions, help="direction of equation 2 (default reverse)")
+    help = "print what would be run, with all settings; downloads and writes nothing"
+    option("--plan", action="store_true", help=help)
 
-    option = parser.add_argument_group("instead of the method's preset").add_argument
-    option("--lr", type=rate)
-    option("--prompt-lr", type=rate)
-    option("--epochs", type=positive)
-    option("--steps", type=positive, help="optimizer steps, instead of whole epochs")
-    option("--global-batch", type=positive, metavar="ROWS")
-    option("--dropout", type=number_in_range(float, 0, 0.99))
+    group = parser.add_argument_group("of single methods")
+    for method_option, names in options_of_methods().items():
+        help = f"{', '.join(names)}: {method_option.help}"
+        add_method_option(group, method_option, help)
+
+    group = parser.add_argument_group("instead of the method's preset")
+    for preset_option in PRESET_OPTIONS:
+        add_method_option(group, preset_option, preset_option.help)
     help = "keep N evenly spaced checkpoints of the method's run (Figure 3b)"
-    option("--keep", type=number_in_range(int, 0, 10**6), default=0, metavar="N", help=help)
+    keep = number_in_range(int, 0, 10**6)
+    group.add_argument("--keep", type=keep, default=0, metavar="N", help=help)
 
     every_stage = parser.add_argument_group("for every stage")
     option = every_stage.add_argument
     help = "tokens of a forward pass of one rank, with padding and prompt, at least one row"
     help += " (default 2048; 1024 for a student over a billion parameters)"
-    option("--micro-batch-tokens", type=positive, metavar="N", help=help)
-    option("--train-rows", type=positive, metavar="N", help="only the first N training rows")
+    option("--micro-batch-tokens", type=POSITIVE, metavar="N", help=help)
+    option("--train-rows", type=POSITIVE, metavar="N", help="only the first N training rows")
     help = "steps between saved states, besides those at validations"
-    option("--save-every", type=positive, metavar="STEPS", help=help)
-    option("--dev-rows", type=positive, metavar="N", help="only the first N validation rows")
+    option("--save-every", type=POSITIVE, metavar="STEPS", help=help)
+    option("--dev-rows", type=POSITIVE, metavar="N", help="only the first N validation rows")
     add_precision_option(every_stage)
     return parser.parse_args(argv)
 
 
-def check_options(args, method):
-    """Set the defaults that depend on other options. Raises InputError if an option is empty or has
-    no effect. method: of train.METHODS."""
+def check_options(args):
+    """Set the defaults of train.py that depend on other options. Raises InputError if an option is
+    empty or has no effect."""
     for name, value in vars(args).items():
         if value == "":
             raise InputError(f"--{name.replace('_', '-')} is empty; give a value or leave it out")
+    method = METHODS[args.method]
     starts = {"shape": "shape", "pretrained": "student", "init": "init" if args.init else "student"}
-    used = {*method.options, starts[method.start]}
+    used = {starts[method.start], *(option.name for option in method.options)}
     if method.needs_teacher:
         used.add("sft_teacher" if args.sft_teacher else "teacher")
-    for name in ("shape", "init", "student", "sft_teacher", "teacher", "lm_data", *PROMPT_OPTIONS):
+    models = ("shape", "init", "student", "sft_teacher", "teacher")
+    for name in (*models, *(option.name for option in options_of_methods())):
         if getattr(args, name) is not None and name not in used:
             problem = f"has no effect here (method {args.method})"
             raise InputError(f"--{name.replace('_', '-')} {problem}; leave it out")

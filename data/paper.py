@@ -1,74 +1,19 @@
-"""The numbers of the paper: presets (Appendix A), Tables 1 and 2, set sizes; the demo's presets."""
+"""The numbers of the paper: Tables 1 and 2, sizes of data sets. Presets are in data/methods.py."""
 
 import os
 import statistics
 
 from data.hub import OFFICIAL_MODELS
-from data.runs import read_record
-
-SIZES = {"base": 124e6, "medium": 355e6, "large": 774e6, "xl": 1_558e6}  # GPT-2's parameter counts
-
-# Appendix A, read with the released scripts at 8 GPUs. A row is (global batch, learning rate,
-# epochs) for each of SIZES in order.
-SFT_PRESET = ((32, 5e-4, 20), (32, 1e-4, 20), (32, 1e-4, 10), (32, 5e-5, 10))
-PROMPTKD_PRESET = ((256, 5e-5, 20), (64, 1e-5, 20), (64, 5e-6, 15), (64, 5e-6, 15))
-PRESETS = {
-    "teacher": SFT_PRESET,
-    "init": ((32, 5e-4, 3), (32, 1e-4, 3), (32, 1e-4, 3), (32, 5e-5, 3)),
-    "sft": SFT_PRESET,
-    "kd": SFT_PRESET,
-    "seqkd": SFT_PRESET,
-    "minillm": ((256, 5e-6, 10), (64, 5e-6, 10), (64, 5e-6, 10), (64, 5e-6, 10)),
-    "gkd": PROMPTKD_PRESET,  # the paper's script for GKD was not released
-    "promptkd": PROMPTKD_PRESET,
-}
-
-PROMPT = {"prompt_text": "Suppose you are a student.", "prompt_init": "text"}
-PROMPT |= {"reg_weight": 1.0, "prompt_kl": "reverse", "reg_kl": "reverse"}
-ON_POLICY = {"schedule": "constant", "warmup_steps": 100}
-MINILLM = {"rollout_size": 256, "inner_epochs": 4, "max_steps": 5000, "eval_interval": 100}
-MINILLM |= {"beta2": 0.95, "weight_decay": 1e-6, "dropout": 0.0}
-# The settings of a stage that are the same for all sizes
-COMMON = {
-    "init": {"metric_for_best": "loss"},
-    "minillm": ON_POLICY | MINILLM,
-    "gkd": ON_POLICY,
-    "promptkd": ON_POLICY | PROMPT,
-}
-PRETRAIN = {"global_batch_size": 32, "lr": 1e-3, "epochs": 3, "warmup_steps": 50}
-PRETRAIN |= {"beta2": 0.95, "dropout": 0.0, "metric_for_best": "loss"}
-
-# The demo: models of at most a million parameters, rows of a few dozen words.
-DEMO_PRETRAIN = PRETRAIN | {"global_batch_size": 8, "lr": 2e-3, "epochs": 1}
-DEMO_PRETRAIN |= {"warmup_steps": 100, "block_size": 128}
-# The rates are those that the grid of docs/miniature.md chose for the demo's student.
-DEMO_SFT = {"global_batch_size": 16, "lr": 4e-3, "epochs": 6, "warmup_steps": 20}
-DEMO_SFT |= {"dropout": 0.0, "max_new_tokens": 40}
-DEMO_ON_POLICY = DEMO_SFT | {"global_batch_size": 64, "epochs": 3, "schedule": "constant"}
-DEMO_ON_POLICY |= {"lr": 1e-3}
-DEMO_MINILLM = MINILLM | {"lr": 5e-4, "epochs": 1, "eval_interval": None, "block_size": 128}
-DEMO_MINILLM |= {"max_steps": 375}
-DEMO = {
-    "pretrain": DEMO_PRETRAIN,
-    "teacher": DEMO_SFT | {"lr": 3e-4, "epochs": 1},
-    "init": DEMO_SFT | {"epochs": 3, "metric_for_best": "loss"},
-    "sft": DEMO_SFT,
-    "kd": DEMO_SFT,
-    "seqkd": DEMO_SFT,
-    "minillm": DEMO_ON_POLICY | DEMO_MINILLM,
-    "gkd": DEMO_ON_POLICY,
-    "promptkd": DEMO_ON_POLICY | PROMPT | {"prompt_lr": 3e-3},
-}
+from data.methods import SIZES
 
 
-def paper_row(kind, s, overrides, from_init):
+def paper_row(kind, s, overrides, from_init, start_row, teacher_row):
     """Which of the paper's runs a stage with Settings `s` is, as "promptkd base"; None if anything
     differs from the paper.
 
-    overrides: the options given for this stage. from_init: whether it starts from an init run.
+    overrides: the names of the options given for this stage. from_init: whether it starts from an
+    init run. start_row, teacher_row: which of the paper's runs its student and its teacher are.
     """
-    teacher_row = s.teacher and read_record(s.teacher).get("paper")
-    start_row = read_record(s.student).get("paper")
     if from_init:
         size = {f"init {size}": size for size in SIZES}.get(start_row)
     else:
@@ -77,8 +22,9 @@ def paper_row(kind, s, overrides, from_init):
     other_data = s.data != "dolly" or s.max_train_rows or s.max_dev_rows
     other_teacher = s.teacher and teacher_row != "teacher xl"
     other_options = set(overrides) != ({"lm_data"} if kind == "minillm" else set())
-    is_paper = size and not (other_data or other_teacher or other_options)
-    return f"{kind} {size}" if is_paper else None
+    other_method = kind not in {"init", *(row.split()[0] for row in PAPER_SCORES)}
+    differs = other_method or other_data or other_teacher or other_options
+    return f"{kind} {size}" if size and not differs else None
 
 
 # The published scores on the five public sets were sampled with repeated 6-grams banned. The

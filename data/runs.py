@@ -9,7 +9,6 @@ import sys
 import time
 import zlib
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from data import dist
 from data.checkpoint import save
 from data.cli import InputError, read_json, write_atomic
 from data.dist import print0
-from data.rows import MAX_NEW_TOKENS
+from data.methods import DEFAULTS, file_fields
 from data.tensors import save_prompt
 from data.tokenizer import tokenizer_files
 
@@ -33,48 +32,9 @@ RUN_FORMAT = 3  # of run.json and the files beside it; raise it when their meani
 RECORD_FIELDS = {"name": str, "settings": dict, "inputs": dict | None}
 RECORD_FIELDS |= {"base": str | None, "paper": str | None, "parameters": int | None}
 RECORD_FIELDS |= {"hours": float | int | None, "complete": bool | None}
-LOCATIONS = {"data", "responses", "lm_data"}  # settings that say where inputs are
+LOCATIONS = {"data", "responses"}  # settings that say where inputs are, besides `file_fields`
+WAY_OUT = "choose another --out, or remove it"
 UNFINISHED = " (unfinished)"  # appended to the label of a run that is not complete
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that determines a stage's result. The global batch size belongs to the preset;
-    ranks and micro-batches divide it."""
-
-    method: str
-    student: str  # the model that is trained, by name; for pretrain its shape
-    data: str
-    global_batch_size: int
-    lr: float
-    epochs: int
-    schedule: str = "cosine"  # down to 1e-7; or "constant"
-    warmup_steps: int = 0
-    beta2: float = 0.999  # AdamW's
-    weight_decay: float = 1e-2  # AdamW's; not on biases and LayerNorm
-    teacher: str | None = None
-    seed: int = 10
-    dtype: str = "float32"  # of the matrix products in the models' blocks; or "bfloat16"
-    metric_for_best: str = "rouge_l"  # or "loss"
-    steps: int | None = None  # optimizer steps; None: from epochs, at most max_steps
-    max_steps: int | None = None
-    eval_interval: int | None = None  # in steps; None: once per epoch
-    dropout: float = 0.1  # in the student's training forward
-    max_train_rows: int | None = None
-    max_dev_rows: int | None = None
-    max_new_tokens: int = MAX_NEW_TOKENS
-    block_size: int = 512  # tokens of a packed row of plain text
-    responses: str | None = None  # seqkd: the data directory with the teacher's responses
-    rollout_size: int | None = None  # minillm: rows sampled at once; None: the global batch size
-    inner_epochs: int = 1  # minillm: over each rollout
-    lm_data: str | None = None  # minillm: a file of plain text
-    prompt_lr: float | None = None  # promptkd, like all that follow
-    prompt_text: str | None = None
-    prompt_length: int | None = None  # None: as many tokens as prompt_text has
-    prompt_init: str | None = None
-    reg_weight: float | None = None
-    prompt_kl: str | None = None
-    reg_kl: str | None = None
 
 
 def run_dir(model):
@@ -119,23 +79,32 @@ def _check_run(directory, description, inputs):
     if not record:
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         return {"format": RUN_FORMAT, **description, "inputs": inputs, "versions": versions}
-    fix = "choose another --out, or remove it"
-    # Content counts and not its name: a directory has many spellings, and --out may be moved.
-    compared = set(description["settings"]) - LOCATIONS - set(inputs)
-    for name, value in description["settings"].items():
-        found = record["settings"].get(name)
-        if name in compared and found != value:
-            if name == "dtype" and found in dist.DTYPES:
-                fix = f"give --dtype {found}, {fix}"
-            raise InputError(f"{directory}: was made with {name} {found!r}, not {value!r}; {fix}")
+    check_settings(directory, record, description["settings"], set(inputs))
     for name, value in inputs.items():
         if record.get("inputs", {}).get(name) != value:
             source = description["settings"].get(name) or description["settings"]["data"]
             problem = f"{name} ({source}) is not what it was made with"
-            raise InputError(f"{directory}: {problem}: its content has changed; {fix}")
+            raise InputError(f"{directory}: {problem}: its content has changed; {WAY_OUT}")
     if record.get("complete"):
         shutil.rmtree(directory / "state", ignore_errors=True)  # if finish_run was interrupted
     return description | record
+
+
+def check_settings(directory, record, settings, inputs):
+    """Raise InputError if a run was made with other settings. A field that its record lacks,
+    because the run is older, has its default.
+
+    inputs: fields whose content is compared elsewhere, and not their name: a directory has many
+    spellings, and --out may be moved.
+    """
+    compared = set(settings) - LOCATIONS - file_fields() - inputs
+    for name, value in settings.items():
+        found = record["settings"].get(name, DEFAULTS.get(name))
+        if name in compared and found != value:
+            fix = WAY_OUT
+            if name == "dtype" and found in dist.DTYPES:
+                fix = f"give --dtype {found}, {fix}"
+            raise InputError(f"{directory}: was made with {name} {found!r}, not {value!r}; {fix}")
 
 
 @contextmanager
@@ -319,14 +288,15 @@ def base_label(model):
 
 
 def override_suffix(option, value):
-    """What an override adds to a run's name: -lr0.001. A text becomes its checksum."""
-    if option == "prompt_text":
-        value = f"{zlib.crc32(value.encode('utf-8', 'surrogatepass')):08x}"
-    elif option == "lm_data":
+    """What an override adds to a run's name: -lr0.001. A file adds its name without the suffix, any
+    other text its checksum. option: of data.methods."""
+    if option.metavar == "FILE":
         value = Path(value).stem
     elif isinstance(value, float):
         value = f"{value:g}"
-    return f"-{option.replace('_', '')}{value}"
+    elif isinstance(value, str) and not option.choices:
+        value = f"{zlib.crc32(value.encode('utf-8', 'surrogatepass')):08x}"
+    return f"-{option.name.replace('_', '')}{value}"
 
 
 def unique_labels(names):

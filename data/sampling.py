@@ -8,9 +8,9 @@ import torch
 from tqdm import tqdm
 
 from data import dist
-from data.cli import ArgumentParser, InputError
+from data.cli import ArgumentParser, InputError, number_in_range
 from data.models import load_model
-from data.options import add_decoding_options, add_precision_option, number_in_range
+from data.options import add_decoding_options, add_precision_option
 from data.packed import packed_weights
 from data.rows import (
     MAX_NEW_TOKENS,

@@ -1,12 +1,11 @@
-"""What a stage is called, what it trains on, and the checks before and during it."""
+"""What a stage trains on, and the checks before and during it."""
 
 import math
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,40 +15,13 @@ from data.cli import InputError, explain_out_of_memory
 from data.demo import TOKENIZER_DIR
 from data.dist import print0
 from data.hub import file_hash, find_model_dir, model_hash
-from data.models import count_parameters, find_model, load_model, preset
-from data.options import OVERRIDES
-from data.paper import DEMO, paper_row
+from data.methods import file_fields
+from data.models import count_parameters, find_model, load_model
 from data.prepare import PRETRAINING_FILE, find_data_dir, write_pretraining_text
-from data.runs import LOCATIONS, Settings, base_label, finish_run, format_time, override_suffix
+from data.runs import LOCATIONS, base_label, finish_run, format_time
 from data.sampling import sample_to_file
 from data.tokenizer import check_same_vocabulary, load_tokenizer
 from prompt import freeze
-
-
-def data_label(args):
-    """What a run's name says of its data: nothing for all of dolly."""
-    label = "" if args.data == "dolly" else f"-{Path(os.path.abspath(args.data)).name}"
-    return f"{label}-{args.train_rows}rows" if args.train_rows else label
-
-
-def plan_stage(args, kind, from_init, **values):
-    """A stage's name, its Settings, and which of the paper's runs it is (see `paper_row`).
-
-    values: the fields of Settings that the stages before it determine, at least `student`.
-    """
-    name = f"{kind}-{base_label(values['student'])}{data_label(args)}"
-    values |= {"data": args.data, "max_train_rows": args.train_rows, "max_dev_rows": args.dev_rows}
-    values["method"] = "sft" if kind in ("teacher", "init") else kind
-    values |= preset(kind, values["student"], demo=args.data == "demo")
-    overrides = {}
-    if kind == args.method:
-        overrides = {o: v for o in OVERRIDES if (v := getattr(args, o)) is not None}
-        values |= {OVERRIDES[option]: value for option, value in overrides.items()}
-        values["seed"] = args.seed
-        name += "".join(override_suffix(option, value) for option, value in overrides.items())
-        name += f"-s{args.seed}" if kind != "pretrain" or args.seed != 10 else ""
-    s = Settings(**values)
-    return name, s, paper_row(kind, s, overrides, from_init)
 
 
 def plan_steps(s, n_examples):
@@ -105,15 +77,16 @@ def open_stage(directory, settings, files, paper=None):
 
     def hash_inputs():
         hashes = {path.name: file_hash(path) for path in files if path.is_file()}
-        if settings.get("lm_data"):
-            hashes["lm_data"] = file_hash(settings["lm_data"])
+        for field in file_fields():
+            if settings.get(field):
+                hashes[field] = file_hash(settings[field])
         fields = () if settings["method"] == "pretrain" else ("student", "teacher")
         models = {field: settings[field] for field in fields if settings.get(field)}
         return hashes | {field: model_hash(model) for field, model in models.items()}
 
     inputs = dist.run_on_rank0(hash_inputs)
     recorded = dict(settings)
-    for field in (LOCATIONS | set(inputs)) & set(settings):
+    for field in (LOCATIONS | file_fields() | set(inputs)) & set(settings):
         recorded[field] = runs.recorded_name(settings[field], directory.parent)
     description = {"name": directory.name, "base": base_label(settings["student"])}
     description |= {"paper": paper, "settings": recorded}
@@ -123,17 +96,31 @@ def open_stage(directory, settings, files, paper=None):
 def load_data(s):
     """The StageData for Settings `s`. Raises InputError if nothing is left to train on."""
     train_path, dev_path, *text_paths = data_files(s)
-    rows = data_rows.read_rows(train_path, s.max_train_rows)
     dev_rows = data_rows.read_rows(dev_path, s.max_dev_rows)
     if s.method == "pretrain":
         tokenizer = load_tokenizer(TOKENIZER_DIR if s.data == "demo" else None)
     else:
         tokenizer = load_tokenizer(dist.run_on_rank0(find_model_dir, s.student))
     dev_examples = data_rows.encode_training_rows(dev_rows, tokenizer)
-    examples = [] if text_paths else data_rows.encode_training_rows(rows, tokenizer)
+    text_path = text_paths[0] if text_paths else None
+    epoch_examples = read_examples(s, tokenizer, train_path, text_path)
+    if not epoch_examples(0):
+        problem = "train.jsonl is too little to train on; give more or shorter rows"
+        raise InputError(f"data {s.data}: {problem}")
+    if not dev_examples:
+        problem = "every validation row's request is over the limit; give shorter ones in dev.jsonl"
+        raise InputError(f"data {s.data}: {problem}")
+    return StageData(tokenizer, dev_rows, dev_examples, epoch_examples)
+
+
+def read_examples(s, tokenizer, train_path, text_path=None):
+    """A function from an epoch's number to its training examples in their order. text_path: a
+    corpus, for pretrain in place of the rows."""
+    rows = data_rows.read_rows(train_path, s.max_train_rows)
+    examples = [] if text_path else data_rows.encode_training_rows(rows, tokenizer)
     documents = [e.request + e.response for e in examples]
-    if text_paths:
-        documents = encode_texts(read_corpus(text_paths[0], s.max_train_rows), tokenizer)
+    if text_path:
+        documents = encode_texts(read_corpus(text_path, s.max_train_rows), tokenizer)
     if s.method != "pretrain" and len(examples) < len(rows):
         dropped = f"{len(rows) - len(examples)} of {len(rows)} rows"
         print0(f"{train_path}: {dropped} have a request over the limit and are left out")
@@ -144,13 +131,7 @@ def load_data(s):
             return data_rows.packed_examples(documents, s.block_size, s.seed, epoch)
         return [examples[i] for i in data_rows.epoch_order(len(examples), s.seed, epoch)]
 
-    if not epoch_examples(0):
-        problem = "train.jsonl is too little to train on; give more or shorter rows"
-        raise InputError(f"data {s.data}: {problem}")
-    if not dev_examples:
-        problem = "every validation row's request is over the limit; give shorter ones in dev.jsonl"
-        raise InputError(f"data {s.data}: {problem}")
-    return StageData(tokenizer, dev_rows, dev_examples, epoch_examples)
+    return epoch_examples
 
 
 def read_corpus(path, limit=None):
@@ -233,42 +214,39 @@ def finish_stage(run, directory, record, progress):
     print0(f"{directory}: done in {took}, best {best}; {plot}")
 
 
-def check_later_inputs(args, data_dir, teacher, student):
-    """Raise InputError if a later stage would fail, before the earlier ones take their hours.
-    teacher, student: names of models; the teacher may be None."""
+def fetch_inputs(args, teacher, student):
+    """Download or write what a command needs and is not here. Raises InputError if a later stage
+    would fail, before the earlier ones take their hours. teacher, student: names of models, or
+    None."""
+    data_dir = dist.run_on_rank0(find_data_dir, args.data)  # before a model is downloaded
+    if student is None:
+        return
     data_rows.read_rows(data_dir / "dev.jsonl", args.dev_rows)
     if args.lm_data is not None:
         dist.run_on_rank0(lambda: len(data_rows.read_texts(args.lm_data)))
     tokenizers = [find_model(name)[1] for name in (teacher, student) if name]
-    if len(tokenizers) == 2:
+    if teacher is not None:
         check_same_vocabulary(teacher, student, *tokenizers)
-
-
-def plan_responses(args, teacher, dtype):
-    """The directory of SeqKD's data, the teacher's responses, and what they depend on."""
-    limit = DEMO["seqkd"]["max_new_tokens"] if args.data == "demo" else Settings.max_new_tokens
-    s = {"method": "responses", "student": teacher, "data": args.data}
-    s |= {"max_train_rows": args.train_rows, "max_new_tokens": limit, "seed": 10, "dtype": dtype}
-    return Path(args.out) / f"responses-{base_label(teacher)}{data_label(args)}", s
 
 
 def sample_responses(directory, s, device):
     """Sample a teacher's responses to the training requests, once for all runs of SeqKD. Returns
-    the directory, whose train.jsonl has them."""
-    source = dist.run_on_rank0(find_data_dir, s["data"]) / "train.jsonl"
+    the directory, whose train.jsonl has them. s: a ResponseSettings."""
+    source = dist.run_on_rank0(find_data_dir, s.data) / "train.jsonl"
     path, start = directory / "train.jsonl", time.perf_counter()
+    opened = open_stage(directory, asdict(s), [source])
     fix = "use a smaller teacher or more memory; what was sampled is kept"
-    with open_stage(directory, s, [source]) as record, explain_out_of_memory(directory, fix):
+    with opened as record, explain_out_of_memory(directory, fix):
         if record.get("complete"):
             print0(f"{directory}: complete, skipped")
             return str(directory)
-        model, tokenizer = load_model(s["student"], device)
-        rows = data_rows.read_rows(source, s["max_train_rows"])
+        model, tokenizer = load_model(s.student, device)
+        rows = data_rows.read_rows(source, s.max_train_rows)
         dist.run_on_rank0(runs.write_record, directory, record)
-        print0(f"\n{directory}: sampling the responses of {s['student']} to {len(rows):,} requests")
+        print0(f"\n{directory}: sampling the responses of {s.student} to {len(rows):,} requests")
         if not dist.run_on_rank0(path.is_file):
-            model, key = freeze(model, s["dtype"]), (s["seed"], "responses")
-            sample_to_file(model, tokenizer, rows, key, path, s["max_new_tokens"], s["dtype"])
+            model, key = freeze(model, s.dtype), (s.seed, "responses")
+            sample_to_file(model, tokenizer, rows, key, path, s.max_new_tokens, s.dtype)
         record["hours"] = (time.perf_counter() - start) / 3600
         dist.run_on_rank0(finish_run, directory, record)
     return str(directory)

@@ -46,18 +46,28 @@ def list_states(directory):
     return sorted(directory.glob("*.pt"), key=lambda p: (len(p.name), p.name), reverse=True)
 
 
+def is_intact(path):
+    """Whether a state's checksums are right, which torch.load does not check."""
+    try:
+        return zipfile.ZipFile(path).testzip() is None
+    except MemoryError:
+        raise  # it says nothing of the file
+    except Exception:  # zipfile raises many kinds of errors
+        return False
+
+
+def newest_step(directory):
+    """The step of the newest undamaged state, 0 if there is none."""
+    paths = filter(is_intact, list_states(directory / "state"))
+    return next((int(path.stem.removeprefix("step-")) for path in paths), 0)
+
+
 def find_newest_state(directory):
     """The newest undamaged state, None if there is none. Damaged ones are reported and renamed."""
     paths = list_states(directory / "state")
     for path in paths:
-        try:
-            # torch.load does not check the checksums.
-            if zipfile.ZipFile(path).testzip() is None:
-                return path
-        except MemoryError:
-            raise  # it says nothing of the file
-        except Exception:  # zipfile raises many kinds of errors
-            pass
+        if is_intact(path):
+            return path
         os.replace(path, path.with_suffix(".damaged"))
         fallback = "this stage starts from scratch" if path == paths[-1] else "trying an older one"
         print0(f"{path}: is damaged; {fallback}")

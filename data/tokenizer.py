@@ -13,6 +13,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from data.cli import InputError, check_lfs_pointer, read_json
 
 END_OF_TEXT = "<|endoftext|>"
+GPT2_VOCAB_SIZE = 50_257
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 TOKENIZER_FILES += ("vocab.json", "merges.txt", "added_tokens.json")
 # Names of tokenizer files of any kind, also of those that can't be read.
@@ -34,6 +35,11 @@ def load_tokenizer(directory=None):
     return read_tokenizer(directory)[0]
 
 
+def list_tokenizer_files(directory):
+    """The names of a directory's tokenizer files. A model without any has GPT-2's own tokenizer."""
+    return sorted(filter(ANY_TOKENIZER_FILE.fullmatch, os.listdir(directory)))
+
+
 def read_tokenizer(directory=None):
     """The tokenizer of a directory and the names of the added tokens that it is read without: those
     after the last of the bytes, the merges and end-of-text.
@@ -42,8 +48,7 @@ def read_tokenizer(directory=None):
     it is GPT-2's own. Raises InputError if a tiktoken.Encoding can't represent it, or if GPT-2's
     can't be downloaded.
     """
-    files = os.listdir(directory) if directory else []
-    names = sorted(filter(ANY_TOKENIZER_FILE.fullmatch, files))
+    names = list_tokenizer_files(directory) if directory else []
     if not names:
         try:
             return tiktoken.get_encoding("gpt2"), []

@@ -4,6 +4,7 @@ import torch
 
 from data import dist, models, prepare, report, runs
 from data.cli import ArgumentParser, InputError
+from data.methods import DEFAULTS, Settings
 from data.rows import Example, encode_training_rows, make_batch, micro_batches, read_rows
 from data.sampling import sample_all
 from data.tensors import load_prompt
@@ -60,7 +61,7 @@ def main(argv=None):
     parser.add_argument("run", metavar="RUN", help="the directory of a complete PromptKD run")
     run = parser.parse_args(argv).run
     directory, record = runs.run_dir(run), runs.read_record(run)
-    s = record.get("settings", {})
+    s = DEFAULTS | record.get("settings", {})
     if s.get("method") != "promptkd" or not record.get("complete"):
         raise InputError(f"{directory}: is not a complete run of train.py --method promptkd")
     paths = {field: directory.parent / s[field] for field in ("teacher", "data")}
@@ -75,7 +76,7 @@ def main(argv=None):
         return "-" if token is None else repr(tokenizer.decode([token]))
 
     text, eos = tokenizer.encode_ordinary(s["prompt_text"]), tokenizer.eot_token
-    settings = runs.Settings(**s | {"prompt_length": len(P)})
+    settings = Settings(**s | {"prompt_length": len(P)})
     P_0 = untuned_prompt(settings, p.wte.weight, tokenizer).to(device)
     source = {"text": text, "padding": [eos], "random": [None]}[s["prompt_init"]]
     columns, vectors = describe_vectors(P, P_0, p.wte.weight), []

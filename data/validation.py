@@ -7,7 +7,7 @@ import torch
 import evaluate
 from data import dist
 from data.dist import print0
-from data.paper import DEMO
+from data.methods import METHODS
 from data.report import format_table, score_table
 from data.rows import micro_batches
 from data.runs import format_metrics
@@ -87,7 +87,7 @@ def check_prompt(run, metrics, examples):
 
 def show_demo(models, device, dtype):
     """Print the demo's table: models on the test set and on the sets unlike the training data."""
-    sampling = {"max_new_tokens": DEMO["promptkd"]["max_new_tokens"], "dtype": dtype}
+    sampling = {"max_new_tokens": METHODS["promptkd"].demo["max_new_tokens"], "dtype": dtype}
     columns = evaluate.open_columns(["demo"])
     scores, _ = evaluate.evaluate_models(models, columns, [10, 20, 30], device, **sampling)
     evaluate.add_average(scores)

@@ -1,0 +1,196 @@
+"""Which stages a command of train.py has, in their order, each with all its settings."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.demo import STUDENT, TEACHER, TOKENIZER_DIR
+from data.methods import (
+    METHODS,
+    SIZES,
+    STAGES,
+    ResponseSettings,
+    Settings,
+    file_fields,
+    find_overrides,
+    nearest_size,
+    preset,
+)
+from data.models import config_parameters, known_parameters
+from data.options import parse_shape
+from data.paper import paper_row
+from data.runs import base_label, override_suffix, read_record
+from data.tokenizer import GPT2_VOCAB_SIZE, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is known of a model that a stage starts from. It may be one that is still to be made."""
+
+    name: str  # as settings have it
+    base: str  # the short name of what it was trained from (see `data.runs.base_label`)
+    origin: str  # a named model with the same tokenizer
+    n_parameters: int | None  # None: not known before it is downloaded
+    paper: str | None  # which of the paper's runs it is
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage that a command runs, or skips if it is complete."""
+
+    kind: str  # a key of STAGES or METHODS, or "responses"
+    directory: Path
+    settings: Settings | ResponseSettings | None  # None: they depend on a size that is not known
+    student: Model  # that is trained; of "responses", the teacher that is sampled from
+    inputs: dict  # what it reads, {field of settings: name of a model, data set or file}
+    paper: str | None = None  # which of the paper's runs it is
+    keep: int = 0  # checkpoints to keep
+
+    @property
+    def label(self):
+        return self.kind if self.kind == "responses" else (STAGES | METHODS)[self.kind].label
+
+    def result(self):
+        """The Model that this stage leaves."""
+        record, paper = read_record(self.directory), self.paper
+        if record:
+            paper = record.get("paper")
+        base, origin = self.student.base, self.student.origin
+        return Model(str(self.directory), base, origin, self.student.n_parameters, paper)
+
+
+def plan_stages(args, dtype):
+    """The stages of a command, in their order: the teacher, the student's init, the teacher's
+    responses, and the method itself, as far as it needs them. Training carries out this list.
+
+    args: of train.py. Reads what is here, downloads and writes nothing. Under torchrun, call it
+    with dist.run_on_rank0.
+    """
+    method = METHODS[args.method]
+    if method.start == "shape":
+        return [plan_stage(args, dtype, args.method, new_model(args))]
+    planned, teacher, responses = [], None, None
+    teacher_name, student_name = named_models(args)
+    if method.needs_teacher:
+        teacher = named_model(teacher_name)
+        if not args.sft_teacher:
+            planned.append(plan_stage(args, dtype, "teacher", teacher))
+            teacher = planned[-1].result()
+    student = named_model(student_name)
+    if method.start == "init" and not args.init:
+        planned.append(plan_stage(args, dtype, "init", student))
+        student = planned[-1].result()
+    if method.teacher_responses:
+        planned.append(plan_responses(args, dtype, teacher))
+        responses = str(planned[-1].directory)
+    return [*planned, plan_stage(args, dtype, args.method, student, teacher, responses)]
+
+
+def named_models(args):
+    """The names of teacher and student, from the options. None if there is no such model."""
+    if METHODS[args.method].start == "shape":
+        return None, None
+    is_demo = args.data == "demo"
+    teacher = args.sft_teacher or args.teacher or (TEACHER if is_demo else "gpt2-xl")
+    student = args.init or args.student or (STUDENT if is_demo else "gpt2")
+    return teacher if METHODS[args.method].needs_teacher else None, student
+
+
+def named_model(name):
+    paper = read_record(name).get("paper")
+    return Model(name, base_label(name), name, known_parameters(name), paper)
+
+
+def new_model(args):
+    """The Model of --shape, with random weights."""
+    is_demo = args.data == "demo"
+    n_vocab = load_tokenizer(TOKENIZER_DIR).n_vocab if is_demo else GPT2_VOCAB_SIZE
+    n_parameters = config_parameters(parse_shape(args.shape, n_vocab))
+    return Model(args.shape, base_label(args.shape), args.shape, n_parameters, paper=None)
+
+
+def plan_stage(args, dtype, kind, student, teacher=None, responses=None):
+    """The Stage of a kind. student, teacher: each a Model. responses: seqkd's data directory."""
+    is_own, overrides = kind == args.method, {}
+    name = f"{kind}-{student.base}{data_label(args)}"
+    if is_own:
+        overrides = find_overrides(kind, args)
+        name += "".join(override_suffix(option, value) for option, value in overrides.items())
+        name += f"-s{args.seed}" if kind != "pretrain" or args.seed != 10 else ""
+    values = {
+        "method": "sft" if kind in STAGES else kind,
+        "student": student.name,
+        "data": args.data,
+        "teacher": teacher and teacher.name,
+        "responses": responses,
+        "dtype": dtype,
+        "max_train_rows": args.train_rows,
+        "max_dev_rows": args.dev_rows,
+    }
+    given = {option.field: value for option, value in overrides.items()}
+    settings = paper = None
+    if size := preset_size(args, kind, student):
+        values |= preset(kind, size) | given
+        values |= {"seed": args.seed} if is_own else {}
+        settings = Settings(**values)
+        paper = paper_row(
+            kind,
+            settings,
+            overrides={option.name for option in overrides},
+            from_init=is_own and METHODS[kind].start == "init",
+            start_row=student.paper,
+            teacher_row=teacher and teacher.paper,
+        )
+    fields = {"data", "student", "teacher", "responses", *file_fields()}
+    inputs = {f: value for f, value in (values | given).items() if f in fields and value}
+    if kind == "pretrain":
+        del inputs["student"]  # a shape
+    keep = args.keep if is_own else 0
+    return Stage(kind, Path(args.out) / name, settings, student, inputs, paper, keep)
+
+
+def data_label(args):
+    """What a run's name says of its data: nothing for all of dolly."""
+    label = "" if args.data == "dolly" else f"-{Path(os.path.abspath(args.data)).name}"
+    return f"{label}-{args.train_rows}rows" if args.train_rows else label
+
+
+def preset_size(args, kind, student):
+    """Whose presets a stage has: "demo", or the size of GPT-2 nearest to its student's, which is
+    printed unless it is the same. None if the student's size is not known."""
+    if args.data == "demo":
+        return "demo"
+    n = student.n_parameters
+    if n is None:
+        return None
+    size = nearest_size(n)
+    is_pretrained = kind in STAGES or METHODS[kind].start != "shape"
+    if is_pretrained and abs(n / SIZES[size] - 1) > 0.05:
+        note = f"its {kind} stage uses the preset of GPT-2 {size}"
+        print(f"{student.name} has {n:,} parameters; {note}", flush=True)
+    return size
+
+
+def trained_models(stage):
+    """The models of a method's stage, {label: directory or name}: the teacher and the student's
+    init, if it has them, and the student."""
+    models = {"teacher": stage.settings.teacher}
+    if METHODS[stage.kind].start == "init":
+        models["init"] = stage.settings.student
+    labels = {STAGES[kind].label: name for kind, name in models.items() if name}
+    return labels | {stage.label: str(stage.directory)}
+
+
+def plan_responses(args, dtype, teacher):
+    """The Stage in which the teacher's responses to the training requests are sampled."""
+    limit = METHODS[args.method].demo["max_new_tokens"] if args.data == "demo" else None
+    settings = ResponseSettings(
+        student=teacher.name,
+        data=args.data,
+        max_train_rows=args.train_rows,
+        max_new_tokens=limit or Settings.max_new_tokens,
+        dtype=dtype,
+    )
+    directory = Path(args.out) / f"responses-{teacher.base}{data_label(args)}"
+    inputs = {"student": teacher.name, "data": args.data}
+    return Stage("responses", directory, settings, teacher, inputs)
