@@ -34,7 +34,7 @@ from data.optim import adamw
 from data.paper import COMMON, PAPER_COSTS, PRESETS, SIZES
 from data.report import format_table
 from data.rows import MAX_LENGTH, MAX_NEW_TOKENS, MAX_REQUEST, Batch, Example
-from data.runs import Settings
+from data.methods import Settings
 from model import GPT, Config, KVCache, precision
 from prompt import freeze
 
@@ -326,7 +326,7 @@ def measure_training(meter, batches, s, shard, n_tokens, card):
     # The first step makes the states of AdamW. In the second one, the small batch makes gradients
     # before the large one starts. At an odd t MiniLLM makes no rollout.
     for batches[:] in ([small], [small, large]):
-        train.METHODS[s.method].step(run, examples, t=1)
+        train.STEPS[s.method](run, examples, t=1)
     validate(meter, run, examples)
     batches.clear()
     sampled = [([run.student], VALIDATION_ROWS)] if s.metric_for_best == "rouge_l" else []

@@ -51,7 +51,7 @@ EXAMPLES = make_examples(RESPONSE_LENGTHS)
 SAMPLED = make_examples((4, 3, 1, 12, 2, 7, 1, 5), seed=8)  # MiniLLM samples at least one token
 LM_BLOCKS = make_examples((6,) * 5, seed=6)  # MiniLLM's plain text
 REQUESTS = [Example(e.index, e.request, []) for e in make_examples([0] * 32, seed=5)]
-STEPS = {name: train.METHODS[name].step for name in ("sft", "kd", "minillm", "gkd", "promptkd")}
+STEPS = {name: train.STEPS[name] for name in ("sft", "kd", "minillm", "gkd", "promptkd")}
 
 
 def rows_of(examples):

@@ -172,7 +172,7 @@ def test_of_two_ranks_the_one_that_runs_out_of_memory_reports_it_and_both_end(
 
     step = train.sft_step
     monkeypatch.setattr("data.cli.time.sleep", lambda seconds: None)
-    monkeypatch.setattr(train.METHODS["sft"], "step", sft_step)
+    monkeypatch.setitem(train.STEPS, "sft", sft_step)
     write_checkpoint(tmp_path / "model", talker_config(), tiny_tokenizer())
     row = {"instruction": "Write a task.", "output": "a task"}
     for name in ("train", "dev"):

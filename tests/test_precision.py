@@ -35,7 +35,7 @@ from data.cli import InputError
 from data.optim import adamw, set_learning_rate
 from data.paper import PROMPT
 from data.rows import Example, micro_batches
-from data.runs import Settings
+from data.methods import Settings
 from model import GPT, Config, head_logits, precision
 from prompt import freeze, response_hidden
 
@@ -340,7 +340,7 @@ def step_and_gradients(method, dtype):
         patch.setattr(train, "clip_and_step", record_gradient)
         patch.setattr(train, "rollout", lambda run, examples, t, teacher_mix=None: examples)
         examples = make_examples((9, 3, 12, 30, 7, 20, 11, 5))
-        values = train.METHODS[method].step(run, examples, 0)
+        values = train.STEPS[method](run, examples, 0)
     return {name: float(value) for name, value in values.items() if "loss" in name}, gradients
 
 

@@ -21,7 +21,8 @@ from helpers import (
 
 from data.report import plot_response
 from data.rows import fill_template
-from data.runs import RUN_FORMAT, Settings
+from data.methods import Settings
+from data.runs import RUN_FORMAT
 from data.tensors import save_prompt
 from data.tuned_prompt import describe_vectors, main
 from prompt import initial_prompt, prepend

@@ -131,9 +131,9 @@ def interrupt(out, s, stop_step=5, **kwargs):
             raise Interrupted
         return step(run, examples, t)
 
-    step = train.METHODS[s.method].step
+    step = train.STEPS[s.method]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(train.METHODS[s.method], "step", stopping)
+        patch.setitem(train.STEPS, s.method, stopping)
         train.run_stage("stage", s, out, 380, CPU, keep=2, **kwargs)
     return out / "stage"
 
@@ -269,7 +269,7 @@ def test_a_signal_ends_the_run_after_its_step_with_the_state_saved(
     tmp_path, student, teacher, uninterrupted, capsys, number, phase, saved_step
 ):
     s, steps = six_steps(student, teacher), []
-    step, validate = train.METHODS["promptkd"].step, train.validate
+    step, validate = train.STEPS["promptkd"], train.validate
 
     def signal_in_step(run, examples, t):
         steps.append(t)
@@ -284,7 +284,7 @@ def test_a_signal_ends_the_run_after_its_step_with_the_state_saved(
 
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit:
-        patch.setattr(train.METHODS["promptkd"], "step", signal_in_step)
+        patch.setitem(train.STEPS, "promptkd", signal_in_step)
         patch.setattr(train, "validate", signal_in_validation)
         train.run_stage("stage", s, tmp_path, 380, CPU, keep=2)
     assert exit.value.code == 128 + number
@@ -303,7 +303,7 @@ from data.cli import run_command_line
 
 data.prepare.DATA_DIR, out = pathlib.Path(sys.argv[1]), sys.argv[2]
 options = json.loads(sys.argv[3])
-attempt, step = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), train.METHODS["promptkd"].step
+attempt, step = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), train.STEPS["promptkd"]
 train.show_demo = lambda models, device, dtype: None
 train.stages.report.plot_curves = lambda directory: "no plot"
 dist.shutdown = lambda: None  # the ranks stay together for the next command
@@ -318,9 +318,9 @@ def failing_step(run, examples, t):
 
 
 def main():
-    train.METHODS["promptkd"].step = failing_step
+    train.STEPS["promptkd"] = failing_step
     train.main([*options, "--out", f"{out}/stopped"])
-    train.METHODS["promptkd"].step = step
+    train.STEPS["promptkd"] = step
     train.main([*options, "--out", f"{out}/whole"])
 
 
@@ -486,7 +486,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_state_is_kept
     s = six_steps(student, teacher)
     if method == "sft":
         s = settings(student=str(student), steps=6, max_dev_rows=2, eval_interval=2)
-    step, validate, seen = train.METHODS[method].step, train.validate, []
+    step, validate, seen = train.STEPS[method], train.validate, []
 
     def spoiling(run, examples, t):
         seen.append(t)
@@ -501,7 +501,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_state_is_kept
             return {"val_loss": 1.0, "val_rouge_l": 99.0, **spoiled}
         return validate(run, rows, examples)
 
-    monkeypatch.setattr(train.METHODS[method], "step", spoiling)
+    monkeypatch.setitem(train.STEPS, method, spoiling)
     monkeypatch.setattr(train, "validate", validating)
     directory = tmp_path / "stage"
     with pytest.raises(InputError) as stopped:

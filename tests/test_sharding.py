@@ -97,7 +97,7 @@ def train_stage(out, s, stop_step=None):
     """Train or resume a stage that saves its state after every step, and keep copies of all states.
     stop_step: the step t in which it is interrupted. Returns the steps and states that were loaded.
     """
-    step, write_state = train.METHODS[s.method].step, states.write_state
+    step, write_state = train.STEPS[s.method], states.write_state
     load_state, loaded = train.load_state, []
 
     def stopping(run, examples, t):
@@ -118,7 +118,7 @@ def train_stage(out, s, stop_step=None):
         return progress
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.METHODS[s.method], "step", stopping)
+        patch.setitem(train.STEPS, s.method, stopping)
         patch.setattr(states, "write_state", copying)
         patch.setattr(train, "load_state", watching)
         try:

@@ -45,7 +45,7 @@ def wait_for_file(path):
 
 def train_with_a_pause(out, s, phase):
     """Train the stage. Pause in its third step, or in the validation after its fourth."""
-    step, rouge_l, scored = train.METHODS[s.method].step, evaluate.rouge_l, []
+    step, rouge_l, scored = train.STEPS[s.method], evaluate.rouge_l, []
 
     def pausing_step(run, examples, t):
         if phase == "step" and t == 2:
@@ -58,7 +58,7 @@ def train_with_a_pause(out, s, phase):
             pause(out)
         return rouge_l(*arguments)
 
-    train.METHODS[s.method].step, evaluate.rouge_l = pausing_step, pausing_rouge_l
+    train.STEPS[s.method], evaluate.rouge_l = pausing_step, pausing_rouge_l
     run_command_line(lambda: train.run_stage("stage", s, out, 380, CPU, keep=2))
 
 
@@ -294,7 +294,7 @@ from data import dist
 from data.cli import run_command_line
 
 data.prepare.DATA_DIR, out = map(pathlib.Path, sys.argv[1:3])
-step = train.METHODS["promptkd"].step
+step = train.STEPS["promptkd"]
 
 
 def pausing_step(run, examples, t):
@@ -310,7 +310,7 @@ def main():
     train.run_stage("stage", train.Settings(**json.loads(sys.argv[3])), out, 380, device, keep=2)
 
 
-train.METHODS["promptkd"].step = pausing_step
+train.STEPS["promptkd"] = pausing_step
 run_command_line(main)
 """
 

@@ -83,7 +83,7 @@ import sys
 import data.prepare, data.sampling, evaluate, exposure_bias, train
 from data.cli import run_command_line
 
-step = train.METHODS["sft"].step
+step = train.STEPS["sft"]
 training = "--method sft --student student --data rows --steps 4 --save-every 1".split()
 training += ["--micro-batch-tokens", "200", "--global-batch", "2"]
 
@@ -94,14 +94,14 @@ def stopping_step(run, examples, t):
     return step(run, examples, t)
 
 
-train.METHODS["sft"].step = stopping_step
+train.STEPS["sft"] = stopping_step
 try:
     run_command_line(lambda: train.main(training))
 except SystemExit as exit:
     print("status", exit.code)
 with open("out/sft-student-rows-steps4-globalbatch2-s10/state/step-000003.pt", "r+b") as file:
     file.truncate(1000)
-train.METHODS["sft"].step = step
+train.STEPS["sft"] = step
 train.main(training)
 run = "out/sft-student-rows-steps4-globalbatch2-s10"
 data.sampling.main([run, "--instruction", "say ünö", "--max-new", "4"])

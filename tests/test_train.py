@@ -1038,14 +1038,14 @@ class Interrupted(BaseException):
 
 
 def stop_in_a_step(patch, method):
-    step = train.METHODS[method].step
+    step = train.STEPS[method]
 
     def stopping(run, examples, t):
         if t == 3:
             raise Interrupted
         return step(run, examples, t)
 
-    patch.setattr(train.METHODS[method], "step", stopping)
+    patch.setitem(train.STEPS, method, stopping)
 
 
 def stop_before_a_state(patch, method):
@@ -1344,7 +1344,7 @@ def seqkd(tmp_path_factory, student, teacher):
     options = f"--method seqkd --data demo --student {student} --sft-teacher {teacher} --steps 2"
     options = f"{options} --global-batch 18 --dev-rows 4".split()
     out, steps, validated = tmp_path_factory.mktemp("seqkd"), [], []
-    step, validate = train.METHODS["seqkd"].step, train.validate
+    step, validate = train.STEPS["seqkd"], train.validate
 
     def recording_step(run, examples, t):
         steps.append(examples)
@@ -1355,7 +1355,7 @@ def seqkd(tmp_path_factory, student, teacher):
         return validate(run, rows, examples)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.METHODS["seqkd"], "step", recording_step)
+        patch.setitem(train.STEPS, "seqkd", recording_step)
         patch.setattr(train, "validate", recording_validate)
         patch.setattr(train, "show_demo", lambda models, device, dtype: None)
         main(out, *options)
@@ -1600,7 +1600,7 @@ def test_validation_has_the_same_random_numbers_each_time(tmp_path, student, mon
         return {"loss": 0.0, "grad_norm": 0.0, "response_tokens": 1}
 
     monkeypatch.setattr(validation.evaluate, "evaluate", recording_evaluate)
-    monkeypatch.setattr(train.METHODS["sft"], "step", step)
+    monkeypatch.setitem(train.STEPS, "sft", step)
     for name, seed in (("a", 10), ("b", 11)):
         s = settings(student=str(student), epochs=3, seed=seed)
         lines = [line for line in metrics(run_stage(tmp_path, s, name)) if "val_loss" in line]

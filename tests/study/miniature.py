@@ -34,7 +34,8 @@ from data.models import load_model
 from data.paper import DEMO
 from data.prepare import find_data_dir
 from data.rows import read_jsonl
-from data.runs import Settings, read_record
+from data.methods import Settings
+from data.runs import read_record
 from data.stages import sample_responses
 from data.tensors import load_prompt
 from data.tuned_prompt import untuned_prompt
