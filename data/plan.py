@@ -129,7 +129,7 @@ def plan_stage(args, dtype, kind, student, teacher=None, responses=None):
     }
     given = {option.field: value for option, value in overrides.items()}
     settings = paper = None
-    if size := preset_size(args, kind, student):
+    if size := preset_size(kind, student, is_demo=args.data == "demo"):
         values |= preset(kind, size) | given
         values |= {"seed": args.seed} if is_own else {}
         settings = Settings(**values)
@@ -155,10 +155,10 @@ def data_label(args):
     return f"{label}-{args.train_rows}rows" if args.train_rows else label
 
 
-def preset_size(args, kind, student):
+def preset_size(kind, student, is_demo):
     """Whose presets a stage has: "demo", or the size of GPT-2 nearest to its student's, which is
     printed unless it is the same. None if the student's size is not known."""
-    if args.data == "demo":
+    if is_demo:
         return "demo"
     n = student.n_parameters
     if n is None:

@@ -61,9 +61,9 @@ from roofline import PROMPT_LENGTH, bound_seconds, count_work, machine_rates
 import train
 from data import dist, runs
 from data.cli import InputError, run_command_line, write_atomic
+from data.methods import METHODS, Settings
 from data.optim import adamw, set_learning_rate
 from data.options import add_precision_option, number_in_range, parse_shape
-from data.paper import PROMPT
 from data.report import format_table, save_plot
 from data.rows import (
     MAX_NEW_TOKENS,
@@ -174,7 +174,7 @@ def make_model(case, role):
 
 def make_run(case, device, convert=lambda model: model):
     """The train.Run of a case, as train.py builds it. convert: applied to both models."""
-    settings = runs.Settings(
+    settings = Settings(
         method="promptkd",
         student=case["student"],
         data="none",
@@ -183,7 +183,7 @@ def make_run(case, device, convert=lambda model: model):
         epochs=1,
         max_new_tokens=case["max_new_tokens"],
         dtype=case["dtype"],
-        **PROMPT,
+        **METHODS["promptkd"].option_defaults(),
     )
     teacher = freeze(make_model(case, "teacher").to(device), case["dtype"])
     student = convert(make_model(case, "student").to(device))

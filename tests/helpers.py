@@ -26,11 +26,17 @@ from safetensors.torch import save_file
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from data.cli import InputError, run_command_line
+from data.methods import METHODS
 from data.tokenizer import BYTE_DECODER, END_OF_TEXT, tokenizer_files
 from model import GPT, TRANSPOSED, Config
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden" / "gpt2.json"
+
+# PromptKD's settings of the prompt, but for its learning rate
+PROMPT = METHODS["promptkd"].option_defaults()
+# The others have a step of another method, with no settings of their own.
+METHODS_WITH_STEPS = [name for name in METHODS if name not in ("pretrain", "seqkd")]
 
 TINY = Config(n_layer=2, n_embd=32, n_head=4, vocab_size=61, n_positions=48, dropout=0.0)
 

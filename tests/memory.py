@@ -30,11 +30,11 @@ from torch.utils._pytree import tree_iter
 import sample
 import train
 from data import dist, sampling, stages, validation
+from data.methods import METHODS, SIZES, Settings, preset
 from data.optim import adamw
-from data.paper import COMMON, PAPER_COSTS, PRESETS, SIZES
+from data.paper import PAPER_COSTS
 from data.report import format_table
 from data.rows import MAX_LENGTH, MAX_NEW_TOKENS, MAX_REQUEST, Batch, Example
-from data.methods import Settings
 from model import GPT, Config, KVCache, precision
 from prompt import freeze
 
@@ -50,7 +50,7 @@ STAGES = [("teacher", TEACHER), ("responses", TEACHER)]
 STAGES += [
     (kind, size)
     for size in ("base", "medium", "large")
-    for kind in ("init", "sft", "kd", "seqkd", "minillm", "gkd", "promptkd")
+    for kind in ("init", *(name for name in METHODS if name != "pretrain"))
 ]
 # In the order of a run, except that "saving" is also what a stage holds between two steps.
 MOMENTS = ["loading", "resuming", "prompt step", "student step", "update"]
@@ -227,13 +227,10 @@ def gpu_form(meter, batches):
 
 
 def make_settings(kind, size, dtype):
-    """The Settings of the paper's stage (see data.models.preset)."""
-    global_batch_size, lr, epochs = dict(zip(SIZES, PRESETS[kind]))[size]
-    values = {"global_batch_size": global_batch_size, "lr": lr, "epochs": epochs}
-    values |= {"prompt_lr": lr} if kind == "promptkd" else {}
-    values |= COMMON.get(kind, {})
+    """The Settings of the paper's stage (see data.methods.preset)."""
     method = "sft" if kind in ("teacher", "init") else kind
-    teacher = TEACHER if train.METHODS[method].needs_teacher else None
+    teacher = TEACHER if METHODS[method].needs_teacher else None
+    values = preset(kind, size)
     return Settings(method, size, "dolly", teacher=teacher, dtype=dtype, **values)
 
 

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import reference
 import torch
-from helpers import fork_ranks, stored_weights, tiny_model, wait_for
+from helpers import METHODS_WITH_STEPS, PROMPT, fork_ranks, stored_weights, tiny_model, wait_for
 
 import train
 from data import dist
+from data.methods import METHODS
 from data.optim import adamw, clip_and_step, set_learning_rate
 from data.paper import PROMPT
 from data.rows import Example, make_batch
@@ -51,7 +52,7 @@ EXAMPLES = make_examples(RESPONSE_LENGTHS)
 SAMPLED = make_examples((4, 3, 1, 12, 2, 7, 1, 5), seed=8)  # MiniLLM samples at least one token
 LM_BLOCKS = make_examples((6,) * 5, seed=6)  # MiniLLM's plain text
 REQUESTS = [Example(e.index, e.request, []) for e in make_examples([0] * 32, seed=5)]
-STEPS = {name: train.STEPS[name] for name in ("sft", "kd", "minillm", "gkd", "promptkd")}
+STEPS = {name: train.STEPS[name] for name in METHODS_WITH_STEPS}
 
 
 def rows_of(examples):
@@ -335,9 +336,8 @@ def test_loss_and_gradient_are_the_mean_over_all_response_tokens(
 
 
 def test_seqkd_and_pretrain_share_the_steps_of_kd_and_sft():
-    methods = train.METHODS
-    assert methods["seqkd"].step is methods["kd"].step
-    assert methods["pretrain"].step is methods["sft"].step
+    assert train.STEPS["seqkd"] is train.STEPS["kd"]
+    assert train.STEPS["pretrain"] is train.STEPS["sft"]
 
 
 def minillm_run(**settings):
@@ -519,6 +519,8 @@ def test_several_steps_bring_the_student_to_the_teacher_and_never_change_the_tea
 def gradients_and_result(patch, run, examples, method, t=3):
     """The metrics of a step; the gradients of its updates and the weights after it, by name."""
     run.global_batch_size = len(examples) if dist.world_size() == 1 else len(UNEVEN)
+    defaults = METHODS[method].option_defaults()
+    run.settings = replace(run.settings, method=method, **defaults)
     metrics, updates = take_step(patch, run, examples, t, step=STEPS[method])
     tensors = {f"new {name}": w for name, w in updates[-1].after["student"].items()}
     tensors["new P"] = updates[-1].after["P"]

@@ -22,13 +22,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, soft_prompt, tiny_model, tiny_tokenizer, torchrun, write_checkpoint
+from helpers import (
+    METHODS_WITH_STEPS,
+    ROOT,
+    soft_prompt,
+    tiny_model,
+    tiny_tokenizer,
+    torchrun,
+    write_checkpoint,
+)
 from safetensors.torch import load_file
 
 import sample
 import train
 from data import sampling
-from data.paper import PROMPT
+from data.methods import METHODS
 from data.rows import MAX_REQUEST, Example
 from losses import aligned_logits
 from model import Config, head_logits, precision
@@ -58,8 +66,6 @@ def matmul_precision(name):
 
 # --- One optimizer step of each method ---
 
-METHODS = ["sft", "kd", "minillm", "gkd", "promptkd"]  # pretrain's step is sft's, seqkd's is kd's
-
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
@@ -82,9 +88,10 @@ def make_examples():
 
 def make_run(method, device, dtype, models):
     """A Run on a device, made as a stage makes it."""
-    values = {"teacher": None if method == "sft" else str(models.teacher), "max_new_tokens": 24}
+    teacher = str(models.teacher) if METHODS[method].needs_teacher else None
+    values = {"teacher": teacher, "max_new_tokens": 24, **METHODS[method].option_defaults()}
     if method == "promptkd":
-        values |= PROMPT | {"prompt_lr": 1e-3}
+        values["prompt_lr"] = 1e-3
     if method == "minillm":
         values |= {"rollout_size": 8, "lm_data": str(models.text), "block_size": 32}
     settings = train.Settings(
@@ -147,7 +154,7 @@ def losses_of(step):
     return {name: step.metrics[name] for name in names if name in step.metrics}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS_WITH_STEPS)
 def test_a_float32_step_gives_the_losses_gradients_and_update_of_the_cpu(method, models):
     """Tolerances: sums in another order have a relative error of about 1e-6, which the backward
     pass amplifies; a product in TF32 would have 5e-4, a wrong formula far more. AdamW's first
@@ -175,7 +182,7 @@ def test_a_float32_step_gives_the_losses_gradients_and_update_of_the_cpu(method,
     assert share < 0.02
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS_WITH_STEPS)
 def test_a_bfloat16_step_is_close_to_the_float32_step_of_the_cpu(method, models):
     """Both use the responses that the CPU sampled, because in bfloat16 some would differ."""
     with matmul_precision("highest"):
@@ -195,7 +202,7 @@ def test_a_bfloat16_step_is_close_to_the_float32_step_of_the_cpu(method, models)
     assert max(cosines.values()) < 1 - 1e-9  # the blocks did multiply in bfloat16
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "minillm"])
+@pytest.mark.parametrize("method", [method for method in METHODS_WITH_STEPS if method != "minillm"])
 def test_a_global_batch_without_response_tokens_has_loss_and_gradients_of_zero(method, models):
     """Products and sums over no rows. MiniLLM samples at least one token."""
     responses = [[] for _ in LENGTHS]
@@ -390,14 +397,9 @@ def test_the_batch_size_depends_on_the_total_memory_and_not_on_the_free_memory()
 DEMO = ("--data", "demo", "--train-rows", 64, "--dev-rows", 8)
 TIMEOUT = 300  # seconds of a command
 LM_DATA = ROOT / "docs" / "reference.md"  # any plain text
-STAGES = {
-    "promptkd": (),
-    "gkd": (),
-    "kd": (),
-    "minillm": ("--lm-data", LM_DATA),
-    "seqkd": (),
-    "sft": (),
-}
+# The methods after pre-training, with what they need besides the demo's models
+STAGES = {method: () for method in METHODS if method != "pretrain"}
+STAGES["minillm"] = ("--lm-data", LM_DATA)
 # With deterministic algorithms, a resumed run has the bits of one that was never stopped. Without
 # them, the backward pass of a fused attention sums in an order that the GPU chooses.
 DETERMINISTIC = """

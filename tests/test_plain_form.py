@@ -16,7 +16,7 @@ from test_train import CPU, TOKENIZER, UNLIKE, metrics, world  # noqa: F401  (a 
 
 import data.prepare
 import train
-from data.models import preset
+from data.methods import METHODS, preset
 from model import Config
 
 V = TOKENIZER.n_vocab
@@ -103,7 +103,7 @@ def train_stage(out, name, method, micro_batch_tokens=300, **values):
         "max_dev_rows": 4,
         "max_new_tokens": 16,
     }
-    settings = {"method": method, **preset(method, None, demo=True), **small, **values}
+    settings = {"method": method, **preset(method, "demo"), **small, **values}
     train.run_stage(name, train.Settings(**settings), out, micro_batch_tokens, CPU)
     return out / name
 
@@ -135,12 +135,12 @@ def trained_weights(directory):
     return weights
 
 
-@pytest.mark.parametrize("method", ["pretrain", "sft", "kd", "promptkd", "gkd", "minillm"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "seqkd"])
 def test_fast_forms_train_like_plain_ones(tmp_path, student_and_teacher, method):
     """The fast forms in micro-batches, the plain ones on the whole batch at once."""
     student, teacher = student_and_teacher
     values = {"student": "2x32x4" if method == "pretrain" else student}
-    if method not in ("pretrain", "sft"):
+    if METHODS[method].needs_teacher:
         values["teacher"] = teacher
     if method == "promptkd":
         values["prompt_lr"] = 2e-3  # so that the prompt moves as far as the student

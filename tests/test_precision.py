@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
+    PROMPT,
     run_command,
     talker_config,
     tiny_model,
@@ -32,10 +33,9 @@ import sample
 import train
 from data import dist, sampling
 from data.cli import InputError
+from data.methods import METHODS, Settings
 from data.optim import adamw, set_learning_rate
-from data.paper import PROMPT
 from data.rows import Example, micro_batches
-from data.methods import Settings
 from model import GPT, Config, head_logits, precision
 from prompt import freeze, response_hidden
 
@@ -300,7 +300,7 @@ def test_a_bfloat16_head_fails_with_an_offset_in_all_dimensions(bfloat16_form):
 
 def make_run(method, dtype):
     """A Run of small models with a vocabulary of 1,000, before its first step."""
-    values = PROMPT if method == "promptkd" else {}
+    values = METHODS[method].option_defaults()
     s = Settings(method, "", "", 8, lr=1e-3, epochs=1, dtype=dtype, max_new_tokens=12, **values)
     student = GPT(Config(2, 64, 4, 1000, 128, dropout=0.0)).init_weights(0)
     teacher = GPT(Config(3, 96, 4, 1000, 128, dropout=0.0)).init_weights(1)
@@ -344,7 +344,7 @@ def step_and_gradients(method, dtype):
     return {name: float(value) for name, value in values.items() if "loss" in name}, gradients
 
 
-@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_step_in_bfloat16_is_close_to_the_step_in_float32(method):
     values, gradients = step_and_gradients(method, "bfloat16")
     expected, expected_gradients = step_and_gradients(method, "float32")

@@ -24,7 +24,7 @@ from helpers import (
 )
 
 from data import prepare as prepare_module
-from data.prepare import PAPER_COUNTS, find_data_dir, main, prepare
+from data.prepare import PUBLIC_SETS, find_data_dir, main, prepare
 from data.rows import read_rows
 
 SPLITS = ["dev.jsonl", "test.jsonl", "train.jsonl"]
@@ -304,7 +304,7 @@ def test_test_set_is_found_in_every_layout(tmp_path, name, file, layout):
     }[layout]
     write_rows(tmp_path / "in" / f"{directory}{file}", small_rows(3, "right"))
     message = prepare(name, tmp_path / "in", tmp_path / "out")
-    expected = f"the paper's experiments have {PAPER_COUNTS[name]['test']:,} test"
+    expected = f"the paper's experiments have {PUBLIC_SETS[name].paper_rows['test']:,} test"
     assert message == f"{tmp_path / 'out'}: 3 test rows; {expected}"
     assert files_below(tmp_path / "out") == ["test.jsonl"]
     assert instructions(tmp_path / "out" / "test.jsonl") == ["right 0", "right 1", "right 2"]
@@ -364,7 +364,8 @@ def test_uinst_is_the_first_10_000_of_minillm_s_23_916_rows(tmp_path):
     ],
 )
 def test_uinst_file_of_another_length_is_reported(tmp_path, monkeypatch, count, expected):
-    monkeypatch.setitem(PAPER_COUNTS, "uinst", {"test": 10})
+    small = replace(PUBLIC_SETS["uinst"], paper_rows={"test": 10})
+    monkeypatch.setitem(PUBLIC_SETS, "uinst", small)
     write_rows(tmp_path / "in" / "valid.jsonl", small_rows(count))
     assert prepare("uinst", tmp_path / "in", tmp_path / "out") == f"{tmp_path / 'out'}: {expected}"
     rows = instructions(tmp_path / "out" / "test.jsonl")
@@ -474,7 +475,7 @@ def test_web_page_in_place_of_the_data_is_an_error(server, tmp_path):
 
 def test_test_set_is_downloaded_once(server, tmp_path, test_set):
     name, path, download = test_set
-    rows = small_rows(PAPER_COUNTS[name]["test"])
+    rows = small_rows(PUBLIC_SETS[name].paper_rows["test"])
     server.answers[path] = encode_rows(rows)
     assert prepare(name, target=tmp_path).endswith(f": {len(rows):,} test rows")
     assert files_below(tmp_path) == [download, "test.jsonl"]
@@ -691,7 +692,7 @@ def checkout(tmp_path):
     shutil.copytree(ROOT / "data", tmp_path / "checkout" / "data")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path / "checkout")
-    for name in ("demo", *PAPER_COUNTS):
+    for name in ("demo", *PUBLIC_SETS):
         shutil.rmtree(tmp_path / "checkout" / "data" / name, ignore_errors=True)
     write_rows(tmp_path / "checkout" / "data" / "vicuna" / "test.jsonl", small_rows(3))
     return tmp_path / "checkout"

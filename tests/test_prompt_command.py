@@ -19,9 +19,9 @@ from helpers import (
     write_rows,
 )
 
+from data.methods import Settings
 from data.report import plot_response
 from data.rows import fill_template
-from data.methods import Settings
 from data.runs import RUN_FORMAT
 from data.tensors import save_prompt
 from data.tuned_prompt import describe_vectors, main

@@ -10,7 +10,7 @@ import signal
 
 import pytest
 import torch
-from helpers import ROOT, error_of, run_command, torchrun, write_rows
+from helpers import METHODS_WITH_STEPS, ROOT, error_of, run_command, torchrun, write_rows
 from test_train import (  # noqa: F401
     CPU,
     TOKENIZER,
@@ -34,6 +34,7 @@ import train
 from data import report, runs, tensors
 from data.checkpoint import load
 from data.cli import InputError
+from data.methods import METHODS
 from data.rows import fill_template
 from data.tensors import load_prompt
 
@@ -119,7 +120,8 @@ def settings_of(method, student, teacher, **values):
         return promptkd_settings(student, teacher, **values)
     if method == "minillm":
         return minillm_settings(student, teacher, **values)
-    teacher = None if method == "sft" else str(teacher)
+    teacher = str(teacher) if METHODS[method].needs_teacher else None
+    values = METHODS[method].option_defaults() | values
     return settings(method=method, student=str(student), teacher=teacher, **values)
 
 
@@ -548,10 +550,7 @@ def run_on_rows(directory, method, student, teacher, rows, dev_rows, **values):
     return [line for line in lines if line["step"]]
 
 
-METHODS = ["sft", "kd", "gkd", "minillm", "promptkd"]
-
-
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS_WITH_STEPS)
 def test_one_training_row_and_one_validation_row(tmp_path, student, teacher, method):
     lines = run_on_rows(
         tmp_path,
@@ -570,7 +569,7 @@ def test_one_training_row_and_one_validation_row(tmp_path, student, teacher, met
         assert {line["response_tokens"] for line in lines} == {len(TOKENIZER.encode("one")) + 1}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS_WITH_STEPS)
 def test_an_incomplete_last_batch_of_an_epoch_is_left_out(tmp_path, student, teacher, method):
     rollouts = {"rollout_size": 4} if method == "minillm" else {}
     lines = run_on_rows(

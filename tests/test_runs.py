@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from helpers import ROOT, after_device, error_of, run_command, write_checkpoint, write_rows
+from helpers import PROMPT, ROOT, after_device, error_of, run_command, write_checkpoint, write_rows
 from test_resume import interrupt, settings_of
 from test_train import (  # noqa: F401
     CPU,
@@ -32,7 +32,6 @@ from test_train import (  # noqa: F401
 import train
 from data import runs
 from data.checkpoint import load
-from data.paper import PROMPT
 
 CHANGED = "is not what it was made with: its content has changed; choose another --out, or"
 

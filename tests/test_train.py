@@ -4,7 +4,9 @@ interrupted, and refused if it was made with other settings.
 The data is a demo of a few dozen rows in a temporary directory. The models have one layer.
 """
 
+import argparse
 import contextlib
+import functools
 import io
 import json
 import math
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    PROMPT,
     after_device,
     fork_ranks,
     hf_config,
@@ -32,13 +35,14 @@ from helpers import (
 import data.prepare
 import train
 from data import demo, dist, report, runs, stages, validation
+from data import plan as planning
 from data.checkpoint import load, save
 from data.cli import InputError, run_command_line
 from data.demo import TOKENIZER_DIR, make_document, make_rows
 from data.hub import find_model_dir
-from data.models import preset
+from data.methods import METHODS, options_of_methods, preset
 from data.optim import MAX_GRAD_NORM, learning_rate
-from data.paper import DEMO, DEMO_SETS, PROMPT
+from data.paper import DEMO_SETS
 from data.report import plot_curves
 from data.rows import fill_template, read_rows
 from data.tensors import load_prompt
@@ -178,8 +182,8 @@ def steps_seen(monkeypatch):
         run.seconds["student"] = 1.0
         return {"loss": 0.0, "grad_norm": 0.0, "response_tokens": 1}
 
-    for method in train.METHODS.values():
-        monkeypatch.setattr(method, "step", step)
+    for method in train.STEPS:
+        monkeypatch.setitem(train.STEPS, method, step)
     return seen
 
 
@@ -253,9 +257,14 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr("data.tokenizer.tiktoken.get_encoding", lambda name: gpt2)
 
 
+def model_preset(stage, model):
+    size = planning.preset_size(stage, planning.named_model(model), is_demo=False)
+    return preset(stage, size)
+
+
 def preset_settings(stage, model):
     method = "sft" if stage in ("teacher", "init") else stage
-    return train.Settings(method=method, student=model, data="dolly", **preset(stage, model))
+    return train.Settings(method=method, student=model, data="dolly", **model_preset(stage, model))
 
 
 @pytest.mark.parametrize("stage, model", APPENDIX_A)
@@ -370,9 +379,9 @@ def test_prompt_is_initialized_from_the_teachers_embeddings(student, teacher, in
 def test_another_size_has_the_preset_nearest_in_parameter_count_and_this_is_printed(
     tmp_path, capsys, hub, shape, size, official
 ):
-    values = preset("sft", str(write_config(tmp_path / "other", *shape)))
+    values = model_preset("sft", str(write_config(tmp_path / "other", *shape)))
     printed = capsys.readouterr().out
-    assert values == preset("sft", official)
+    assert values == model_preset("sft", official)
     assert re.search(rf"other has [\d,]+ parameters.* GPT-2 {size}\n", printed)
 
 
@@ -424,8 +433,7 @@ def plan(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "run_stage", run_stage)
     monkeypatch.setattr(stages, "sample_responses", sample_responses)
     monkeypatch.setattr(train, "show_demo", lambda models, device, dtype: None)
-    monkeypatch.setattr(train, "find_data_dir", Path)
-    monkeypatch.setattr(stages, "check_later_inputs", lambda *_: None)
+    monkeypatch.setattr(stages, "fetch_inputs", lambda args, teacher, student: None)
 
     def plan(*options):
         planned.clear()
@@ -499,7 +507,7 @@ def test_kd_trains_the_pre_trained_student_against_the_fine_tuned_teacher(plan):
 def test_seqkd_samples_the_fine_tuned_teacher_and_trains_the_pre_trained_student(plan):
     planned = plan("--method seqkd --student gpt2-medium")
     assert names(planned) == ["teacher-gpt2-xl", "responses-gpt2-xl", "seqkd-gpt2-medium-s10"]
-    assert planned[1].settings == {
+    assert asdict(planned[1].settings) == {
         "method": "responses",
         "student": "out/teacher-gpt2-xl",
         "data": "dolly",
@@ -525,7 +533,7 @@ def test_seeds_and_students_share_the_teachers_responses_but_other_rows_or_data_
         "responses-gpt2-xl-mine-9rows",
         "seqkd-gpt2-mine-9rows-s10",
     ]
-    assert (other[1].settings["data"], other[1].settings["max_train_rows"]) == ("mine", 9)
+    assert (other[1].settings.data, other[1].settings.max_train_rows) == ("mine", 9)
 
 
 @pytest.mark.parametrize("method", ["minillm", "gkd"])
@@ -563,7 +571,7 @@ def test_every_method_runs_the_demo_and_shares_its_stages_with_promptkd(plan, me
     assert planned[-1].name == f"{method}-1x96x4-demo-s10"
     if method == "seqkd":
         assert planned[1].name == "responses-3x128x4-demo"
-        assert planned[1].settings["max_new_tokens"] == 40
+        assert planned[1].settings.max_new_tokens == 40
 
 
 @pytest.mark.parametrize(
@@ -737,45 +745,43 @@ def test_keep_is_for_the_methods_own_run(plan):
 
 # ---- options -----------------------------------------------------------------------------------
 
-PROMPT_OPTIONS = {
-    "--prompt-lr 1",
-    "--prompt-text x",
-    "--prompt-length 3",
-    "--prompt-init text",
-    "--reg 0",
-    "--prompt-kl forward",
-    "--reg-kl reverse",
-}
-MODEL_OPTIONS = {"--student gpt2", "--teacher gpt2", "--sft-teacher gpt2", "--init gpt2"}
-TEACHER_OPTIONS = {"--teacher gpt2", "--sft-teacher gpt2"}
-SHAPE, INIT, LM_DATA = "--shape 1x16x2", "--init gpt2", "--lm-data x"
-UNUSED = {
-    "pretrain": {LM_DATA} | MODEL_OPTIONS | PROMPT_OPTIONS,
-    "sft": {SHAPE, INIT, LM_DATA} | TEACHER_OPTIONS | PROMPT_OPTIONS,
-    "kd": {SHAPE, INIT, LM_DATA} | PROMPT_OPTIONS,
-    "seqkd": {SHAPE, INIT, LM_DATA} | PROMPT_OPTIONS,
-    "minillm": {SHAPE} | PROMPT_OPTIONS,
-    "gkd": {SHAPE, LM_DATA} | PROMPT_OPTIONS,
-    "promptkd": {SHAPE, LM_DATA},
-}
+SHAPE = "--shape 1x16x2"
 
 
-@pytest.mark.parametrize("method", UNUSED)
+def some_value(option):
+    """A value that an option of data.methods takes."""
+    candidates = option.choices or ("1", "0.5", "x")
+    for text in candidates:
+        with contextlib.suppress(ValueError, argparse.ArgumentTypeError):
+            option.type(text)
+            return text
+    raise AssertionError(f"{option.flag}: add a value that it takes to `some_value`")
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_each_method_refuses_the_options_that_it_does_not_use_and_takes_the_others(plan, method):
+    """The options of models, and those that only some methods have."""
+    declared = METHODS[method]
+    takes = {SHAPE: declared.start == "shape"}
+    takes |= {f"{model} gpt2": declared.needs_teacher for model in ("--teacher", "--sft-teacher")}
+    takes |= {"--student gpt2": declared.start != "shape", "--init gpt2": declared.start == "init"}
+    for option in options_of_methods():
+        takes[f"{option.flag} {some_value(option)}"] = option in declared.options
     required = f"--method {method}" + (f" {SHAPE}" if method == "pretrain" else "")
-    for option in UNUSED[method]:
+    for option, is_taken in takes.items():
+        if is_taken:
+            assert plan(f"{required} {option}")
+            continue
         error = rf"^{option.split()[0]} has no effect here \(method {method}\)"
         with pytest.raises(InputError, match=error):
             plan(f"{required} {option}")
-    for option in ({SHAPE, LM_DATA} | MODEL_OPTIONS | PROMPT_OPTIONS) - UNUSED[method]:
-        assert plan(f"{required} {option}")
 
 
-@pytest.mark.parametrize("method", ["kd", "seqkd", "minillm", "gkd", "promptkd"])
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].needs_teacher])
 def test_a_model_is_refused_if_another_option_replaces_it(plan, method):
     with pytest.raises(InputError, match="--teacher has no effect"):
         plan(f"--method {method} --teacher gpt2-large --sft-teacher gpt2-xl")
-    if method not in ("kd", "seqkd"):
+    if METHODS[method].start == "init":
         with pytest.raises(InputError, match="--student has no effect"):
             plan(f"--method {method} --student gpt2 --init gpt2")
 
@@ -1141,7 +1147,8 @@ def minillm_validates_within_a_rollout(monkeypatch):
     """Rollouts of 16 rows with four steps each, and a state after every second step."""
     values = {"rollout_size": 16, "inner_epochs": 2, "eval_interval": 2}
     values |= {"block_size": 32, "max_new_tokens": 12}
-    monkeypatch.setitem(DEMO, "minillm", DEMO["minillm"] | values)
+    minillm = METHODS["minillm"]
+    monkeypatch.setitem(METHODS, "minillm", replace(minillm, demo=minillm.demo | values))
 
 
 @pytest.mark.parametrize(
@@ -1680,18 +1687,17 @@ def uneven_responses(model, requests, rng_keys, eos, max_new_tokens, **kwargs):
     return [[7] * max_new_tokens if place % 2 == 0 else [] for place in places], None
 
 
-def run_on_ranks(n, out, commands, uneven):
-    """train.main with each command's options on `n` ranks, without tables. If `uneven`,
-    the last three are repeated with uneven responses and seed 11. Returns what was printed."""
+def run_on_ranks(n, out, options, uneven):
+    """train.main with a method's options on `n` ranks, without tables. If `uneven`, it is repeated
+    with uneven responses and seed 11. Returns what was printed."""
 
     def on_each_rank():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dist, "shutdown", lambda: None)  # the ranks run the next command too
             patch.setattr(train, "show_demo", lambda models, device, dtype: None)
-            for options in commands:
-                train.main([*options, "--out", str(out)])
-            patch.setattr(train, "sample_all", uneven_responses)
-            for options in commands[-3:] if uneven else []:
+            train.main([*options, "--out", str(out)])
+            if uneven:
+                patch.setattr(train, "sample_all", uneven_responses)
                 train.main([*options, "--seed", "11", "--out", str(out)])
 
     if n == 1:
@@ -1705,36 +1711,35 @@ def run_on_ranks(n, out, commands, uneven):
 
 @pytest.fixture(scope="module")
 def by_ranks(tmp_path_factory, student, teacher):
-    """Every method's whole command on one, two and four ranks: the directory that each leaves, and
-    what was printed. On one and two ranks the methods that sample also have uneven responses."""
-    common = (
-        "--data demo --steps 2 --global-batch 16 --dropout 0 --lr 0.01 --micro-batch-tokens 240"
-    )
-    start, init = f"--student {student}", f"--init {student}"
-    taught = f"--sft-teacher {teacher}"
-    methods = {
-        "pretrain": "--shape 1x16x2",
-        "sft": start,
-        "kd": f"{start} {taught}",
-        "seqkd": f"{start} {taught}",
-        "minillm": f"{init} {taught} --lm-data {demo_texts()[0]}",
-        "gkd": f"{init} {taught}",
-        "promptkd": f"{init} {taught}",
-    }
-    commands = [
-        f"--method {method} {options} {common} --dev-rows 4".split()
-        for method, options in methods.items()
-    ]
-    directory = tmp_path_factory.mktemp("ranks")
-    printed = {n: run_on_ranks(n, directory / str(n), commands, n < 4) for n in (2, 4, 1)}
-    return SimpleNamespace(out={n: directory / str(n) for n in (1, 2, 4)}, printed=printed)
+    """A function from a method to its whole command on one, two and four ranks: the directory that
+    each leaves, and what was printed. On one and two ranks, a method that starts from the init is
+    run with uneven responses too, in case it samples."""
+    common = "--data demo --steps 2 --global-batch 16 --dropout 0 --lr 0.01 --dev-rows 4"
+    common += " --micro-batch-tokens 240"
+    starts = {"shape": "--shape 1x16x2", "pretrained": f"--student {student}"}
+    starts["init"] = f"--init {student}"
+    own_options = {"minillm": f"--lm-data {demo_texts()[0]}"}
+
+    @functools.cache
+    def run_method(method):
+        declared, directory = METHODS[method], tmp_path_factory.mktemp(method)
+        options = f"--method {method} {starts[declared.start]} {own_options.get(method, '')}"
+        options += f" --sft-teacher {teacher}" if declared.needs_teacher else ""
+        options = f"{options} {common}".split()
+        printed = {}
+        for n in (2, 4, 1):
+            uneven = declared.start == "init" and n < 4
+            printed[n] = run_on_ranks(n, directory / str(n), options, uneven)
+        return SimpleNamespace(out={n: directory / str(n) for n in (1, 2, 4)}, printed=printed)
+
+    return run_method
 
 
 @pytest.mark.parametrize(
     "method, n, seed",
     [
-        *((method, n, 10) for method in train.METHODS for n in (2, 4)),
-        *((method, 2, 11) for method in ("minillm", "gkd", "promptkd")),
+        *((method, n, 10) for method in METHODS for n in (2, 4)),
+        *((method, 2, 11) for method in METHODS if METHODS[method].start == "init"),
     ],
 )
 def test_several_ranks_train_like_one(by_ranks, method, n, seed):
@@ -1747,16 +1752,18 @@ def test_several_ranks_train_like_one(by_ranks, method, n, seed):
         (directory,) = directories if seed == 11 else others
         return directory
 
-    several, one = directory_of(by_ranks.out[n]), directory_of(by_ranks.out[1])
+    ran = by_ranks(method)
+    several, one = directory_of(ran.out[n]), directory_of(ran.out[1])
     assert several.name == one.name
     assert record(several)["ranks"] == n
     for a, b in zip(metrics(several), metrics(one), strict=True):
         a, b = ({k: v for k, v in line.items() if k not in UNLIKE} for line in (a, b))
         assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
-    if seed == 11:
+    if seed == 11 and "sampling" in steps_of(one)[0]["seconds"]:
         assert {line["response_tokens"] for line in steps_of(one)} == {8 * 40}  # of 16 rows
     # One rank prints, for each of the commands.
-    assert by_ranks.printed[n].count("step 2/2") == {2: 10, 4: 7}[n]
+    n_commands = len(list(ran.out[n].glob(f"{method}-*")))
+    assert ran.printed[n].count("step 2/2") == n_commands
     weights, expected = (load(directory / "best").state_dict() for directory in (several, one))
     for name, w in weights.items():
         compared = torch.ones_like(w, dtype=torch.bool)
@@ -1769,7 +1776,8 @@ def test_several_ranks_train_like_one(by_ranks, method, n, seed):
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_several_ranks_sample_seqkds_responses_like_one(by_ranks, n):
-    several, one = (files(by_ranks.out[i] / "responses-wide-demo") for i in (n, 1))
+    out = by_ranks("seqkd").out
+    several, one = (files(out[i] / "responses-wide-demo") for i in (n, 1))
     names = {"train.jsonl", "run.json"}
     assert {str(path) for path in several} == {str(path) for path in one} == names
     for path, (content, _) in one.items():

@@ -15,6 +15,7 @@ import random
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,9 +26,9 @@ from helpers import fork_ranks, wait_for  # noqa: E402
 import data.prepare  # noqa: E402
 import train  # noqa: E402
 from data import dist, report  # noqa: E402
-from data.paper import DEMO  # noqa: E402
+from data.methods import METHODS, STAGES  # noqa: E402
 
-STAGES = (
+RUNS = (
     "pretrain-1x24x2-demo",
     "pretrain-1x16x2-demo",
     "teacher-1x24x2-demo",
@@ -51,9 +52,10 @@ def plan_commands(data_dir, steps):
         "dropout": 0.1,
         "warmup_steps": 2,
     }
-    for kind, values in DEMO.copy().items():
-        rollouts = {"rollout_size": 16, "inner_epochs": 2} if kind == "minillm" else {}
-        DEMO[kind] = values | small | rollouts
+    for declared in (STAGES, METHODS):
+        for kind, method in declared.copy().items():
+            rollouts = {"rollout_size": 16, "inner_epochs": 2} if kind == "minillm" else {}
+            declared[kind] = replace(method, demo=method.demo | small | rollouts)
     train.show_demo = lambda models, device, dtype: None
     report.plot_curves = lambda directory: "no plot"
     dist.shutdown = lambda: None  # the ranks stay together for the next command
@@ -122,7 +124,7 @@ def start_time(stage):
 
 def current_step():
     """The first stage that is not complete, and the lines in its metrics."""
-    stage = next((stage for stage in STAGES if "complete" not in read_record(stage)), None)
+    stage = next((stage for stage in RUNS if "complete" not in read_record(stage)), None)
     metrics = Path("out") / str(stage) / "metrics.jsonl"
     return stage, metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
 
@@ -135,7 +137,7 @@ def kill_repeatedly(commands, n_kills, n_ranks, rng, seconds):
     """
     kills = []
     for i in range(n_kills):
-        stage, saving = STAGES[i * len(STAGES) // n_kills], i % 3 == 2
+        stage, saving = RUNS[i * len(RUNS) // n_kills], i % 3 == 2
         started = start_time(stage)
         if saving:
             processes = start(commands, n_ranks, stage, rng.randint(1, 15))
@@ -171,7 +173,7 @@ def main():
     statuses = wait_for(start(commands, args.ranks), 600)
     assert set(statuses) == {0}, Path("log0").read_text()
     whole = time.monotonic() - start_of_whole
-    seconds = {stage: 3600 * read_record(stage)["hours"] for stage in STAGES}
+    seconds = {stage: 3600 * read_record(stage)["hours"] for stage in RUNS}
     os.chdir("../killed")
     kills = kill_repeatedly(commands, args.kills, args.ranks, random.Random(args.kills), seconds)
     print(json.dumps({"seconds": whole, "stages": seconds, "kills": kills}))

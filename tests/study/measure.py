@@ -8,8 +8,9 @@ import torch
 import evaluate
 import exposure_bias
 from data.demo import ALL_WORDS
+from data.methods import METHODS
 from data.models import load_model
-from data.paper import BANNED_NGRAM, DEMO, PAPER_SAMPLING
+from data.paper import BANNED_NGRAM, PAPER_SAMPLING
 from data.prepare import find_data_dir
 from data.rows import Example, encode_request, encode_training_rows, micro_batches, read_rows
 from data.sampling import decode_response, sample_all
@@ -17,7 +18,7 @@ from losses import cross_entropy, kl
 from prompt import response_hidden
 
 CPU = torch.device("cpu")
-MAX_NEW_TOKENS = DEMO["promptkd"]["max_new_tokens"]
+MAX_NEW_TOKENS = METHODS["promptkd"].demo["max_new_tokens"]
 SAMPLING = PAPER_SAMPLING | {"max_new_tokens": MAX_NEW_TOKENS, "dtype": "float32"}
 SAMPLING_SEEDS = (10, 20, 30)
 MICRO_BATCH_TOKENS = 4096

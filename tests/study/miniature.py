@@ -30,11 +30,10 @@ import losses
 import train
 from data.cli import write_atomic
 from data.demo import MODELS_DIR
+from data.methods import METHODS, STAGES, ResponseSettings, Settings, preset
 from data.models import load_model
-from data.paper import DEMO
 from data.prepare import find_data_dir
 from data.rows import read_jsonl
-from data.methods import Settings
 from data.runs import read_record
 from data.stages import sample_responses
 from data.tensors import load_prompt
@@ -47,6 +46,7 @@ CPU = torch.device("cpu")
 TEACHER, STUDENTS = "3x128x4", ("1x48x4", "1x96x4")
 PROMPT_WIDTH = 128  # the teacher's
 SEEDS, GRID_SEED = (1, 2, 3, 4, 5), 0
+DEMO = {kind: preset(kind, "demo") for kind in (*STAGES, *METHODS)}
 
 # The methods that start from the init make the same number of optimizer steps, of 64 rows. With the
 # init's 24,000 rows they see as many rows as those that start from the pre-trained student.
@@ -226,10 +226,9 @@ def train_teacher():
 
 def teacher_responses():
     """The data set of SeqKD: the teacher's responses to the training requests."""
-    values = {"method": "responses", "student": train_teacher()}
-    values |= {"data": "demo", "max_train_rows": None}
-    values |= {"max_new_tokens": measure.MAX_NEW_TOKENS, "seed": 10, "dtype": "float32"}
-    return sample_responses(OUT / "responses", values, CPU)
+    limit = measure.MAX_NEW_TOKENS
+    settings = ResponseSettings(student=train_teacher(), data="demo", max_new_tokens=limit)
+    return sample_responses(OUT / "responses", settings, CPU)
 
 
 def init_of(experiment):
