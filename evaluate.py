@@ -290,9 +290,10 @@ def group_runs(models, fields):
     groups, known = {}, set()
     for label, m in models.items():
         if m.record:
-            fields_of_run = (DEFAULTS | m.record["settings"] | m.record).items()
+            fields_of_run = (m.record["settings"] | m.record).items()
             run = {name: value for name, value in fields_of_run if not isinstance(value, dict)}
             known |= run.keys()
+            run = DEFAULTS | run  # also of a run that is older than a field
             groups.setdefault(tuple(map(run.get, fields)), []).append(label)
     if unknown := [field for field in fields if field not in known]:
         options = ", ".join(sorted(known)) or "no runs"

@@ -58,8 +58,8 @@ def is_intact(path):
 
 def newest_step(directory):
     """The step of the newest undamaged state, 0 if there is none."""
-    paths = filter(is_intact, list_states(directory / "state"))
-    return next((int(path.stem.removeprefix("step-")) for path in paths), 0)
+    newest = next(filter(is_intact, list_states(directory / "state")), None)
+    return 0 if newest is None else int(newest.stem.removeprefix("step-"))
 
 
 def find_newest_state(directory):

@@ -1260,7 +1260,7 @@ def finished(bad):
         ("seed", 11, "seed 11"),
         ("epochs", None, "epochs None"),
         ("global_batch_size", "32", "global_batch_size '32'"),
-        ("dropout", ..., "dropout None"),
+        ("epochs", ..., "epochs None"),
     ],
 )
 def test_an_output_directory_of_other_settings(refused, finished, field, value, part):

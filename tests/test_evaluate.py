@@ -568,7 +568,6 @@ def public(monkeypatch, tmp_path):
         return tmp_path / "data" / name if name in N_ROWS else Path(name)
 
     monkeypatch.setattr("data.paper.PAPER_SETS", N_ROWS)
-    monkeypatch.setattr("evaluate.PUBLIC_SETS", N_ROWS)
     monkeypatch.setattr("evaluate.find_data_dir", find_data_dir)
 
 
@@ -678,7 +677,7 @@ def demo(tmp_path, monkeypatch):
     for name, directory in {**names, "dolly": "dolly"}.items():
         path = tmp_path / directory / "test.jsonl"
         write_rows(path, [{"instruction": name, "output": "a"}])
-    monkeypatch.setattr("evaluate.PUBLIC_SETS", {"dolly": None})
+    monkeypatch.setattr("data.paper.PAPER_SETS", {"dolly": 500})
     monkeypatch.setattr("evaluate.find_data_dir", lambda name: tmp_path / name)
 
 

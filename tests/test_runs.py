@@ -32,6 +32,7 @@ from test_train import (  # noqa: F401
 import train
 from data import runs
 from data.checkpoint import load
+from data.methods import ResponseSettings
 
 CHANGED = "is not what it was made with: its content has changed; choose another --out, or"
 
@@ -250,8 +251,8 @@ def test_a_stage_that_another_process_completed_meanwhile_is_skipped(
 
 
 def test_sampling_the_responses_of_a_teacher_takes_the_lock(tmp_path, student, world):
-    s = {"method": "responses", "student": str(student), "data": "demo", "max_train_rows": 2}
-    s |= {"max_new_tokens": 4, "seed": 10, "dtype": "float32"}
+    values = {"data": "demo", "max_train_rows": 2, "max_new_tokens": 4}
+    s = ResponseSettings(student=str(student), **values)
     directory = tmp_path / "responses"
     with runs._lock(directory):
         message = error_of(train.stages.sample_responses, directory, s, CPU)
