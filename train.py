@@ -344,7 +344,7 @@ def minillm_rollout(run, examples, t):
     ]
 
 
-# The step of each of data.methods.METHODS: (run, this rank's examples, t) -> metrics
+# The steps of data.methods.METHODS: (run, this rank's examples, t) -> metrics
 STEPS = {
     "sft": sft_step,
     "kd": kd_step,

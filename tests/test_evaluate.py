@@ -7,6 +7,7 @@ import json
 import math
 import re
 import runpy
+import shutil
 import statistics
 import sys
 from collections import defaultdict
@@ -36,6 +37,7 @@ from data import dist
 from data.cli import InputError, run_command_line
 from data.models import load_model
 from data.paper import DEMO_SETS, PAPER_SCORES, PAPER_SETS
+from data.prepare import PUBLIC_SETS, PublicSet
 from data.report import (
     format_score,
     format_table,
@@ -429,6 +431,21 @@ def test_6_grams_are_banned_on_public_sets_only(world, tmp_path, monkeypatch, pu
     printed = call(world / "model", "--data", *public, world / "far", *options)
     assert bans == table_1(tmp_path)["no_repeat_ngram"] == {"dolly": 6, "far": 0}
     assert "banned: dolly 6, far no" in printed
+
+
+def test_a_public_set_that_the_paper_does_not_know_is_evaluated_as_any_data(
+    tmp_path, monkeypatch, world
+):
+    """Without the ban, and not as in the paper."""
+    monkeypatch.setitem(PUBLIC_SETS, "haiku", PublicSet("owner/haiku", {"test": "test.jsonl"}))
+    monkeypatch.setattr("data.prepare.DATA_DIR", tmp_path / "data")
+    shutil.copytree(world / "near", tmp_path / "data" / "haiku")
+    [column] = open_columns(["haiku"]).values()
+    assert (column.ban, column.as_in_paper) == (0, False)
+    out = tmp_path / "out"
+    printed = call(world / "model", "--data", "haiku", "--seeds", 10, "--out", out, "--max-new", 20)
+    assert table_1(out)["no_repeat_ngram"] == {"haiku": 0}
+    assert "banned: haiku no" in printed
 
 
 def test_shortened_requests_are_counted_of_kept_responses_too(world, tmp_path):

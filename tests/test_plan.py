@@ -36,7 +36,7 @@ SHAPE = "1x16x2"
 OWN_OPTIONS = {"pretrain": f"--shape {SHAPE}", "minillm": "--lm-data TEXTS"}
 
 
-def options_of(method, student, teacher):  # noqa: F811
+def options_of(method, student, teacher):
     """The options of a small run with all of a method's stages."""
     declared = METHODS[method]
     options = f"--method {method} --data demo --steps 1 --dev-rows 2 --train-rows 32"
@@ -97,7 +97,7 @@ def nothing_is_written(tmp_path, no_download):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_training_has_the_settings_of_the_plan(tmp_path, student, teacher, no_table, method):  # noqa: F811
+def test_training_has_the_settings_of_the_plan(tmp_path, student, teacher, no_table, method):
     """Of every stage, in this order. Names are in run.json as it has them, relative to --out."""
     out, options = tmp_path / "out", options_of(method, student, teacher)
     planned = plan_of(out, *options)
@@ -126,7 +126,7 @@ def test_training_has_the_settings_of_the_plan(tmp_path, student, teacher, no_ta
     assert files(tmp_path) == before
 
 
-def test_it_says_where_a_stage_would_resume(tmp_path, student, no_table, monkeypatch):  # noqa: F811
+def test_it_says_where_a_stage_would_resume(tmp_path, student, no_table, monkeypatch):
     options = f"--method sft --data demo --student {student} --steps 6 --save-every 2".split()
     options += ["--dev-rows", "2"]
     step = train.STEPS["sft"]
@@ -158,7 +158,7 @@ def test_it_says_where_a_stage_would_resume(tmp_path, student, no_table, monkeyp
 
 def test_a_stage_that_would_be_refused_is_named_after_the_whole_plan(
     tmp_path,
-    student,  # noqa: F811
+    student,
     no_table,
 ):
     options = f"--method sft --data demo --student {student} --steps 1".split()
@@ -171,7 +171,7 @@ def test_a_stage_that_would_be_refused_is_named_after_the_whole_plan(
     assert stage["settings"]["max_dev_rows"] == 3
 
 
-def test_several_ranks_print_one_plan(tmp_path, student, teacher):  # noqa: F811
+def test_several_ranks_print_one_plan(tmp_path, student, teacher):
     options = options_of("promptkd", student, teacher)
 
     def on_each_rank():
@@ -231,7 +231,7 @@ def test_the_papers_main_result_before_anything_is_there(tmp_path, monkeypatch, 
     }
 
 
-def test_the_plan_before_a_download_is_the_plan_after_it(tmp_path, monkeypatch, hub):  # noqa: F811
+def test_the_plan_before_a_download_is_the_plan_after_it(tmp_path, monkeypatch, hub):
     options = ("--student", "gpt2-medium", "--method", "gkd")
     monkeypatch.setattr(data.prepare, "DATA_DIR", tmp_path / "prepared")
     after = {name: stage["settings"] for name, stage in plan_of("out", *options).items()}

@@ -24,7 +24,8 @@ from helpers import (
 )
 
 from data import prepare as prepare_module
-from data.prepare import PUBLIC_SETS, find_data_dir, main, prepare
+from data.paper import PAPER_SETS
+from data.prepare import PUBLIC_SETS, PublicSet, find_data_dir, main, prepare
 from data.rows import read_rows
 
 SPLITS = ["dev.jsonl", "test.jsonl", "train.jsonl"]
@@ -819,3 +820,48 @@ def test_script_ends_with_status_2_after_an_error(tmp_path, monkeypatch, capsys)
     assert captured.out == ""
     assert captured.err.startswith(f"error: {tmp_path / 'none'}: ")
     assert captured.err.count("\n") == 1
+
+
+# ---- a set that the paper does not know ----------------------------------------------------------
+
+HAIKU = PublicSet("owner/haiku", {"train": "train.jsonl", "dev": "d/dev.jsonl", "test": "t.jsonl"})
+HAIKU_URL = "/datasets/owner/haiku/resolve/main/"
+
+
+@pytest.fixture
+def haiku(monkeypatch):
+    """A new entry with three splits, and one with test rows alone; neither has row counts."""
+    monkeypatch.setitem(PUBLIC_SETS, "haiku", HAIKU)
+    monkeypatch.setitem(PUBLIC_SETS, "tanka", replace(HAIKU, files={"test": "valid.jsonl"}))
+
+
+def test_a_new_set_is_downloaded_prepared_and_found(haiku, server, data_dir, capsys):
+    for n, file in enumerate(HAIKU.files.values(), start=3):
+        server.answers[HAIKU_URL + file] = encode_rows(small_rows(n, file))
+    server.answers[f"{HAIKU_URL}valid.jsonl"] = encode_rows(small_rows(2))
+    main(["haiku", "tanka"])
+    rows = "3 train, 4 dev, 5 test rows"
+    assert capsys.readouterr().out == f"{data_dir}/haiku: {rows}\n{data_dir}/tanka: 2 test rows\n"
+    assert find_data_dir("haiku") == data_dir / "haiku"
+    assert find_data_dir("tanka") == data_dir / "tanka"
+    assert instructions(data_dir / "haiku" / "dev.jsonl")[0] == "d/dev.jsonl 0"
+    assert len(server.asked) == 4
+    (data_dir / "haiku" / "dev.jsonl").unlink()
+    assert "3 train, 4 dev, 5 test" in prepare("haiku")
+    assert instructions(data_dir / "haiku" / "dev.jsonl")[0] == "d/dev.jsonl 0"
+
+
+def test_a_new_set_is_read_from_files(haiku, tmp_path, data_dir):
+    for n, name in enumerate(("train", "dev", "t"), start=3):
+        write_rows(tmp_path / "in" / f"{name}.jsonl", small_rows(n))
+    assert "3 train, 4 dev, 5 test rows" in prepare("haiku", tmp_path / "in")
+    (tmp_path / "in" / "dev.jsonl").unlink()
+    message = error_of(prepare, "haiku", tmp_path / "in")
+    assert message.endswith("has no d/dev.jsonl or dev.jsonl of haiku; name their folder")
+
+
+def test_row_counts_of_a_set_are_the_papers(haiku):
+    counts = {name: public_set.paper_rows for name, public_set in PUBLIC_SETS.items()}
+    assert counts.pop("dolly") == {"train": 11_435, "dev": 1_000, "test": PAPER_SETS["dolly"]}
+    assert counts.pop("haiku") == counts.pop("tanka") == {}
+    assert counts == {name: {"test": n} for name, n in PAPER_SETS.items() if name != "dolly"}

@@ -7,15 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bench
 import pytest
-import torch
 from helpers import ROOT
-from recipe import force_responses
-
-import train
-from losses import kl
-from prompt import hidden_states
 
 TOP_LEVEL = {
     *("model.py", "prompt.py", "losses.py", "sample.py", "train.py", "evaluate.py"),
@@ -23,9 +16,9 @@ TOP_LEVEL = {
     *("pyproject.toml", ".gitignore", ".ci"),
 }
 MAX_LINES = {
-    "losses.py": 230,
+    "losses.py": 240,  # with room for another loss
     "prompt.py": 100,
-    "train.py": 500,
+    "train.py": 550,  # with room for another method
     "sample.py": 280,
     "model.py": 300,
     "evaluate.py": 400,
@@ -221,29 +214,3 @@ def test_readme_has_the_commands_that_others_read():
     lines = lines_of(ROOT / "README.md")
     assert "pip install -r requirements.txt && python train.py" in lines
     assert "pip install -r requirements.txt && python -m pytest tests/" in lines
-
-
-# ---- the worked example --------------------------------------------------------------------------
-
-
-def test_the_new_method_of_the_reference_trains_on_its_own_loss():
-    """One step on tiny models, against forward KL on the forced responses, by hand."""
-    [block] = code_blocks(ROOT / "docs" / "reference.md", "python")
-    assert len(block.splitlines()) < 30
-    names = vars(train) | {"METHODS": {}}
-    exec(block, names)
-    [method] = names["METHODS"].values()
-
-    cpu, case = torch.device("cpu"), bench.CASES["XS"] | {"vocab": 61, "dropout": 0.0}
-    run, [example, *_] = bench.make_run(case, cpu), bench.make_examples(case)
-    before = [p.detach().clone() for p in run.student.parameters()]
-    ids = torch.tensor([example.request + example.response])
-    predicted = slice(len(example.request) - 1, -1)
-    with torch.no_grad():
-        q = run.student.eval().logits(run.student(ids))[0, predicted]
-        p = run.teacher.logits(hidden_states(run.teacher, ids))[0, predicted]
-    with force_responses({example.index: example.response}, case["max_new_tokens"], 60, cpu):
-        values = method.step(run, [example], 0)
-    assert float(values["loss"]) == pytest.approx(float(kl(p, q).mean()), rel=1e-4)
-    after = list(run.student.parameters())
-    assert any(not torch.equal(a, b) for a, b in zip(before, after))
