@@ -1,7 +1,7 @@
 """Which stages a command of train.py has, in their order, each with all its settings."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.demo import STUDENT, TEACHER, TOKENIZER_DIR
@@ -52,11 +52,9 @@ class Stage:
 
     def result(self):
         """The Model that this stage leaves."""
-        record, paper = read_record(self.directory), self.paper
-        if record:
-            paper = record.get("paper")
-        base, origin = self.student.base, self.student.origin
-        return Model(str(self.directory), base, origin, self.student.n_parameters, paper)
+        record = read_record(self.directory)
+        paper = record.get("paper") if record else self.paper
+        return replace(self.student, name=str(self.directory), paper=paper)
 
 
 def plan_stages(args, dtype):
@@ -97,16 +95,26 @@ def named_models(args):
 
 
 def named_model(name):
-    paper = read_record(name).get("paper")
-    return Model(name, base_label(name), name, known_parameters(name), paper)
+    return Model(
+        name=name,
+        base=base_label(name),
+        origin=name,
+        n_parameters=known_parameters(name),
+        paper=read_record(name).get("paper"),
+    )
 
 
 def new_model(args):
     """The Model of --shape, with random weights."""
     is_demo = args.data == "demo"
     n_vocab = load_tokenizer(TOKENIZER_DIR).n_vocab if is_demo else GPT2_VOCAB_SIZE
-    n_parameters = config_parameters(parse_shape(args.shape, n_vocab))
-    return Model(args.shape, base_label(args.shape), args.shape, n_parameters, paper=None)
+    return Model(
+        name=args.shape,
+        base=base_label(args.shape),
+        origin=args.shape,
+        n_parameters=config_parameters(parse_shape(args.shape, n_vocab)),
+        paper=None,
+    )
 
 
 def plan_stage(args, dtype, kind, student, teacher=None, responses=None):
@@ -145,8 +153,15 @@ def plan_stage(args, dtype, kind, student, teacher=None, responses=None):
     inputs = {f: value for f, value in (values | given).items() if f in fields and value}
     if kind == "pretrain":
         del inputs["student"]  # a shape
-    keep = args.keep if is_own else 0
-    return Stage(kind, Path(args.out) / name, settings, student, inputs, paper, keep)
+    return Stage(
+        kind=kind,
+        directory=Path(args.out) / name,
+        settings=settings,
+        student=student,
+        inputs=inputs,
+        paper=paper,
+        keep=args.keep if is_own else 0,
+    )
 
 
 def data_label(args):
@@ -191,6 +206,10 @@ def plan_responses(args, dtype, teacher):
         max_new_tokens=limit or Settings.max_new_tokens,
         dtype=dtype,
     )
-    directory = Path(args.out) / f"responses-{teacher.base}{data_label(args)}"
-    inputs = {"student": teacher.name, "data": args.data}
-    return Stage("responses", directory, settings, teacher, inputs)
+    return Stage(
+        kind="responses",
+        directory=Path(args.out) / f"responses-{teacher.base}{data_label(args)}",
+        settings=settings,
+        student=teacher,
+        inputs={"student": teacher.name, "data": args.data},
+    )

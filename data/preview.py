@@ -101,6 +101,8 @@ def describe_input(stage, field, name, made):
 def describe_data(name, with_text):
     directory, is_ready = find_local_data(name)
     if is_ready:
+        for split in ("train", "dev"):
+            data_rows.check_text_file(directory / f"{split}.jsonl")
         text = f"here, {directory}"
     elif name == "demo":
         text = f"would be written to {directory}"
@@ -146,7 +148,7 @@ def count_examples(stage):
     s = stage.settings
     directory, is_ready = find_local_data(s.data)
     train_path = Path(s.responses or directory) / "train.jsonl"
-    if not is_ready or not train_path.is_file():
+    if not is_ready or (s.responses and not train_path.is_file()):
         return None, False
     if s.method == "pretrain":
         text_path = directory / PRETRAINING_FILE

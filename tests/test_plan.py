@@ -275,3 +275,6 @@ def test_steps_without_the_tokenizer_count_all_rows(tmp_path, no_download):
     write_checkpoint(tmp_path / "plain", STUDENT, TOKENIZER)
     [stage] = plan_of(tmp_path / "out", *options, tmp_path / "plain").values()
     assert line_of(stage, "steps: ") == "steps: 9 of 2 rows; 7 training rows"
+    (tmp_path / "mine" / "dev.jsonl").unlink()
+    with pytest.raises(InputError, match="dev.jsonl: no such file"):
+        plan_of(tmp_path / "out", *options, tmp_path / "plain")

@@ -204,6 +204,7 @@ def test_every_option_exists(path):
     known |= {"--signals-to-handle", "--shutdown-timeout", "--nnodes", "--rdzv_backend"}
     known |= {"--rdzv_endpoint", "--rdzv_id", "--nodes", "--ntasks-per-node", "--gpus-per-node"}
     known |= {"--signal", "--kill-on-bad-exit"}
+    known |= {"--skew"}  # of the worked example
     known |= {"--no-index", "--find-links", "--no-deps", "--python-version", "--only-binary"}
     text = re.sub(r"^\|[\s|:-]+$", "", path.read_text(encoding="utf-8"), flags=re.M)
     options = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
