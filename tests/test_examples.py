@@ -14,8 +14,8 @@ REFERENCE = ROOT / "docs" / "reference.md"
 STEP, STEPS_ENTRY, METHODS_ENTRY, PUBLIC_SETS_ENTRY = code_blocks(REFERENCE, "python")
 [SKEWED_KL] = code_blocks(REFERENCE, "diff")
 STEPS_COMMENT = "# The steps of data.methods.METHODS: (run, this rank's examples, t) -> metrics"
-# The tests that are parametrised over methods
-TESTS = "style methods plan precision train plain_form resume algorithm gpu".split()
+# Of the tests that are parametrised over methods, those that take seconds
+TESTS = "style methods plan precision train resume algorithm".split()
 
 
 @pytest.fixture
