@@ -37,18 +37,16 @@ def sample(
     for no ban. P: a soft prompt (prompt_length, C) before every request; not together with
     teacher_mix. teacher_mix: (teacher, α), to sample each token from the mixture
     (1 - α) q(· | x, y_<t) + α p(· | x, y_<t) (MiniLLM, section 2.2). dtype: as in `precision`.
-    Dropout is as the model's mode says.
     Returns B token lists, with eos_token_id at the end of those that finished, and B lists of
-    log-probabilities. Makes no collective calls. Raises ValueError if request and response may
-    exceed the model's positions.
+    log-probabilities. Changes no mode, makes no collective calls. Raises ValueError if request and
+    response may exceed the model's positions.
     """
     if P is not None and teacher_mix is not None:
         raise ValueError("a soft prompt P can't be combined with teacher_mix")
-    device = model.wte.weight.device
-    ids, lengths = pad(requests, device)  # (B, S), (B,)
-    prompt_length = 0 if P is None else len(P)
+    device, prompt_length = model.wte.weight.device, 0 if P is None else len(P)
+    ids, lengths = pad(requests, device)  # (B, T), (B,)
     decoder = Decoder(model, teacher_mix, prompt_length + lengths, max_new_tokens, dtype)
-    text = torch.nn.functional.pad(ids, (0, max_new_tokens))  # (B, S + max_new_tokens)
+    text = torch.nn.functional.pad(ids, (0, max_new_tokens))  # (B, T + max_new_tokens)
     log_probs = torch.zeros(len(ids), max_new_tokens, device=device)
     finished = torch.zeros(len(ids), dtype=torch.bool, device=device)
     uniforms = None if uniforms is None else torch.as_tensor(uniforms, device=device)
@@ -168,8 +166,8 @@ class Decoder:
         self.caches = [KVCache(m.config, *size, lengths.device, dtype) for m in self.models]
 
     def prefill(self, inputs):
-        """Logits (B, V) of the first new tokens. inputs: right-padded requests, ids (B, S) or their
-        embeddings (B, S, C) with a soft prompt."""
+        """Logits (B, V) of the first new tokens. inputs: right-padded requests, ids (B, T) or their
+        embeddings (B, T, C) with a soft prompt."""
         # The logits at the last token of a request predict the next one.
         last = (torch.arange(len(inputs), device=inputs.device), self.lengths - 1)
         logits = self.step(inputs, output_positions=last)

@@ -192,12 +192,14 @@ def test_of_two_ranks_the_one_that_runs_out_of_memory_reports_it_and_both_end(
 # ---- commands under a limit of the address space ------------------------------------------------
 
 MEGABYTES = 250  # of memory besides what the imported modules take
+# The modules whose `main` is the body of a command
+MODULES = {"sample": "data.sampling"} | {x: x for x in ("train", "evaluate", "exposure_bias")}
 
 
 def run_limited(directory, commands):
     """Run commands, each in a fork of this process, which has imported what they need.
 
-    commands: {name: [module, arguments...]}. Returns {name: [status, what is printed]}.
+    commands: {name: [command, arguments...]}. Returns {name: [status, what is printed]}.
     """
     import resource
 
@@ -205,11 +207,11 @@ def run_limited(directory, commands):
 
     import exposure_bias  # noqa: F401
 
-    def main(module, *arguments):
+    def main(name, *arguments):
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + MEGABYTES * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        sys.modules[module].main(arguments)
+        sys.modules[MODULES[name]].main(arguments)
 
     sys.modules["matplotlib.figure"] = None  # no plots, which take memory as well
     results = {}
