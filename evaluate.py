@@ -6,9 +6,7 @@ python evaluate.py RUN|MODEL... --samples N    # and Table 6
 python evaluate.py RUN... --cost               # Table 2
 """
 
-from data.threads import configure_threads
-
-configure_threads()  # before torch is imported
+import data.process.threads  # noqa: F401  (before torch: how its threads wait)
 
 import hashlib
 import itertools
@@ -22,17 +20,27 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenize import tokenize
 from tqdm import tqdm
 
-from data import cli, dist, paper, report
-from data.cli import InputError, number_in_range, read_json, write_atomic
-from data.dist import print0
-from data.hub import file_hash, model_hash
-from data.methods import DEFAULTS
-from data.models import load_model, open_models, table_sort_key
-from data.options import add_decoding_options, add_precision_option
-from data.prepare import PUBLIC_SETS, find_data_dir
-from data.rows import encode_request, read_jsonl, read_rows, references_field, text_field, to_jsonl
-from data.runs import UNFINISHED, read_record, run_dir, run_kind, run_labels, unique_labels
-from data.sampling import decode_response, sample_all, sampling_batch_size
+from data.models.hub import file_hash, model_hash
+from data.models.named import load_model, open_models, table_sort_key
+from data.models.sampling import decode_response, sample_all, sampling_batch_size
+from data.process import command_line, dist, errors, files
+from data.process.command_line import number_in_range
+from data.process.dist import print0
+from data.process.errors import InputError
+from data.process.files import read_json, write_atomic
+from data.runs import paper, report
+from data.runs.methods import DEFAULTS, METHODS
+from data.runs.options import add_decoding_options, add_precision_option
+from data.runs.runs import UNFINISHED, read_record, run_dir, run_kind, run_labels, unique_labels
+from data.sets.prepare import PUBLIC_SETS, find_data_dir
+from data.sets.rows import (
+    encode_request,
+    read_jsonl,
+    read_rows,
+    references_field,
+    text_field,
+    to_jsonl,
+)
 
 
 # ---- ROUGE-L ---------------------------------------------------------------------------------
@@ -92,6 +100,12 @@ def evaluate(model, tokenizer, rows, rng_key, bar=None, batch_size=None, **sampl
         if bar is not None:
             bar.update(sum(map(len, batches[i * n_ranks : (i + 1) * n_ranks])))  # of all ranks
     return sorted(dist.all_gather_list(results), key=lambda result: result["index"])
+
+
+def sampled_rouge_l(model, tokenizer, rows, rng_key, label, **sampling_kwargs):
+    """The mean ROUGE-L of a response to each row (see `evaluate`). label: of a progress bar."""
+    with progress_bar(len(rows), label) as bar:
+        return mean_rouge_l(evaluate(model, tokenizer, rows, rng_key, bar, **sampling_kwargs))
 
 
 def progress_bar(n_rows, label=None):
@@ -193,7 +207,7 @@ def evaluate_models(
                         model, tokenizer = load_model(name, device)
                     bar.set_description(f"{label} on {column}, seed {seed}")
                     key = (seed, "evaluate", column.rsplit("/")[-1])
-                    with cli.explain_out_of_memory(f"{label} on {column}", fix):
+                    with errors.explain_out_of_memory(f"{label} on {column}", fix):
                         results = evaluate(model, tokenizer, c.rows, key, bar, batch_size, **kwargs)
                     if path:
                         dist.run_on_rank0(write_kept, path, provenance, results)
@@ -212,6 +226,17 @@ def add_average(scores):
         by_column["average"] = [statistics.fmean(of_seed) for of_seed in zip(*by_column.values())]
 
 
+def show_demo(models, device, dtype):
+    """Print the demo's table: models on the test set and on the sets unlike the training data."""
+    sampling = {"max_new_tokens": METHODS["promptkd"].demo["max_new_tokens"], "dtype": dtype}
+    columns = open_columns(["demo"])
+    scores, _ = evaluate_models(models, columns, [10, 20, 30], device, **sampling)
+    add_average(scores)
+    print0(f"\n{report.format_table(report.score_table(scores))}")
+    print0("Mean ± standard deviation over three sampling seeds. The sets after `test` have")
+    print0("wordings, words, lengths and combinations of tasks that no training row has.")
+
+
 # ---- Table 1 ---------------------------------------------------------------------------------
 def table_1(args, device):
     """Evaluate models. Print, write and plot Table 1 and what else is asked for."""
@@ -222,8 +247,9 @@ def table_1(args, device):
     columns = open_columns(sets, args.rows, args.no_repeat_ngram)
     sampling = {name: getattr(args, name) for name in (*paper.PAPER_SAMPLING, "dtype")}
     names, kept = {label: model.name for label, model in models.items()}, out / "responses"
-    options = args.seeds, device, kept, args.batch
-    scores, paths = evaluate_models(names, columns, *options, **sampling)
+    scores, paths = evaluate_models(
+        names, columns, args.seeds, device, response_dir=kept, batch_size=args.batch, **sampling
+    )
     if dist.rank() > 0:
         return
     add_average(scores)
@@ -318,7 +344,7 @@ def print_file_score(args):
 def parse_args(argv):
     """Parse and check the command line. Raises InputError if options do not go together."""
     description = "ROUGE-L of models or of a file of responses; memory and hours of runs."
-    parser = cli.ArgumentParser("evaluate.py", description=description)
+    parser = command_line.ArgumentParser("evaluate.py", description=description)
     add, positive = parser.add_argument, number_in_range(int, 1, 10**6)
     add("models", nargs="*", metavar="RUN|MODEL", help="directories, official names or hub ids")
     help = f"{', '.join(PUBLIC_SETS)}, demo or directories (default: demo for its runs, else the"
@@ -342,7 +368,7 @@ def parse_args(argv):
         return args
     if not args.models:
         raise InputError("name at least one run or model, as in: evaluate.py gpt2 --data dolly")
-    cli.check_output_dir(args.out)
+    files.check_output_dir(args.out)
     args.seeds = list(dict.fromkeys(args.seeds))
     return args
 
@@ -361,4 +387,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run_command_line(main)
+    command_line.run_command_line(main)

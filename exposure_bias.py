@@ -14,9 +14,7 @@ legitimate. The mean at a step is over the responses that have not ended before 
     python exposure_bias.py --teacher MODEL --along RUN... --data dolly             # Figure 3b
 """
 
-from data.threads import configure_threads
-
-configure_threads()  # before torch is imported
+import data.process.threads  # noqa: F401  (before torch: how its threads wait)
 
 import itertools
 from pathlib import Path
@@ -24,17 +22,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import cli, dist
-from data.cli import InputError, number_in_range
-from data.dist import print0
-from data.models import find_model, load_model
-from data.options import add_precision_option
-from data.prepare import find_data_dir
-from data.report import MIN_ALIVE, last_reliable_step, write_figure
-from data.rows import MAX_NEW_TOKENS, Example, encode_request, micro_batches, read_rows
-from data.runs import checkpoints, unique_labels
-from data.sampling import sample_all
-from data.tokenizer import check_same_vocabulary
+from data.models.named import find_model, load_model
+from data.models.sampling import sample_all
+from data.models.tokenizer import check_same_vocabulary
+from data.process import command_line, dist, errors, files
+from data.process.command_line import number_in_range
+from data.process.dist import print0
+from data.process.errors import InputError
+from data.runs.options import add_precision_option
+from data.runs.report import MIN_ALIVE, last_reliable_step, write_figure
+from data.runs.runs import checkpoints, unique_labels
+from data.sets.prepare import find_data_dir
+from data.sets.rows import MAX_NEW_TOKENS, Example, encode_request, micro_batches, read_rows
 from losses import kl
 from model import precision
 
@@ -138,8 +137,17 @@ class Teacher:
         # makes the difference between two students less noisy.
         args, samples = self.args, range(self.args.samples)
         rng_keys = [(args.seed, "exposure", role, n, row) for row in self.rows for n in samples]
-        inputs = self.requests, rng_keys, self.eos_token_id, steps, args.batch
-        return sample_all(model, *inputs, label=label, dtype=args.dtype)[0]
+        responses, _ = sample_all(
+            model,
+            self.requests,
+            rng_keys,
+            self.eos_token_id,
+            max_new_tokens=steps,
+            batch_size=args.batch,
+            label=label,
+            dtype=args.dtype,
+        )
+        return responses
 
     def kl_lists(self, student, label, steps):
         """KL(p || q) by step on the responses of the student q and on those of the teacher p, of
@@ -148,8 +156,14 @@ class Teacher:
         args, results = self.args, [self.rows]
         for responses in (self.sample_responses(q, "student", steps, label), self.y_p):
             responses = [response[:steps] for response in responses]
-            limits = args.micro_batch_tokens, args.dtype
-            kl_steps = kl_by_step(self.p, q, self.requests, responses, *limits)
+            kl_steps = kl_by_step(
+                self.p,
+                q,
+                self.requests,
+                responses,
+                micro_batch_tokens=args.micro_batch_tokens,
+                dtype=args.dtype,
+            )
             starts = range(0, len(kl_steps), args.samples)
             results.append([kl_steps[i : i + args.samples] for i in starts])
         _, kl_q, kl_p = zip(*sorted(dist.all_gather_list(list(zip(*results)))))
@@ -202,7 +216,7 @@ def write_figure_3b(teacher, runs, settings, out):
 
 def parse_args(argv):
     help = "Exposure bias of students (ExAccErr): over generation steps and along training."
-    parser = cli.ArgumentParser("exposure_bias.py", description=help, allow_abbrev=False)
+    parser = command_line.ArgumentParser("exposure_bias.py", description=help, allow_abbrev=False)
     positive, length = number_in_range(int, 1, 10**6), number_in_range(int, 1, MAX_NEW_TOKENS)
     add = parser.add_argument
     add("--teacher", required=True, metavar="MODEL", help="fine-tuned: run, directory or hub id")
@@ -226,7 +240,7 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    cli.check_output_dir(args.out)
+    files.check_output_dir(args.out)
     device, args.dtype = dist.init_process(args.dtype or "float32")
     path = dist.run_on_rank0(find_data_dir, args.data) / "test.jsonl"
     rows = read_rows(path, args.rows, needs_output=False)
@@ -239,7 +253,7 @@ def main(argv=None):
         check_same_vocabulary(args.teacher, student, tokenizer, find_model(student)[1])
     settings = vars(args) | {"requests": len(rows)}
     fix = "lower --batch or --micro-batch-tokens, or use smaller models"
-    with cli.explain_out_of_memory(f"students of {args.teacher} on {args.data}", fix):
+    with errors.explain_out_of_memory(f"students of {args.teacher} on {args.data}", fix):
         teacher = Teacher(p, tokenizer, rows, args)
         if students:
             write_figure_3a(teacher, students, settings, Path(args.out) / "figure_3a")
@@ -249,4 +263,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run_command_line(main)
+    command_line.run_command_line(main)

@@ -2,9 +2,7 @@
 `python prompt.py RUN` shows what the tuned prompt of a run does."""
 
 if __name__ == "__main__":
-    from data.threads import configure_threads
-
-    configure_threads()  # before torch is imported
+    import data.process.threads  # noqa: F401  (before torch: how its threads wait)
 
 import torch
 
@@ -69,7 +67,7 @@ def initial_prompt(embedding, init, length, text_tokens, pad_token, seed):
 
 
 if __name__ == "__main__":
-    from data.cli import run_command_line
-    from data.tuned_prompt import main
+    from data.process.command_line import run_command_line
+    from data.runs.tuned_prompt import main
 
     run_command_line(main)

@@ -2,9 +2,7 @@
 `python sample.py MODEL` lets a model respond."""
 
 if __name__ == "__main__":
-    from data.threads import configure_threads
-
-    configure_threads()  # before torch is imported
+    import data.process.threads  # noqa: F401  (before torch: how its threads wait)
 
 import zlib
 
@@ -207,7 +205,7 @@ def row_uniforms(n_tokens, *key):
 
 
 if __name__ == "__main__":
-    from data.cli import run_command_line
-    from data.sampling import main
+    from data.models.sampling import main
+    from data.process.command_line import run_command_line
 
     run_command_line(main)

@@ -4,9 +4,7 @@ python train.py                                        the demo: offline, CPU or
 torchrun --nproc_per_node=8 train.py --student gpt2    the paper's main result, all its stages
 """
 
-from data.threads import configure_threads
-
-configure_threads()  # before torch is imported
+import data.process.threads  # noqa: F401  (before torch: how its threads wait)
 
 import time
 import zlib
@@ -17,26 +15,22 @@ from pathlib import Path
 import torch
 
 import losses
-from data import dist, options, plan, preview, runs, stages
-from data.cli import check_output_dir, run_command_line
-from data.dist import print0
-from data.methods import Settings
-from data.models import load_model
-from data.optim import adamw, clip_and_step, set_learning_rates
-from data.rows import Example, epoch_order, micro_batches
-from data.runs import format_time
-from data.sampling import sample_all
-from data.states import load_state, save_state
-from data.tokenizer import check_same_vocabulary
-from data.tuned_prompt import untuned_prompt
-from data.validation import (
-    check_prompt,
-    check_references,
-    checkpoint_score,
-    note_best,
-    show_demo,
-    validate,
-)
+from data.models.named import load_model
+from data.models.sampling import sample_all
+from data.models.tokenizer import check_same_vocabulary
+from data.process import dist
+from data.process.command_line import run_command_line
+from data.process.dist import print0
+from data.process.files import check_output_dir
+from data.runs import options, plan, preview, runs, stages
+from data.runs.methods import Settings
+from data.runs.optim import adamw, clip_and_step, set_learning_rates
+from data.runs.runs import format_time
+from data.runs.states import load_state, save_state
+from data.runs.tuned_prompt import untuned_prompt
+from data.runs.validation import check_prompt, checkpoint_score, note_best, validate
+from data.sets.rows import Example, epoch_order, micro_batches
+from evaluate import print_unscorable, sampled_rouge_l, show_demo
 from losses import sum_over_tokens
 from model import GPT, precision
 from prompt import freeze, response_hidden
@@ -344,7 +338,7 @@ def minillm_rollout(run, examples, t):
     ]
 
 
-# The steps of data.methods.METHODS: (run, this rank's examples, t) -> metrics
+# The steps of data.runs.methods.METHODS: (run, this rank's examples, t) -> metrics
 STEPS = {
     "sft": sft_step,
     "kd": kd_step,
@@ -412,13 +406,13 @@ def train_loop(run, data, progress, directory, keep, save_every):
 
     keep: number of evenly spaced checkpoints to keep. save_every: steps between saved states,
     besides those at validations. A signal that ends a run, to any rank, ends the process after the
-    current step, with the state saved (see `data.cli.STOP_SIGNALS`).
+    current step, with the state saved (see `data.process.command_line.STOP_SIGNALS`).
     """
     total_steps = run.total_steps
     eval_interval = run.settings.eval_interval or run.steps_per_epoch
     log = runs.MetricsLog(directory / "metrics.jsonl", progress["step"])
     if run.P is not None and progress["step"] == 0:
-        metrics = validate(run, data.dev_rows, data.dev_examples)
+        metrics = validate(run, data.dev_rows, data.dev_examples, sampled_rouge_l)
         log.write(check_prompt(run, metrics, data.dev_examples))
     clock = runs.Clock(progress, total_steps)
     with dist.defer_signals() as signals:
@@ -429,7 +423,7 @@ def train_loop(run, data, progress, directory, keep, save_every):
             stages.check_finite(directory, metrics)
             is_eval_step = step % eval_interval == 0 or step == total_steps
             if is_eval_step:
-                metrics |= validate(run, data.dev_rows, data.dev_examples)
+                metrics |= validate(run, data.dev_rows, data.dev_examples, sampled_rouge_l)
                 stages.check_finite(directory, metrics)
                 note_best(progress, checkpoint_score(run.settings, metrics), step)
             # Of 6 steps and keep=4 after steps 2, 3, 5 and 6.
@@ -474,14 +468,15 @@ def run_stage(name, s, out, micro_batch_tokens, device, paper=None, keep=0, save
             if progress["step"] and progress["best_step"] == progress["step"]:
                 runs.save_checkpoint(run, directory / "best")  # see train_loop
             stages.print_stage(run, directory, len(examples), progress["step"])
-            check_references(s, data.dev_rows)
+            if s.metric_for_best == "rouge_l":
+                print_unscorable("validation", [row.references for row in data.dev_rows])
             train_loop(run, data, progress, directory, keep, save_every)
         stages.finish_stage(run, directory, record, progress)
     return str(directory)
 
 
 def run_stages(planned, args, device):
-    """Run the stages of a plan (see `data.plan.plan_stages`), each unless it is complete."""
+    """Run the stages of a plan (see `data.runs.plan.plan_stages`), each unless it is complete."""
     for stage in planned:
         if stage.kind == "responses":
             stages.sample_responses(stage.directory, stage.settings, device)

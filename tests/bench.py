@@ -33,17 +33,17 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
 from subprocess import PIPE, Popen
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 ENVIRONMENT = dict(os.environ)  # of the sides: the imports below configure this process's threads
 
-import data.threads
-
 if "--stock" in sys.argv:  # a side that keeps the defaults of libgomp and glibc
-    data.threads.configure_threads = lambda: None
+    sys.modules["data.process.threads"] = ModuleType("data.process.threads")
+
+import data.process.threads  # noqa: F401  (before torch)
 
 import numpy as np
 import torch
@@ -59,13 +59,18 @@ from recipe import (
 from roofline import PROMPT_LENGTH, bound_seconds, count_work, machine_rates
 
 import train
-from data import dist, runs
-from data.cli import InputError, run_command_line, write_atomic
-from data.methods import METHODS, Settings
-from data.optim import adamw, set_learning_rate
-from data.options import add_precision_option, number_in_range, parse_shape
-from data.report import format_table, save_plot
-from data.rows import (
+from data.models.sampling import decode_response, sample_all
+from data.models.tokenizer import load_tokenizer
+from data.process import dist
+from data.process.command_line import run_command_line
+from data.process.errors import InputError
+from data.process.files import write_atomic
+from data.runs import runs
+from data.runs.methods import METHODS, Settings
+from data.runs.optim import adamw, set_learning_rate
+from data.runs.options import add_precision_option, number_in_range, parse_shape
+from data.runs.report import format_table, save_plot
+from data.sets.rows import (
     MAX_NEW_TOKENS,
     Example,
     encode_request,
@@ -74,8 +79,6 @@ from data.rows import (
     micro_batches,
     read_rows,
 )
-from data.sampling import decode_response, sample_all
-from data.tokenizer import load_tokenizer
 from evaluate import evaluate, rouge_l
 from model import GPT, precision
 from prompt import freeze

@@ -61,6 +61,6 @@ def server(online, monkeypatch):
     server = Server()
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr("data.hub.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("data.models.hub.time.sleep", lambda seconds: None)
     yield server
     server.close()

@@ -25,9 +25,10 @@ import torch
 from safetensors.torch import save_file
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from data.cli import InputError, run_command_line
-from data.methods import METHODS
-from data.tokenizer import BYTE_DECODER, END_OF_TEXT, tokenizer_files
+from data.models.tokenizer import BYTE_DECODER, END_OF_TEXT, tokenizer_files
+from data.process.command_line import run_command_line
+from data.process.errors import InputError
+from data.runs.methods import METHODS
 from model import GPT, TRANSPOSED, Config
 
 ROOT = Path(__file__).resolve().parent.parent

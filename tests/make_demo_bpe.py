@@ -12,9 +12,9 @@ from pathlib import Path
 import regex
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from data.cli import write_atomic
-from data.demo import TOKENIZER_DIR, make_documents
-from data.tokenizer import BYTE_ENCODER, END_OF_TEXT
+from data.models.tokenizer import BYTE_ENCODER, END_OF_TEXT
+from data.process.files import write_atomic
+from data.sets.demo import TOKENIZER_DIR, make_documents
 
 MAX_VOCAB_SIZE = 1000  # training ends before if every word of the text is one token
 

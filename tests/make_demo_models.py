@@ -15,8 +15,9 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from data.cli import InputError, run_command_line
-from data.demo import MODELS_DIR
+from data.process.command_line import run_command_line
+from data.process.errors import InputError
+from data.sets.demo import MODELS_DIR
 
 RUNS = {
     "3x128x4": "pretrain-3x128x4-demo",

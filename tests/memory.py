@@ -29,12 +29,14 @@ from torch.utils._pytree import tree_iter
 
 import sample
 import train
-from data import dist, sampling, stages, validation
-from data.methods import METHODS, SIZES, Settings, preset
-from data.optim import adamw
-from data.paper import PAPER_COSTS
-from data.report import format_table
-from data.rows import MAX_LENGTH, MAX_NEW_TOKENS, MAX_REQUEST, Batch, Example
+from data.models import sampling
+from data.process import dist
+from data.runs import stages, validation
+from data.runs.methods import METHODS, SIZES, Settings, preset
+from data.runs.optim import adamw
+from data.runs.paper import PAPER_COSTS
+from data.runs.report import format_table
+from data.sets.rows import MAX_LENGTH, MAX_NEW_TOKENS, MAX_REQUEST, Batch, Example
 from model import GPT, Config, KVCache, precision
 from prompt import freeze
 
@@ -227,7 +229,7 @@ def gpu_form(meter, batches):
 
 
 def make_settings(kind, size, dtype):
-    """The Settings of the paper's stage (see data.methods.preset)."""
+    """The Settings of the paper's stage (see data.runs.methods.preset)."""
     method = "sft" if kind in ("teacher", "init") else kind
     teacher = TEACHER if METHODS[method].needs_teacher else None
     values = preset(kind, size)
@@ -254,7 +256,7 @@ def full_batch(n_tokens, prompt_length):
 
 
 def sampling_rows(models, dtype, n_rows, card):
-    """`data.sampling.sampling_batch_size` on a GPU with so many bytes."""
+    """`data.models.sampling.sampling_batch_size` on a GPU with so many bytes."""
     max_seq_len = MAX_REQUEST + MAX_NEW_TOKENS
     row_bytes = sum(KVCache.row_bytes(m.config, max_seq_len, dtype) for m in models)
     return max(1, min(n_rows, int(sampling.CACHE_SHARE * card) // row_bytes))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import sample
 import train
-from data import sampling
+from data.models import sampling
 from model import TRANSPOSED, KVCache, precision
 from prompt import prepend
 from sample import pad

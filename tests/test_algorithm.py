@@ -17,12 +17,12 @@ import torch
 from helpers import METHODS_WITH_STEPS, PROMPT, fork_ranks, stored_weights, tiny_model, wait_for
 
 import train
-from data import dist
-from data.methods import METHODS
-from data.optim import adamw, clip_and_step, set_learning_rate
-from data.paper import PROMPT
-from data.rows import Example, make_batch
-from data.validation import validation_loss
+from data.process import dist
+from data.runs.methods import METHODS
+from data.runs.optim import adamw, clip_and_step, set_learning_rate
+from data.runs.paper import PROMPT
+from data.runs.validation import validation_loss
+from data.sets.rows import Example, make_batch
 from model import GPT, TRANSPOSED, Config
 from prompt import freeze, prepend, response_hidden
 

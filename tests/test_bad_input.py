@@ -43,13 +43,17 @@ from tiktoken_ext.openai_public import r50k_pat_str
 import evaluate
 import exposure_bias
 import train
-from data import cli, prepare, sampling
-from data.checkpoint import save
-from data.cli import InputError, run_command_line, write_atomic
-from data.hub import download
-from data.rows import read_rows
-from data.runs import RUN_FORMAT, base_label
-from data.tokenizer import END_OF_TEXT
+from data.models import sampling
+from data.models.checkpoint import save
+from data.models.hub import download
+from data.models.tokenizer import END_OF_TEXT
+from data.process import command_line, files
+from data.process.command_line import run_command_line
+from data.process.errors import InputError
+from data.process.files import write_atomic
+from data.runs.runs import RUN_FORMAT, base_label
+from data.sets import prepare
+from data.sets.rows import read_rows
 
 PROGRAMS = {
     "train.py": train,
@@ -134,10 +138,10 @@ def isolated(world, online, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    monkeypatch.setattr("data.hub.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("data.models.hub.time.sleep", lambda seconds: None)
     monkeypatch.setattr(prepare, "DATA_DIR", tmp_path / "home")
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    monkeypatch.setattr("data.report.save_plot", lambda path, draw: "no plot")
+    monkeypatch.setattr("data.runs.report.save_plot", lambda path, draw: "no plot")
     monkeypatch.setattr(train, "train_step", lambda *_: pytest.fail("training has started"))
 
 
@@ -199,8 +203,8 @@ def refused(world, tmp_path, capsys):
 def snapshot(*directories):
     """The files below directories, {path: (content, time of the last change)}."""
     found = {}
-    for parent, below, files in (entry for top in directories for entry in os.walk(top)):
-        for path in (os.path.join(parent, name) for name in [*below, *files]):
+    for parent, below, names in (entry for top in directories for entry in os.walk(top)):
+        for path in (os.path.join(parent, name) for name in [*below, *names]):
             if os.path.islink(path):
                 found[path] = os.readlink(path)
             elif os.path.isfile(path):
@@ -292,12 +296,12 @@ def test_a_number_that_is_out_of_range_is_reported_with_its_range(refused):
 def test_under_torchrun_rank_0_reports_wrong_options_first(monkeypatch, capsys):
     """The others wait until it has exited; a rank that is still there reports one line too."""
     delays = []
-    monkeypatch.setattr(cli.time, "sleep", delays.append)
+    monkeypatch.setattr(command_line.time, "sleep", delays.append)
     for rank in range(2):
         variables = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(cli.os, "_exit", sys.exit)  # which several ranks end with
+        monkeypatch.setattr(files.os, "_exit", sys.exit)  # which several ranks end with
         with pytest.raises(SystemExit) as exit:
             run_program("train.py --lr 0")
         assert exit.value.code == 2 and len(delays) == rank
@@ -1365,7 +1369,7 @@ def test_malformed_names_of_data_sets(refused, bad, program):
 
 def test_validation_rows_are_read_before_a_teacher_is_sampled(refused, bad, monkeypatch):
     monkeypatch.setattr(
-        "data.sampling.sample", lambda *_, **__: pytest.fail("sampling has started")
+        "data.models.sampling.sample", lambda *_, **__: pytest.fail("sampling has started")
     )
     (bad / "dev.jsonl").unlink()
     command = "train.py --method seqkd --sft-teacher teacher --student student --data bad"
@@ -1491,7 +1495,7 @@ def test_an_impossible_output_directory_is_reported_at_once(
     dangling(bad / "link")
     loop(bad / "loop")
     monkeypatch.setattr(
-        "data.sampling.sample", lambda *_, **__: pytest.fail("sampling has started")
+        "data.models.sampling.sample", lambda *_, **__: pytest.fail("sampling has started")
     )
     out = NOT_WRITABLE[what]
     line = refused(WRITERS[writer], "--out", out)
@@ -1508,7 +1512,7 @@ def test_an_output_directory_without_permission(refused, bad, writer):
 
 def test_an_output_directory_without_permission_for_root_too(refused, bad, monkeypatch):
     """The same with the system's answer replaced, since root has every permission."""
-    monkeypatch.setattr(cli.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(files.os, "access", lambda path, mode: False)
     line = refused(WRITERS["evaluate"], "--out", "bad/mine/out")
     has(line, "--out bad/mine/out", "is not a writable directory", "choose another")
 
@@ -1544,7 +1548,7 @@ def file_size_limit(size):
 def test_a_full_disk(refused, bad, monkeypatch, command, name):
     if command.startswith("data.prepare"):
         (bad / "train.jsonl").unlink()  # as in `put`
-    monkeypatch.setattr(cli.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     has(refused(command), "No space left on device", name)
 
 
@@ -1567,7 +1571,7 @@ def test_an_impossible_file_of_results(refused, bad, make):
 @pytest.mark.parametrize("limit, name", [(1000, "model.safetensors"), (100, "config.json")])
 def test_a_checkpoint_that_does_not_fit_on_the_disk(tmp_path, monkeypatch, limit, name):
     if name == "config.json":
-        monkeypatch.setattr("data.checkpoint.save_tensors", lambda *_: None)
+        monkeypatch.setattr("data.models.checkpoint.save_tensors", lambda *_: None)
     with file_size_limit(limit), pytest.raises((OSError, InputError), match=name):
         save(tiny_model(), tmp_path)
     assert snapshot(tmp_path) == {}
@@ -1575,7 +1579,7 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk(tmp_path, monkeypatch, limit
 
 def test_a_download_on_a_full_disk_leaves_no_partial_file(server, tmp_path, monkeypatch):
     server.answers["/x"] = b"content"
-    monkeypatch.setattr(cli.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device.*x"):
         download(f"{server.url}/x", tmp_path / "d" / "x")
     assert list((tmp_path / "d").iterdir()) == []
@@ -1584,7 +1588,7 @@ def test_a_download_on_a_full_disk_leaves_no_partial_file(server, tmp_path, monk
 def test_an_existing_file_survives_a_full_disk(tmp_path, monkeypatch):
     path = tmp_path / "x"
     write_atomic(path, "old")
-    monkeypatch.setattr(cli.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device: '.*x'"):
         write_atomic(path, "new")
     assert snapshot(tmp_path).keys() == {str(path)} and path.read_text() == "old"
@@ -1676,7 +1680,7 @@ def test_of_two_ranks_one_prints_the_line(bad, tmp_path, monkeypatch):
         """What torchrun does while rank 1 delays its line."""
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(cli, "time", SimpleNamespace(sleep=end_rank))
+    monkeypatch.setattr(command_line, "time", SimpleNamespace(sleep=end_rank))
     command = "train.py --method sft --student student --data bad"
     processes = fork_ranks(lambda: train.main(command.split()[1:]), 2, tmp_path / "log")
     assert wait_for(processes, 60) == [2, -signal.SIGTERM]

@@ -18,9 +18,9 @@ from recipe import force_responses, recipe_step, token_table
 
 import sample
 import train
-from data import sampling
-from data.cli import InputError
-from data.rows import Example
+from data.models import sampling
+from data.process.errors import InputError
+from data.sets.rows import Example
 
 CPU = torch.device("cpu")
 TINY = bench.CASES["XS"] | {"vocab": 61, "dropout": 0.0}

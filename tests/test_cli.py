@@ -8,8 +8,10 @@ import threading
 import pytest
 from helpers import error_of, files_below
 
-from data import cli
-from data.cli import InputError, atomic_path, read_json, run_command_line, write_atomic
+from data.process import files
+from data.process.command_line import run_command_line
+from data.process.errors import InputError
+from data.process.files import atomic_path, read_json, write_atomic
 
 # ---- run_command_line --------------------------------------------------------------------------
 
@@ -45,7 +47,7 @@ def test_other_exceptions_and_success_pass_through(capsys):
 def test_a_signal_ends_a_command_with_one_line_and_leaves_no_partial_file(
     tmp_path, monkeypatch, capsys, number, status
 ):
-    monkeypatch.setattr(cli.os, "fsync", lambda handle: signal.raise_signal(number))
+    monkeypatch.setattr(files.os, "fsync", lambda handle: signal.raise_signal(number))
     previous = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as exit:
         run_command_line(lambda: write_atomic(tmp_path / "file", "text"))
@@ -82,7 +84,7 @@ def test_a_failed_write_keeps_the_old_content_and_leaves_no_temporary_file(
 
     path = tmp_path / "file.txt"
     write_atomic(path, "old")
-    monkeypatch.setattr(cli.os, function, fail)
+    monkeypatch.setattr(files.os, function, fail)
     for target in (path, tmp_path / "another.txt"):
         with pytest.raises(type(error)):
             write_atomic(target, "new" * 1000)

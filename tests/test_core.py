@@ -18,7 +18,7 @@ from helpers import ROOT
 from recipe import force_responses
 
 import train
-from data.optim import set_learning_rate
+from data.runs.optim import set_learning_rate
 
 CORE = ("model.py", "losses.py", "prompt.py", "sample.py")
 LR = 1e-3

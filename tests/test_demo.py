@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data import demo
-from data.cli import InputError
-from data.demo import (
+from data.models.named import load_model
+from data.models.tokenizer import load_tokenizer
+from data.process.errors import InputError
+from data.sets import demo
+from data.sets.demo import (
     HABITS,
     MODELS_DIR,
     NEW_PAIRS,
@@ -27,9 +29,7 @@ from data.demo import (
     do_task,
     make_preamble,
 )
-from data.models import load_model
-from data.rows import fill_template
-from data.tokenizer import load_tokenizer
+from data.sets.rows import fill_template
 
 TRAINING_SETS = ["train", "dev", "test"]
 HELD_OUT_SETS = ["wording/test", "words/test", "longer/test", "combined/test"]

@@ -11,10 +11,10 @@ import pytest
 import torch
 from helpers import ROOT, fork_ranks, run_command, torchrun, wait_for
 
-from data import cli, dist
-from data.cli import InputError
-from data.hub import find_model_dir
-from data.tokenizer import TOKENIZER_FILES
+from data.models.hub import find_model_dir
+from data.models.tokenizer import TOKENIZER_FILES
+from data.process import command_line, dist
+from data.process.errors import InputError
 
 # ---- two ranks ---------------------------------------------------------------------------------
 
@@ -31,7 +31,7 @@ def error_on_rank0(function):
 
 
 def use_everything(directory):
-    """Call every function of data.dist, and write what it returns to `directory`/RANK.json."""
+    """Call every function of dist, and write what it returns to `directory`/RANK.json."""
 
     def record_call(value):
         with open(directory / f"called by {os.environ['RANK']}", "a") as file:
@@ -114,7 +114,7 @@ def end_rank(seconds):
 @pytest.mark.parametrize("command", [fail_before_init, fail_on_rank0])
 def test_rank_0_reports_an_error_of_all_ranks_first(tmp_path, monkeypatch, command):
     """The others delay the same line, and torchrun ends them before they print it."""
-    monkeypatch.setattr(cli, "time", SimpleNamespace(sleep=end_rank))
+    monkeypatch.setattr(command_line, "time", SimpleNamespace(sleep=end_rank))
     assert wait_for(fork_ranks(command, 2, tmp_path / "log"), 60) == [2, -signal.SIGTERM]
     lines = (tmp_path / "log0").read_text().splitlines()
     assert [line for line in lines if not line.startswith(("device: ", "warning: "))] == [
@@ -125,20 +125,20 @@ def test_rank_0_reports_an_error_of_all_ranks_first(tmp_path, monkeypatch, comma
 
 SCRIPT = """
 import sys
-from data import cli, dist
+from data.process import command_line, dist, errors, files
 
 def main():
     dist.init_process()
     if sys.argv[1] == "an error on rank 1":
         if dist.rank() == 1:
-            raise cli.InputError("rows.jsonl, line 3: is empty")
+            raise errors.InputError("rows.jsonl, line 3: is empty")
         dist.all_gather_list([])
     else:
         dist.run_on_rank0(lambda: 1 / 0)
     print("continued", flush=True)
 
-cli.time.sleep = lambda seconds: None
-cli.run_command_line(main)
+command_line.time.sleep = lambda seconds: None
+command_line.run_command_line(main)
 """
 
 

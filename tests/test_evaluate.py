@@ -33,12 +33,13 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import evaluate as evaluate_module
-from data import dist
-from data.cli import InputError, run_command_line
-from data.models import load_model
-from data.paper import DEMO_SETS, PAPER_SCORES, PAPER_SETS
-from data.prepare import PUBLIC_SETS, PublicSet
-from data.report import (
+from data.models.named import load_model
+from data.models.sampling import decode_response
+from data.process import dist
+from data.process.command_line import run_command_line
+from data.process.errors import InputError
+from data.runs.paper import DEMO_SETS, PAPER_SCORES, PAPER_SETS
+from data.runs.report import (
     format_score,
     format_table,
     plot_bars,
@@ -46,9 +47,9 @@ from data.report import (
     save_plot,
     score_table,
 )
-from data.rows import fill_template, read_rows
-from data.runs import RUN_FORMAT, unique_labels
-from data.sampling import decode_response
+from data.runs.runs import RUN_FORMAT, unique_labels
+from data.sets.prepare import PUBLIC_SETS, PublicSet
+from data.sets.rows import fill_template, read_rows
 from evaluate import (
     Column,
     add_average,
@@ -67,7 +68,7 @@ from sample import row_uniforms, sample
 def no_plots(request, monkeypatch):
     """Plots take long. Only the tests that use the fixture `plots` draw them."""
     if "plots" not in request.fixturenames:
-        monkeypatch.setattr("data.report.save_plot", lambda path, draw: "no plot")
+        monkeypatch.setattr("data.runs.report.save_plot", lambda path, draw: "no plot")
 
 
 @pytest.fixture
@@ -299,7 +300,7 @@ def plain(world, tmp_path_factory):
     """`run` without options: its directory, table1.json and what is printed."""
     out = tmp_path_factory.mktemp("plain")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.report.save_plot", lambda path, draw: "no plot")
+        patch.setattr("data.runs.report.save_plot", lambda path, draw: "no plot")
         return out, *run(world, out)
 
 
@@ -438,7 +439,7 @@ def test_a_public_set_that_the_paper_does_not_know_is_evaluated_as_any_data(
 ):
     """Without the ban, and not as in the paper."""
     monkeypatch.setitem(PUBLIC_SETS, "haiku", PublicSet("owner/haiku", {"test": "test.jsonl"}))
-    monkeypatch.setattr("data.prepare.DATA_DIR", tmp_path / "data")
+    monkeypatch.setattr("data.sets.prepare.DATA_DIR", tmp_path / "data")
     shutil.copytree(world / "near", tmp_path / "data" / "haiku")
     [column] = open_columns(["haiku"]).values()
     assert (column.ban, column.as_in_paper) == (0, False)
@@ -584,7 +585,7 @@ def public(monkeypatch, tmp_path):
     def find_data_dir(name):
         return tmp_path / "data" / name if name in N_ROWS else Path(name)
 
-    monkeypatch.setattr("data.paper.PAPER_SETS", N_ROWS)
+    monkeypatch.setattr("data.runs.paper.PAPER_SETS", N_ROWS)
     monkeypatch.setattr("evaluate.find_data_dir", find_data_dir)
 
 
@@ -662,7 +663,7 @@ def test_the_authors_students_have_their_scores_by_hub_id(
     tmp_path, monkeypatch, fixed_scores, public
 ):
     checkpoint = write_checkpoint(tmp_path / "plain", talker_config(), tiny_tokenizer())
-    monkeypatch.setattr("data.models.find_model_dir", lambda name: checkpoint)
+    monkeypatch.setattr("data.models.named.find_model_dir", lambda name: checkpoint)
     fixed_scores(defaultdict(lambda: {"dolly": [27.0, 27.1]}))
     ids = [f"gmkim/GPT-2-{size}-distilled-PromptKD-Dolly-v1.0" for size in ("120M", "340M", "760M")]
     ids.append("owner/other")
@@ -694,7 +695,7 @@ def demo(tmp_path, monkeypatch):
     for name, directory in {**names, "dolly": "dolly"}.items():
         path = tmp_path / directory / "test.jsonl"
         write_rows(path, [{"instruction": name, "output": "a"}])
-    monkeypatch.setattr("data.paper.PAPER_SETS", {"dolly": 500})
+    monkeypatch.setattr("data.runs.paper.PAPER_SETS", {"dolly": 500})
     monkeypatch.setattr("evaluate.find_data_dir", lambda name: tmp_path / name)
 
 
@@ -964,7 +965,7 @@ def test_by_two_fields_has_a_bar_for_each_pair(tmp_path, group_by, monkeypatch):
         plotted.append(bars)
         return str(path)
 
-    monkeypatch.setattr("data.report.plot_bars", plot_bars)
+    monkeypatch.setattr("data.runs.report.plot_bars", plot_bars)
     _, printed = group_by("reg_weight", "prompt_init")
     assert plotted[-1] == {
         "reg_weight 0.0, prompt_init text": [3, 5],

@@ -13,7 +13,9 @@ from test_style import code_blocks
 REFERENCE = ROOT / "docs" / "reference.md"
 STEP, STEPS_ENTRY, METHODS_ENTRY, PUBLIC_SETS_ENTRY = code_blocks(REFERENCE, "python")
 [SKEWED_KL] = code_blocks(REFERENCE, "diff")
-STEPS_COMMENT = "# The steps of data.methods.METHODS: (run, this rank's examples, t) -> metrics"
+STEPS_COMMENT = (
+    "# The steps of data.runs.methods.METHODS: (run, this rank's examples, t) -> metrics"
+)
 # Of the tests that are parametrised over methods, those that take seconds
 TESTS = "style methods plan precision train resume algorithm".split()
 
@@ -71,7 +73,7 @@ def run_tests_of(method, project):
 
 def test_the_new_method_of_the_reference(project):
     text = REFERENCE.read_text(encoding="utf-8")
-    for place in ("before `STEPS`:", "In `STEPS`:", "In `METHODS` of [data/methods.py]"):
+    for place in ("before `STEPS`:", "In `STEPS`:", "In `METHODS` of [data/runs/methods.py]"):
         assert place in text
     train = project / "train.py"
     insert(train, STEPS_COMMENT, f"{STEP}\n\n")
@@ -84,7 +86,7 @@ def test_the_new_method_of_the_reference(project):
 def test_the_new_option_of_the_reference(project):
     """It takes at most 20 lines in at most three files, and no other method has it."""
     files = re.findall(r"^\+\+\+ b/(.*)$", SKEWED_KL, re.M)
-    assert files == ["data/methods.py", "losses.py", "train.py"]
+    assert files == ["data/runs/methods.py", "losses.py", "train.py"]
     assert len(re.findall(r"^\+(?!\+\+ b/)", SKEWED_KL, re.M)) <= 20
     apply_diff(project)
     check_form(project)
@@ -96,8 +98,8 @@ def test_the_new_option_changes_the_loss_and_the_name(project):
     script = """
 import torch
 import losses, train
-from data.methods import DEFAULTS, METHODS
-from data.runs import override_suffix
+from data.runs.methods import DEFAULTS, METHODS
+from data.runs.runs import override_suffix
 p, q = torch.randn(2, 5, 11, dtype=torch.float64)
 for skew in (0.1, 0.9):
     mixture = skew * p.softmax(-1) + (1 - skew) * q.softmax(-1)
@@ -110,7 +112,7 @@ for name, method in METHODS.items():
 train.main(["--method", "gkd", "--skew", "0.3"])
 """
     process = run(project, sys.executable, "-c", script)
-    error = "data.cli.InputError: --skew has no effect here (method gkd); leave it out"
+    error = "data.process.errors.InputError: --skew has no effect here (method gkd); leave it out"
     assert process.stderr.splitlines()[-1] == error
 
 
@@ -120,7 +122,7 @@ def test_the_new_data_set_of_the_reference(project, online, monkeypatch):
     check_form(project)
     server = Server()
     script = """
-from data import prepare
+from data.sets import prepare
 import evaluate
 prepare.main(["haiku"])
 [column] = evaluate.open_columns(["haiku"]).values()

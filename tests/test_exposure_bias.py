@@ -29,14 +29,15 @@ from reference import as_arrays, gpt2_logits, token_kl
 from safetensors.torch import load_file, save_file
 
 import exposure_bias
-from data import report
-from data.checkpoint import load
-from data.cli import InputError, run_command_line
-from data.demo import TOKENIZER_DIR
-from data.report import last_reliable_step
-from data.rows import fill_template
-from data.runs import RUN_FORMAT, checkpoints, unique_labels
-from data.tokenizer import load_tokenizer
+from data.models.checkpoint import load
+from data.models.tokenizer import load_tokenizer
+from data.process.command_line import run_command_line
+from data.process.errors import InputError
+from data.runs import report
+from data.runs.report import last_reliable_step
+from data.runs.runs import RUN_FORMAT, checkpoints, unique_labels
+from data.sets.demo import TOKENIZER_DIR
+from data.sets.rows import fill_template
 from exposure_bias import excess_accumulated_error, exposure_curve, kl_by_step, main
 from sample import row_uniforms, sample
 

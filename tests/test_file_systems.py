@@ -11,9 +11,9 @@ import pytest
 from helpers import TINY, run_command, soft_prompt, stored_weights, tiny_model
 from safetensors.torch import load_file, save_file
 
-from data.checkpoint import save
-from data.cli import write_atomic
-from data.tensors import save_prompt, save_tensors
+from data.models.checkpoint import save
+from data.models.tensors import save_prompt, save_tensors
+from data.process.files import write_atomic
 
 # Each call fails as it does on a mounted object store or on CIFS.
 SHIM = """
@@ -45,7 +45,7 @@ SCRIPT = """
 import os, sys
 sys.path.insert(0, "")
 import train
-from data import sampling
+from data.models import sampling
 for call in (lambda: os.chmod(".", 0o755), lambda: os.truncate(sys.argv[1], 1)):
     try:
         call()
@@ -115,7 +115,7 @@ def fail_fsync(monkeypatch, number):
     def fsync(handle):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("data.cli.os.fsync", fsync)
+    monkeypatch.setattr("data.process.files.os.fsync", fsync)
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])

@@ -35,9 +35,9 @@ from safetensors.torch import load_file
 
 import sample
 import train
-from data import sampling
-from data.methods import METHODS
-from data.rows import MAX_REQUEST, Example
+from data.models import sampling
+from data.runs.methods import METHODS
+from data.sets.rows import MAX_REQUEST, Example
 from losses import aligned_logits
 from model import Config, head_logits, precision
 
@@ -412,7 +412,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 COLLECTIVES = """
 import json, sys
 import torch
-from data import dist
+from data.process import dist
 
 device, _ = dist.init_process()
 found = {"ranks": torch.distributed.get_world_size(), "device": device.type}

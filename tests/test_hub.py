@@ -28,12 +28,14 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 
-from data import dist, hub, prepare
-from data.checkpoint import save
-from data.cli import InputError
-from data.hub import download, file_hash, find_model_dir, hub_url, model_hash, weights_files
-from data.models import load_model
-from data.tokenizer import TOKENIZER_FILES, tokenizer_files
+from data.models import hub
+from data.models.checkpoint import save
+from data.models.hub import download, file_hash, find_model_dir, hub_url, model_hash, weights_files
+from data.models.named import load_model
+from data.models.tokenizer import TOKENIZER_FILES, tokenizer_files
+from data.process import dist
+from data.process.errors import InputError
+from data.sets import prepare
 
 CPU = torch.device("cpu")
 
@@ -479,7 +481,7 @@ def test_a_model_in_the_folder_gpt2_is_used_and_reported_once(
         "rename it or give openai-community/gpt2\n",
     )
     dist.print_once.cache_clear()
-    monkeypatch.setattr("data.dist.rank", lambda: 1)
+    monkeypatch.setattr("data.process.dist.rank", lambda: 1)
     assert find_model_dir("gpt2") == hub.Path(layout) and capsys.readouterr().err == ""
     dist.print_once.cache_clear()
 

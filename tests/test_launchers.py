@@ -23,13 +23,14 @@ from helpers import (
 from test_resume import no_plots, outcome, six_steps  # noqa: F401
 from test_train import CPU, student, teacher, world  # noqa: F401
 
-import data.prepare
+import data.sets.prepare
 import evaluate
 import exposure_bias
 import train
-from data import cli, dist, sampling
-from data.cli import is_launched
-from data.dist import check_launcher, place_rank
+from data.models import sampling
+from data.process import command_line, dist
+from data.process.command_line import is_launched
+from data.process.dist import check_launcher, place_rank
 
 VARIABLES = (
     *("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
@@ -129,7 +130,7 @@ def test_a_refused_process_prints_one_line_and_exits_with_status_2(
     tmp_path, monkeypatch, variables
 ):
     set_variables(monkeypatch, variables)
-    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(command_line.time, "sleep", lambda seconds: None)
     assert wait_for(fork_ranks(lambda: train_here(tmp_path), 1, tmp_path / "log"), 60) == [2]
     [line] = (tmp_path / "log0").read_text().splitlines()
     assert line == f"error: {REFUSED[variables]}"
@@ -203,9 +204,10 @@ def train_stage(out, s):
 
 SCRIPT = """
 import json, pathlib, sys
-import data.prepare, train
-from data import dist, report
-from data.cli import run_command_line
+import data.sets.prepare, train
+from data.process import dist
+from data.runs import report
+from data.process.command_line import run_command_line
 
 
 def main():
@@ -215,7 +217,7 @@ def main():
     dist.shutdown()
 
 
-data.prepare.DATA_DIR = pathlib.Path(sys.argv[1])
+data.sets.prepare.DATA_DIR = pathlib.Path(sys.argv[1])
 report.plot_curves = lambda directory: "no plot"
 run_command_line(main)
 """
@@ -244,7 +246,7 @@ def test_plain_processes_train_together_with_the_same_bits_as_under_torchrun(
     s = six_steps(student, teacher)
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "plain").mkdir()
-    arguments = (tmp_path / "script.py", data.prepare.DATA_DIR, tmp_path / "plain")
+    arguments = (tmp_path / "script.py", data.sets.prepare.DATA_DIR, tmp_path / "plain")
     processes = start_processes(n_ranks, *arguments, json.dumps(asdict(s)))
     outputs = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0] * n_ranks, outputs
@@ -268,7 +270,7 @@ def test_a_rank_that_never_comes_is_reported_with_the_address(tmp_path, monkeypa
     port = free_port()
     variables = f"RANK={rank} WORLD_SIZE=2 MASTER_ADDR={address} MASTER_PORT={port}"
     set_variables(monkeypatch, variables)
-    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(command_line.time, "sleep", lambda seconds: None)
     assert wait_for(fork_ranks(join_in_a_second, 1, tmp_path / "log"), 60) == [2]
     [line] = (tmp_path / "log0").read_text().splitlines()
     assert line.startswith(f"error: {address}:{port}: can't join the other ranks (")
@@ -290,7 +292,7 @@ def test_a_wrong_port_is_reported(monkeypatch, port):
 def test_two_processes_of_the_same_rank_are_refused(tmp_path, monkeypatch):
     """As where a script exports one RANK for all processes."""
     set_variables(monkeypatch, f"WORLD_SIZE=3 MASTER_ADDR=localhost MASTER_PORT={free_port()}")
-    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(command_line.time, "sleep", lambda seconds: None)
     processes = []
     for n, rank in enumerate((0, 1, 1)):
         monkeypatch.setenv("RANK", str(rank))
@@ -355,7 +357,7 @@ TOO_MANY = """
 import sys, types
 import torch
 import train
-from data.cli import run_command_line
+from data.process.command_line import run_command_line
 
 join = torch.distributed.init_process_group
 torch.distributed.init_process_group = lambda backend, **kwargs: join("gloo", **kwargs)
@@ -386,7 +388,7 @@ def test_under_torchrun_more_ranks_than_gpus_end_with_one_line(tmp_path):
 def test_more_ranks_than_gpus_end_without_a_traceback(tmp_path, monkeypatch, n_ranks):
     """With PyTorch made to believe that there is one GPU."""
     monkeypatch.setattr(sys, "argv", ["script.py", str(tmp_path / "out")])
-    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(command_line.time, "sleep", lambda seconds: None)
     ranks = fork_ranks(lambda: exec(TOO_MANY, {}), n_ranks, tmp_path / "log")
     assert wait_for(ranks, 60) == [2] * n_ranks
     for rank in range(n_ranks):

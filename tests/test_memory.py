@@ -23,10 +23,11 @@ from helpers import (
 )
 
 import train
-from data import dist
-from data.cli import InputError, explain_out_of_memory, run_command_line
-from data.rows import epoch_order
-from data.states import find_newest_state, write_state
+from data.process import dist
+from data.process.command_line import run_command_line
+from data.process.errors import InputError, explain_out_of_memory
+from data.runs.states import find_newest_state, write_state
+from data.sets.rows import epoch_order
 
 GPU_ERROR = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB"
 CPU_ERROR = (
@@ -142,7 +143,7 @@ def test_a_state_is_not_taken_for_damaged_for_lack_of_memory(tmp_path, monkeypat
     path.parent.mkdir()
     write_state(path, {"step": 4})
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr("data.states.zipfile.ZipFile.testzip", fail)
+        patch.setattr("data.runs.states.zipfile.ZipFile.testzip", fail)
         find_newest_state(tmp_path)
     assert find_newest_state(tmp_path) == path
 
@@ -171,7 +172,7 @@ def test_of_two_ranks_the_one_that_runs_out_of_memory_reports_it_and_both_end(
         return step(run, examples, t)
 
     step = train.sft_step
-    monkeypatch.setattr("data.cli.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("data.process.command_line.time.sleep", lambda seconds: None)
     monkeypatch.setitem(train.STEPS, "sft", sft_step)
     write_checkpoint(tmp_path / "model", talker_config(), tiny_tokenizer())
     row = {"instruction": "Write a task.", "output": "a task"}
@@ -193,7 +194,9 @@ def test_of_two_ranks_the_one_that_runs_out_of_memory_reports_it_and_both_end(
 
 MEGABYTES = 250  # of memory besides what the imported modules take
 # The modules whose `main` is the body of a command
-MODULES = {"sample": "data.sampling"} | {x: x for x in ("train", "evaluate", "exposure_bias")}
+MODULES = {"sample": "data.models.sampling"} | {
+    x: x for x in ("train", "evaluate", "exposure_bias")
+}
 
 
 def run_limited(directory, commands):

@@ -11,9 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.parallel import DistributedDataParallel
 
-from data import dist, sampling
-from data.methods import METHODS
-from data.paper import PAPER_COSTS
+from data.models import sampling
+from data.process import dist
+from data.runs.methods import METHODS
+from data.runs.paper import PAPER_COSTS
 from model import GPT, Config
 
 STUDENT, TEACHER = Config(1, 64, 1, 512, 1024), Config(2, 128, 2, 512, 1024)

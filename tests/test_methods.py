@@ -1,4 +1,4 @@
-"""The declarations of data/methods.py, and what is derived from them."""
+"""The declarations of data/runs/methods.py, and what is derived from them."""
 
 import argparse
 import json
@@ -18,8 +18,10 @@ from test_train import (  # noqa: F401
 )
 
 import train
-from data.cli import InputError, number_in_range
-from data.methods import (
+from data.models.named import table_sort_key
+from data.process.command_line import number_in_range
+from data.process.errors import InputError
+from data.runs.methods import (
     DEFAULTS,
     METHODS,
     PRESET_OPTIONS,
@@ -31,8 +33,7 @@ from data.methods import (
     options_of_methods,
     preset,
 )
-from data.models import table_sort_key
-from data.options import parse_train_args
+from data.runs.options import parse_train_args
 
 KINDS = [*STAGES, *METHODS]
 
@@ -41,7 +42,7 @@ def test_every_method_has_a_step_and_every_step_a_method():
     without_step = METHODS.keys() - train.STEPS.keys()
     assert not without_step, f"add {sorted(without_step)} to train.STEPS"
     without_method = train.STEPS.keys() - METHODS.keys()
-    assert not without_method, f"add {sorted(without_method)} to data.methods.METHODS"
+    assert not without_method, f"add {sorted(without_method)} to data.runs.methods.METHODS"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -31,11 +31,11 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data.checkpoint import load, save
-from data.cli import InputError
-from data.packed import packed_linear, packed_weights
-from data.rows import fill_template
-from data.tokenizer import load_tokenizer, tokenizer_files
+from data.models.checkpoint import load, save
+from data.models.tokenizer import load_tokenizer, tokenizer_files
+from data.process.errors import InputError
+from data.process.packed import packed_linear, packed_weights
+from data.sets.rows import fill_template
 from model import (
     GPT,
     TRANSPOSED,
@@ -251,7 +251,7 @@ def test_tensors_move_to_the_device_one_by_one(tmp_path, monkeypatch):
             return tensor
 
     files = [(tmp_path / WEIGHTS, Watched(stored_weights(TINY)))]
-    monkeypatch.setattr("data.checkpoint.read_tensor_files", lambda directory: files)
+    monkeypatch.setattr("data.models.checkpoint.read_tensor_files", lambda directory: files)
     monkeypatch.setattr(torch, "isfinite", lambda tensor: torch.ones(1))
     tensors = list(load(tmp_path, device="meta").state_dict().values())
     assert {(tensor.device.type, tensor.dtype) for tensor in tensors} == {("meta", torch.float32)}
@@ -269,7 +269,7 @@ def test_only_one_shard_is_in_memory_at_a_time(tmp_path, monkeypatch):
         alive.extend(weakref.ref(tensor) for tensor in tensors.values())
         return tensors
 
-    monkeypatch.setattr("data.tensors.read_tensor_file", load_and_watch)
+    monkeypatch.setattr("data.models.tensors.read_tensor_file", load_and_watch)
     assert_same_weights(load(tmp_path), tiny_model())
     assert len(alive) == len(stored_weights(TINY))
 
@@ -876,7 +876,7 @@ def test_packed_weights_are_removed_if_the_memory_does_not_suffice_for_all(monke
 
     model = GPT(PACKABLE).init_weights(3)
     before = attributes(model)
-    monkeypatch.setattr("data.packed.packed_linear", pack)
+    monkeypatch.setattr("data.process.packed.packed_linear", pack)
     with pytest.raises(MemoryError), packed_weights([model], "float32"):
         pytest.fail("the context has begun")
     assert len(packed) == 3
@@ -950,7 +950,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     def full_disk(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("data.cli.os.fsync", full_disk)
+    monkeypatch.setattr("data.process.files.os.fsync", full_disk)
     with pytest.raises(OSError, match="No space") as caught:
         save(GPT(TINY).init_weights(0), tmp_path)
     assert str(tmp_path / "model.safetensors") in str(caught.value)

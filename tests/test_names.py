@@ -21,11 +21,11 @@ from helpers import (
     write_rows,
 )
 
-from data import report
-from data.prepare import find_data_dir
-from data.report import format_table, plot_bars, plot_curves, save_plot
-from data.runs import read_record, unique_labels
-from data.tensors import load_prompt, save_prompt
+from data.models.tensors import load_prompt, save_prompt
+from data.runs import report
+from data.runs.report import format_table, plot_bars, plot_curves, save_plot
+from data.runs.runs import read_record, unique_labels
+from data.sets.prepare import find_data_dir
 from sample import row_uniforms
 
 LATIN_1 = os.fsdecode(b"mod\xe9le")  # a lone surrogate
@@ -64,7 +64,7 @@ def test_any_name_is_drawn(tmp_path, monkeypatch, recwarn, name):
 
         return save_plot(path, look)
 
-    monkeypatch.setattr("data.report.save_plot", save_and_look)
+    monkeypatch.setattr("data.runs.report.save_plot", save_and_look)
     path = tmp_path / "bars.png"
     bars = {label: [1.0], "other": [2.0, 3.0]}
     assert plot_bars(path, bars, {label: 2.5}, label) == str(path)
@@ -116,7 +116,7 @@ def test_plot_where_matplotlib_has_no_directory_for_its_own_files(tmp_path):
     """And where a setting asks for LaTeX."""
     (tmp_path / "file").write_text("")
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
-    code = "import sys; from data.report import plot_bars; print(plot_bars(sys.argv[1], "
+    code = "import sys; from data.runs.report import plot_bars; print(plot_bars(sys.argv[1], "
     code += "{'a_$': [1.0]}, {}, 'x_^'))"
     places = {"MPLCONFIGDIR": str(tmp_path / "file" / "x"), "HOME": str(tmp_path / "file")}
     places["MATPLOTLIBRC"] = str(tmp_path / "matplotlibrc")
@@ -134,15 +134,15 @@ def test_plot_that_can_not_be_written(tmp_path):
 
 # ---- the commands ------------------------------------------------------------------------------
 
-# Commands one after another in one process, by module; sample.py's is in data.sampling
+# Commands one after another in one process, by module; sample.py's is in data.models.sampling
 SCRIPT = """
 import importlib, json, sys
 sys.path.insert(0, sys.argv.pop(1))
-from data import cli
+from data.process import command_line, errors, files
 for command in json.loads(sys.stdin.read()):
     program, *arguments = [sys.argv[part] if isinstance(part, int) else part for part in command]
     try:
-        cli.run_command_line(lambda: importlib.import_module(program).main(arguments))
+        command_line.run_command_line(lambda: importlib.import_module(program).main(arguments))
     except SystemExit as error:
         print(program, "ends with", error.code)
 """
@@ -188,8 +188,8 @@ def results(tmp_path_factory):
         ["train", *minillm, "--lm-data", corpus, *training, "--steps", "1", "--global-batch", "4"],
         ["evaluate", run, student, *tables, "--samples", "2", "--by", "data"],
         ["evaluate", run, "--cost", "--out", "tables"],
-        ["data.sampling", run, "--file", test, "--max-new", "2"],
-        ["data.sampling", run, "--file", test, "--max-new", "2", "--json"],
+        ["data.models.sampling", run, "--file", test, "--max-new", "2"],
+        ["data.models.sampling", run, "--file", test, "--max-new", "2", "--json"],
         [*bias, "--students", student, run],
         [*bias, "--along", run],
     ]

@@ -14,9 +14,9 @@ from helpers import write_checkpoint
 from safetensors.torch import load_file
 from test_train import CPU, TOKENIZER, UNLIKE, metrics, world  # noqa: F401  (a fixture)
 
-import data.prepare
+import data.sets.prepare
 import train
-from data.methods import METHODS, preset
+from data.runs.methods import METHODS, preset
 from model import Config
 
 V = TOKENIZER.n_vocab
@@ -73,13 +73,13 @@ def plain_sample(model, requests, uniforms, eos, max_new_tokens, teacher_mix=Non
 def use_plain_forms(patch):
     patch.setattr("train.sum_over_tokens", plain_sum_over_tokens)
     patch.setattr("losses.token_log_probs", plain_token_log_probs)
-    patch.setattr("data.validation.token_log_probs", plain_token_log_probs)
+    patch.setattr("data.runs.validation.token_log_probs", plain_token_log_probs)
     patch.setattr("losses.prompt_loss", plain_prompt_loss)
     patch.setattr("losses.kl", plain_kl)
-    patch.setattr("data.sampling.sample", plain_sample)
-    patch.setattr("data.sampling.packed_weights", lambda models, dtype: nullcontext())
+    patch.setattr("data.models.sampling.sample", plain_sample)
+    patch.setattr("data.models.sampling.packed_weights", lambda models, dtype: nullcontext())
     fast_forms = ("losses._SumOverTokens", "losses.aligned_logits", "losses.head_logits")
-    for name in (*fast_forms, "sample.KVCache", "data.packed.packed_linear"):
+    for name in (*fast_forms, "sample.KVCache", "data.process.packed.packed_linear"):
         patch.setattr(name, None)  # so that any use of it fails
 
 
@@ -145,7 +145,7 @@ def test_fast_forms_train_like_plain_ones(tmp_path, student_and_teacher, method)
     if method == "promptkd":
         values["prompt_lr"] = 2e-3  # so that the prompt moves as far as the student
     if method == "minillm":  # two rollouts of four steps
-        text = str(data.prepare.DATA_DIR / "demo" / "pretrain.jsonl")
+        text = str(data.sets.prepare.DATA_DIR / "demo" / "pretrain.jsonl")
         values |= {"rollout_size": 8, "global_batch_size": 4, "inner_epochs": 2, "lm_data": text}
         values["steps"] = 8
     with pytest.MonkeyPatch.context() as patch:

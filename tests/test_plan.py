@@ -26,11 +26,12 @@ from test_train import (  # noqa: F401
     world,
 )
 
-import data.prepare
+import data.sets.prepare
 import train
-from data import demo, runs
-from data.cli import InputError
-from data.methods import METHODS
+from data.process.errors import InputError
+from data.runs import runs
+from data.runs.methods import METHODS
+from data.sets import demo
 
 SHAPE = "1x16x2"
 OWN_OPTIONS = {"pretrain": f"--shape {SHAPE}", "minillm": "--lm-data TEXTS"}
@@ -79,10 +80,12 @@ def no_download(tmp_path, monkeypatch):
     def download(url, path):
         raise AssertionError(f"{url} is downloaded")
 
-    monkeypatch.setattr("data.hub.download", download)
-    monkeypatch.setattr("data.prepare.download", download)
-    monkeypatch.setattr("data.tokenizer.tiktoken.get_encoding", lambda name: download(name, None))
-    monkeypatch.setattr(data.prepare, "DATA_DIR", tmp_path / "prepared")
+    monkeypatch.setattr("data.models.hub.download", download)
+    monkeypatch.setattr("data.sets.prepare.download", download)
+    monkeypatch.setattr(
+        "data.models.tokenizer.tiktoken.get_encoding", lambda name: download(name, None)
+    )
+    monkeypatch.setattr(data.sets.prepare, "DATA_DIR", tmp_path / "prepared")
 
 
 @pytest.fixture
@@ -233,7 +236,7 @@ def test_the_papers_main_result_before_anything_is_there(tmp_path, monkeypatch, 
 
 def test_the_plan_before_a_download_is_the_plan_after_it(tmp_path, monkeypatch, hub):
     options = ("--student", "gpt2-medium", "--method", "gkd")
-    monkeypatch.setattr(data.prepare, "DATA_DIR", tmp_path / "prepared")
+    monkeypatch.setattr(data.sets.prepare, "DATA_DIR", tmp_path / "prepared")
     after = {name: stage["settings"] for name, stage in plan_of("out", *options).items()}
     monkeypatch.setenv("HF_HOME", str(tmp_path / "nowhere"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "nowhere"))

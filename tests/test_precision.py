@@ -31,11 +31,12 @@ import losses
 import model
 import sample
 import train
-from data import dist, sampling
-from data.cli import InputError
-from data.methods import METHODS, Settings
-from data.optim import adamw, set_learning_rate
-from data.rows import Example, micro_batches
+from data.models import sampling
+from data.process import dist
+from data.process.errors import InputError
+from data.runs.methods import METHODS, Settings
+from data.runs.optim import adamw, set_learning_rate
+from data.sets.rows import Example, micro_batches
 from model import GPT, Config, head_logits, precision
 from prompt import freeze, response_hidden
 

@@ -23,10 +23,10 @@ from helpers import (
     write_rows,
 )
 
-from data import prepare as prepare_module
-from data.paper import PAPER_SETS
-from data.prepare import PUBLIC_SETS, PublicSet, find_data_dir, main, prepare
-from data.rows import read_rows
+from data.runs.paper import PAPER_SETS
+from data.sets import prepare as prepare_module
+from data.sets.prepare import PUBLIC_SETS, PublicSet, find_data_dir, main, prepare
+from data.sets.rows import read_rows
 
 SPLITS = ["dev.jsonl", "test.jsonl", "train.jsonl"]
 PAPER = "11,435 train, 1,000 dev, 500 test"
@@ -715,14 +715,14 @@ def read_only(directory, command):
 SCRIPT = """
 import importlib, json, os, sys
 sys.path.insert(0, sys.argv[1])
-from data import cli
+from data.process import command_line, errors, files
 for line in json.loads(sys.argv[2]):
     program, *arguments = line.split()
     if program == "set":
         os.environ["PROMPTKD_DATA_DIR"] = arguments[0]
         continue
     try:
-        cli.run_command_line(lambda: importlib.import_module(program).main(arguments))
+        command_line.run_command_line(lambda: importlib.import_module(program).main(arguments))
         print(program, 0)
     except SystemExit as error:
         print(program, error.code)
@@ -750,7 +750,7 @@ def test_commands_in_a_read_only_checkout(checkout, tmp_path):
         prepare_set,
         f"{demo_evaluation} --rows 1 --seeds 1 --max-new 1",
         bias,
-        "data.sampling model --file sets/self_inst/test.jsonl --max-new 1",
+        "data.models.sampling model --file sets/self_inst/test.jsonl --max-new 1",
     ]
     command = [sys.executable, "-c", SCRIPT, str(checkout), json.dumps(commands)]
     process = subprocess.run(
@@ -764,9 +764,9 @@ def test_commands_in_a_read_only_checkout(checkout, tmp_path):
     if "unshare:" in process.stderr or "mount:" in process.stderr:
         pytest.skip("file systems can't be mounted here")
     statuses = re.findall(r"^[\w.]+ \d+$", process.stdout, re.MULTILINE)
-    names = ("evaluate", "train", "data.prepare", "exposure_bias")
+    names = ("evaluate", "train", "data.sets.prepare", "exposure_bias")
     expected = [f"{name} {0 if name == 'evaluate' else 2}" for name in names]
-    later = ("train", "data.prepare", "evaluate", "exposure_bias", "data.sampling")
+    later = ("train", "data.sets.prepare", "evaluate", "exposure_bias", "data.models.sampling")
     assert statuses == expected + [f"{name} 0" for name in later], process.stderr
     errors = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 3 and "Traceback" not in process.stderr
@@ -812,7 +812,7 @@ def test_command_accepts_only_the_public_sets(data_dir, capsys, arguments):
 
 def test_script_ends_with_status_2_after_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["data.prepare", "dolly", "--source", str(tmp_path / "none")])
-    monkeypatch.delitem(sys.modules, "data.prepare")
+    monkeypatch.delitem(sys.modules, "data.prepare", raising=False)
     with pytest.raises(SystemExit) as exit:
         runpy.run_module("data.prepare", run_name="__main__")
     captured = capsys.readouterr()

@@ -16,10 +16,10 @@ from helpers import (
 )
 from safetensors.torch import save_file
 
-from data.cli import InputError
-from data.rows import Example, make_batch
-from data.tensors import load_prompt, save_prompt
-from data.tokenizer import load_tokenizer
+from data.models.tensors import load_prompt, save_prompt
+from data.models.tokenizer import load_tokenizer
+from data.process.errors import InputError
+from data.sets.rows import Example, make_batch
 from losses import kl
 from prompt import freeze, initial_prompt, prepend, response_hidden
 from sample import pad

@@ -19,12 +19,12 @@ from helpers import (
     write_rows,
 )
 
-from data.methods import Settings
-from data.report import plot_response
-from data.rows import fill_template
-from data.runs import RUN_FORMAT
-from data.tensors import save_prompt
-from data.tuned_prompt import describe_vectors, main
+from data.models.tensors import save_prompt
+from data.runs.methods import Settings
+from data.runs.report import plot_response
+from data.runs.runs import RUN_FORMAT
+from data.runs.tuned_prompt import describe_vectors, main
+from data.sets.rows import fill_template
 from prompt import initial_prompt, prepend
 from sample import row_uniforms, sample
 
@@ -246,7 +246,7 @@ def test_plot_is_a_png(run, content):
 def test_plot_has_every_token_and_a_line_per_model_in_panels_of_40_tokens(run, monkeypatch):
     figures = pytest.importorskip("matplotlib.figure")
     figure = figures.Figure()
-    monkeypatch.setattr("data.report.save_plot", lambda path, draw: draw(figure))
+    monkeypatch.setattr("data.runs.report.save_plot", lambda path, draw: draw(figure))
     tokens = [repr(f" t{i}") for i in range(95)]
     probabilities = {"first": np.linspace(0, 1, 95).tolist(), "second": [0.5] * 95}
     plot_response(run / "plot.png", 3, tokens, probabilities)

@@ -29,14 +29,15 @@ from test_train import (  # noqa: F401
     world,
 )
 
-import data.prepare
+import data.sets.prepare
 import train
-from data import report, runs, tensors
-from data.checkpoint import load
-from data.cli import InputError
-from data.methods import METHODS
-from data.rows import fill_template
-from data.tensors import load_prompt
+from data.models import tensors
+from data.models.checkpoint import load
+from data.models.tensors import load_prompt
+from data.process.errors import InputError
+from data.runs import report, runs
+from data.runs.methods import METHODS
+from data.sets.rows import fill_template
 
 # Fields of a line of metrics that depend on the clock and the machine
 VARYING = ("tokens_per_second", "seconds", "memory_resident_gb")
@@ -84,7 +85,7 @@ def test_torture_a_run_of_every_stage_killed_at_random_ends_with_the_same_bits(
 ):
     options = ("--steps", steps, "--kills", kills, "--ranks", n_ranks)
     process = run_command(
-        "tests/torture.py", data.prepare.DATA_DIR, tmp_path, *options, timeout=3000
+        "tests/torture.py", data.sets.prepare.DATA_DIR, tmp_path, *options, timeout=3000
     )
     assert process.returncode == 0, process.stderr
     result = json.loads(process.stdout)
@@ -299,11 +300,11 @@ def test_a_signal_ends_the_run_after_its_step_with_the_state_saved(
 
 RESTARTED = """
 import json, os, pathlib, signal, sys
-import data.prepare, train
-from data import dist
-from data.cli import run_command_line
+import data.sets.prepare, train
+from data.process import dist
+from data.process.command_line import run_command_line
 
-data.prepare.DATA_DIR, out = pathlib.Path(sys.argv[1]), sys.argv[2]
+data.sets.prepare.DATA_DIR, out = pathlib.Path(sys.argv[1]), sys.argv[2]
 options = json.loads(sys.argv[3])
 attempt, step = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), train.STEPS["promptkd"]
 train.show_demo = lambda models, device, dtype: None
@@ -335,7 +336,7 @@ def test_torchrun_restarts_a_run_after_a_rank_died_or_was_terminated(tmp_path, s
     (tmp_path / "script.py").write_text(RESTARTED)
     options = ["--data", "demo", "--init", str(student), "--sft-teacher", str(teacher)]
     options += "--steps 6 --global-batch 16 --dev-rows 4 --lr 0.01 --dropout 0.2".split()
-    arguments = (tmp_path / "script.py", data.prepare.DATA_DIR, tmp_path, json.dumps(options))
+    arguments = (tmp_path / "script.py", data.sets.prepare.DATA_DIR, tmp_path, json.dumps(options))
     process = run_command(
         *torchrun(2, "--max-restarts=2"), *arguments, PYTHONPATH=str(ROOT), timeout=240
     )
@@ -387,8 +388,8 @@ def test_a_state_that_does_not_fit_on_the_disk_is_one_line_and_the_one_before_is
 def test_data_that_has_changed_is_refused_by_name_and_no_file_is_changed(
     tmp_path, monkeypatch, no_validation, name, complete
 ):
-    mine = shutil.copytree(data.prepare.DATA_DIR / "demo", tmp_path / "demo")
-    monkeypatch.setattr(data.prepare, "DATA_DIR", tmp_path)
+    mine = shutil.copytree(data.sets.prepare.DATA_DIR / "demo", tmp_path / "demo")
+    monkeypatch.setattr(data.sets.prepare, "DATA_DIR", tmp_path)
     s = settings(
         method="pretrain",
         student="1x16x2",

@@ -17,10 +17,16 @@ import tiktoken
 import torch
 from helpers import error_of, tiny_tokenizer, write_rows
 
-from data import rows as rows_module
-from data import tokenizer as tokenizer_module
-from data.demo import TOKENIZER_DIR
-from data.rows import (
+from data.models import tokenizer as tokenizer_module
+from data.models.tokenizer import (
+    END_OF_TEXT,
+    check_same_vocabulary,
+    load_tokenizer,
+    tokenizer_files,
+)
+from data.sets import rows as rows_module
+from data.sets.demo import TOKENIZER_DIR
+from data.sets.rows import (
     Example,
     Row,
     corpus_format,
@@ -34,12 +40,6 @@ from data.rows import (
     read_jsonl,
     read_rows,
     read_texts,
-)
-from data.tokenizer import (
-    END_OF_TEXT,
-    check_same_vocabulary,
-    load_tokenizer,
-    tokenizer_files,
 )
 from sample import pad
 

@@ -30,9 +30,9 @@ from test_train import (  # noqa: F401
 )
 
 import train
-from data import runs
-from data.checkpoint import load
-from data.methods import ResponseSettings
+from data.models.checkpoint import load
+from data.runs import runs
+from data.runs.methods import ResponseSettings
 
 CHANGED = "is not what it was made with: its content has changed; choose another --out, or"
 

@@ -30,11 +30,12 @@ from helpers import (
     write_rows,
 )
 
-from data import dist, sampling
-from data.cli import run_command_line
-from data.rows import fill_template, read_rows
-from data.sampling import decode_response, main, sample_all, sample_to_file
-from data.tensors import save_prompt
+from data.models import sampling
+from data.models.sampling import decode_response, main, sample_all, sample_to_file
+from data.models.tensors import save_prompt
+from data.process import dist
+from data.process.command_line import run_command_line
+from data.sets.rows import fill_template, read_rows
 from prompt import prepend
 from sample import ban_repeated_ngrams, pad, row_uniforms, sample, sample_next_token
 

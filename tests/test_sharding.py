@@ -27,8 +27,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import train
-from data import dist, stages, states
-from data.optim import (
+from data.process import dist
+from data.runs import stages, states
+from data.runs.optim import (
     adamw,
     clip_and_step,
     load_optimizer_state,

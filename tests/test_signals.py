@@ -19,11 +19,13 @@ from test_resume import no_plots, outcome, resume, six_steps, uninterrupted  # n
 from test_train import CPU, student, teacher, world  # noqa: F401
 from torch.distributed.launcher.api import LaunchConfig
 
-import data.prepare
+import data.sets.prepare
 import evaluate
 import train
-from data import dist
-from data.cli import InputError, run_command_line, write_atomic
+from data.process import dist
+from data.process.command_line import run_command_line
+from data.process.errors import InputError
+from data.process.files import write_atomic
 
 PAUSED, GO = "paused", "go"  # files by which a run and its test wait for each other
 
@@ -289,11 +291,11 @@ def test_in_another_thread_than_the_main_one_commands_run_without_handlers():
 
 SCRIPT = """
 import json, pathlib, sys, time
-import data.prepare, train
-from data import dist
-from data.cli import run_command_line
+import data.sets.prepare, train
+from data.process import dist
+from data.process.command_line import run_command_line
 
-data.prepare.DATA_DIR, out = map(pathlib.Path, sys.argv[1:3])
+data.sets.prepare.DATA_DIR, out = map(pathlib.Path, sys.argv[1:3])
 step = train.STEPS["promptkd"]
 
 
@@ -331,7 +333,12 @@ def test_torchrun_passes_a_signal_on_and_both_ranks_save(tmp_path, student, teac
     options = ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     if "shutdown_timeout" in LaunchConfig.__dataclass_fields__:  # not in PyTorch 2.11
         options.append("--shutdown-timeout=600")
-    arguments = (tmp_path / "script.py", data.prepare.DATA_DIR, tmp_path, json.dumps(asdict(s)))
+    arguments = (
+        tmp_path / "script.py",
+        data.sets.prepare.DATA_DIR,
+        tmp_path,
+        json.dumps(asdict(s)),
+    )
     process = subprocess.Popen(
         [sys.executable, *torchrun(2, *options), *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},

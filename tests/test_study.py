@@ -18,18 +18,19 @@ import torch
 from helpers import error_of, write_checkpoint, write_rows
 from test_algorithm import in_float64, make_examples, make_run  # noqa: F401
 
-import data.prepare
+import data.sets.prepare
 import losses
 import train
-from data import demo, report
-from data.cli import read_json
-from data.demo import TOKENIZER_DIR, make_rows
-from data.models import load_model
-from data.optim import clip_and_step
-from data.paper import DEMO_SETS
-from data.rows import Example, encode_request, micro_batches, read_jsonl
-from data.tensors import load_prompt
-from data.tokenizer import load_tokenizer
+from data.models.named import load_model
+from data.models.tensors import load_prompt
+from data.models.tokenizer import load_tokenizer
+from data.process.files import read_json
+from data.runs import report
+from data.runs.optim import clip_and_step
+from data.runs.paper import DEMO_SETS
+from data.sets import demo
+from data.sets.demo import TOKENIZER_DIR, make_rows
+from data.sets.rows import Example, encode_request, micro_batches, read_jsonl
 from losses import kl
 from model import Config, head_logits
 from prompt import prepend, response_hidden
@@ -754,7 +755,7 @@ def tiny_study(tmp_path_factory):
         monkeypatch.setattr(miniature, "call_all", call_here)
         monkeypatch.setattr(measure, "MAX_NEW_TOKENS", 6)
         monkeypatch.setattr(measure, "SAMPLING", measure.SAMPLING | {"max_new_tokens": 6})
-        monkeypatch.setattr(data.prepare, "DATA_DIR", directory / "data")
+        monkeypatch.setattr(data.sets.prepare, "DATA_DIR", directory / "data")
         monkeypatch.setattr(report, "plot_curves", lambda directory: "no plot")
         with contextlib.redirect_stdout(open(directory / "log", "w")):
             miniature.main([])

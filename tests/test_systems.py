@@ -21,8 +21,10 @@ from helpers import (
     write_rows,
 )
 
-from data import dist, report
-from data.cli import InputError, run_command_line
+from data.process import dist
+from data.process.command_line import run_command_line
+from data.process.errors import InputError
+from data.runs import report
 
 TOKENIZER = tiny_tokenizer()
 ROWS = [{"instruction": f"say {word}", "output": word} for word in "one two three four".split()]
@@ -80,8 +82,8 @@ os.unlink = os.remove = unlink_on_windows
 # A stage that is stopped, damaged and resumed, samples from it, and its evaluation.
 SCRIPT = """
 import sys
-import data.prepare, data.sampling, evaluate, exposure_bias, train
-from data.cli import run_command_line
+import data.sets.prepare, data.models.sampling, evaluate, exposure_bias, train
+from data.process.command_line import run_command_line
 
 step = train.STEPS["sft"]
 training = "--method sft --student student --data rows --steps 4 --save-every 1".split()
@@ -104,7 +106,7 @@ with open("out/sft-student-rows-steps4-globalbatch2-s10/state/step-000003.pt", "
 train.STEPS["sft"] = step
 train.main(training)
 run = "out/sft-student-rows-steps4-globalbatch2-s10"
-data.sampling.main([run, "--instruction", "say ünö", "--max-new", "4"])
+data.models.sampling.main([run, "--instruction", "say ünö", "--max-new", "4"])
 evaluate.main([run, "--data", "rows", "--seeds", "10", "--max-new", "4"])
 evaluate.main([run, "--cost"])
 """

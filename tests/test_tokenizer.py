@@ -19,17 +19,23 @@ from helpers import (
     write_rows,
 )
 
-from data.checkpoint import save
-from data.demo import TOKENIZER_DIR
-from data.models import count_parameters, find_model, known_parameters, load_model, open_models
-from data.rows import fill_template
-from data.tokenizer import (
+from data.models.checkpoint import save
+from data.models.named import (
+    count_parameters,
+    find_model,
+    known_parameters,
+    load_model,
+    open_models,
+)
+from data.models.tokenizer import (
     END_OF_TEXT,
     check_same_vocabulary,
     load_tokenizer,
     read_tokenizer,
     tokenizer_files,
 )
+from data.sets.demo import TOKENIZER_DIR
+from data.sets.rows import fill_template
 from model import GPT, Config
 
 CPU = torch.device("cpu")

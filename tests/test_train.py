@@ -32,21 +32,25 @@ from helpers import (
     write_rows,
 )
 
-import data.prepare
+import data.sets.prepare
+import evaluate
 import train
-from data import demo, dist, report, runs, stages, validation
-from data import plan as planning
-from data.checkpoint import load, save
-from data.cli import InputError, run_command_line
-from data.demo import TOKENIZER_DIR, make_document, make_rows
-from data.hub import find_model_dir
-from data.methods import METHODS, options_of_methods, preset
-from data.optim import MAX_GRAD_NORM, learning_rate
-from data.paper import DEMO_SETS
-from data.report import plot_curves
-from data.rows import fill_template, read_rows
-from data.tensors import load_prompt
-from data.tokenizer import load_tokenizer
+from data.models.checkpoint import load, save
+from data.models.hub import find_model_dir
+from data.models.tensors import load_prompt
+from data.models.tokenizer import load_tokenizer
+from data.process import dist
+from data.process.command_line import run_command_line
+from data.process.errors import InputError
+from data.runs import plan as planning
+from data.runs import report, runs, stages, validation
+from data.runs.methods import METHODS, options_of_methods, preset
+from data.runs.optim import MAX_GRAD_NORM, learning_rate
+from data.runs.paper import DEMO_SETS
+from data.runs.report import plot_curves
+from data.sets import demo
+from data.sets.demo import TOKENIZER_DIR, make_document, make_rows
+from data.sets.rows import fill_template, read_rows
 from model import Config
 from prompt import prepend
 from sample import row_uniforms, sample
@@ -76,7 +80,7 @@ def world(tmp_path_factory):
     plots, which take longer than these runs."""
     data_dir = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.prepare, "DATA_DIR", data_dir)
+        patch.setattr(data.sets.prepare, "DATA_DIR", data_dir)
         patch.setattr(report, "plot_curves", lambda directory: "no plot")
         yield write_world(data_dir / "demo")
 
@@ -99,11 +103,11 @@ def change_weights(directory):
 
 
 def demo_rows(name):
-    return read_rows(data.prepare.DATA_DIR / "demo" / f"{name}.jsonl")
+    return read_rows(data.sets.prepare.DATA_DIR / "demo" / f"{name}.jsonl")
 
 
 def demo_texts():
-    path = data.prepare.DATA_DIR / "demo" / "pretrain.jsonl"
+    path = data.sets.prepare.DATA_DIR / "demo" / "pretrain.jsonl"
     return path, [json.loads(line)["text"] for line in path.read_text().splitlines()]
 
 
@@ -254,7 +258,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     gpt2 = SimpleNamespace(n_vocab=50257)  # of which only the size counts here
-    monkeypatch.setattr("data.tokenizer.tiktoken.get_encoding", lambda name: gpt2)
+    monkeypatch.setattr("data.models.tokenizer.tiktoken.get_encoding", lambda name: gpt2)
 
 
 def model_preset(stage, model):
@@ -749,7 +753,7 @@ SHAPE = "--shape 1x16x2"
 
 
 def some_value(option):
-    """A value that an option of data.methods takes."""
+    """A value that an option of data.runs.methods takes."""
     candidates = option.choices or ("1", "0.5", "x")
     for text in candidates:
         with contextlib.suppress(ValueError, argparse.ArgumentTypeError):
@@ -1594,10 +1598,10 @@ def test_training_rows_limit_the_texts_of_pretraining(tmp_path, steps_seen, no_v
 
 def test_validation_has_the_same_random_numbers_each_time(tmp_path, student, monkeypatch):
     """After steps that change no weight, all validations of a seed give the same texts."""
-    seen, evaluate = [], validation.evaluate.evaluate
+    seen, evaluate_rows = [], evaluate.evaluate
 
     def recording_evaluate(*arguments, **kwargs):
-        results = evaluate(*arguments, **kwargs)
+        results = evaluate_rows(*arguments, **kwargs)
         seen.append([row["text"] for row in results])
         return results
 
@@ -1606,7 +1610,7 @@ def test_validation_has_the_same_random_numbers_each_time(tmp_path, student, mon
         run.seconds["student"] = 1.0
         return {"loss": 0.0, "grad_norm": 0.0, "response_tokens": 1}
 
-    monkeypatch.setattr(validation.evaluate, "evaluate", recording_evaluate)
+    monkeypatch.setattr(evaluate, "evaluate", recording_evaluate)
     monkeypatch.setitem(train.STEPS, "sft", step)
     for name, seed in (("a", 10), ("b", 11)):
         s = settings(student=str(student), epochs=3, seed=seed)

@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 from helpers import fork_ranks, wait_for  # noqa: E402
 
-import data.prepare  # noqa: E402
+import data.sets.prepare  # noqa: E402
 import train  # noqa: E402
 from data import dist, report  # noqa: E402
-from data.methods import METHODS, STAGES  # noqa: E402
+from data.runs.methods import METHODS, STAGES  # noqa: E402
 
 RUNS = (
     "pretrain-1x24x2-demo",
@@ -59,7 +59,7 @@ def plan_commands(data_dir, steps):
     train.show_demo = lambda models, device, dtype: None
     report.plot_curves = lambda directory: "no plot"
     dist.shutdown = lambda: None  # the ranks stay together for the next command
-    data.prepare.DATA_DIR = data_dir
+    data.sets.prepare.DATA_DIR = data_dir
     options = ["--data", "demo", "--out", "out", "--keep", "3", "--save-every", "3"]
     options += ["--micro-batch-tokens", "240", "--dev-rows", "4"]
     text = ["--lm-data", str(data_dir / "demo" / "pretrain.jsonl")]

@@ -7,13 +7,13 @@ import torch
 
 import evaluate
 import exposure_bias
-from data.demo import ALL_WORDS
-from data.methods import METHODS
-from data.models import load_model
-from data.paper import BANNED_NGRAM, PAPER_SAMPLING
-from data.prepare import find_data_dir
-from data.rows import Example, encode_request, encode_training_rows, micro_batches, read_rows
-from data.sampling import decode_response, sample_all
+from data.models.named import load_model
+from data.models.sampling import decode_response, sample_all
+from data.runs.methods import METHODS
+from data.runs.paper import BANNED_NGRAM, PAPER_SAMPLING
+from data.sets.demo import ALL_WORDS
+from data.sets.prepare import find_data_dir
+from data.sets.rows import Example, encode_request, encode_training_rows, micro_batches, read_rows
 from losses import cross_entropy, kl
 from prompt import response_hidden
 

@@ -28,16 +28,16 @@ import torch
 
 import losses
 import train
-from data.cli import write_atomic
-from data.demo import MODELS_DIR
-from data.methods import METHODS, STAGES, ResponseSettings, Settings, preset
-from data.models import load_model
-from data.prepare import find_data_dir
-from data.rows import read_jsonl
-from data.runs import read_record
-from data.stages import sample_responses
-from data.tensors import load_prompt
-from data.tuned_prompt import untuned_prompt
+from data.models.named import load_model
+from data.models.tensors import load_prompt
+from data.process.files import write_atomic
+from data.runs.methods import METHODS, STAGES, ResponseSettings, Settings, preset
+from data.runs.runs import read_record
+from data.runs.stages import sample_responses
+from data.runs.tuned_prompt import untuned_prompt
+from data.sets.demo import MODELS_DIR
+from data.sets.prepare import find_data_dir
+from data.sets.rows import read_jsonl
 from tests.study import measure, released
 
 ROOT = Path(__file__).parents[2]

@@ -8,9 +8,10 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from data.cli import InputError, write_atomic
-from data.paper import DEMO_SETS
-from data.report import save_plot
+from data.process.errors import InputError
+from data.process.files import write_atomic
+from data.runs.paper import DEMO_SETS
+from data.runs.report import save_plot
 from tests.study.miniature import GROUPS, PROMPT_INITS, PROMPT_LENGTHS, STUDENTS, figure4_variant
 from tests.study.results import (
     KLS,

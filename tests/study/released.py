@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 
 import train
-from data.rows import make_batch
+from data.sets.rows import make_batch
 
 MICRO_BATCH_ROWS = 8
 TEACHER_DROPOUT = 0.1  # GPT-2's

@@ -12,9 +12,11 @@ import re
 import statistics
 from functools import partial
 
-from data.cli import InputError, run_command_line, write_atomic
-from data.paper import PAPER_SCORES
-from data.report import format_table
+from data.process.command_line import run_command_line
+from data.process.errors import InputError
+from data.process.files import write_atomic
+from data.runs.paper import PAPER_SCORES
+from data.runs.report import format_table
 from tests.study import plots
 from tests.study.measure import KINDS
 from tests.study.miniature import (

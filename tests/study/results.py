@@ -4,8 +4,8 @@ import json
 import statistics
 from pathlib import Path
 
-from data.paper import DEMO_SETS
-from data.report import last_reliable_step
+from data.runs.paper import DEMO_SETS
+from data.runs.report import last_reliable_step
 from tests.study.miniature import RESULTS, SEEDS, STUDENTS, TEACHER, Experiment
 
 # Table 2, the variants and the differences of the released code are on the small student, the

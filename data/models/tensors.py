@@ -8,8 +8,9 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from data.cli import InputError, atomic_path, check_lfs_pointer
-from data.hub import weights_files
+from data.models.hub import weights_files
+from data.process.errors import InputError
+from data.process.files import atomic_path, check_lfs_pointer
 
 
 def read_tensor_files(directory):

@@ -9,18 +9,26 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from data import dist, report, runs
-from data import rows as data_rows
-from data.cli import InputError, explain_out_of_memory
-from data.demo import TOKENIZER_DIR
-from data.dist import print0
-from data.hub import file_hash, find_model_dir, model_hash
-from data.methods import file_fields
-from data.models import count_parameters, find_model, load_model
-from data.prepare import PRETRAINING_FILE, find_data_dir, write_pretraining_text
-from data.runs import LOCATIONS, base_label, finish_run, format_time
-from data.sampling import sample_to_file
-from data.tokenizer import check_same_vocabulary, load_tokenizer
+from data.models.hub import file_hash, find_model_dir, model_hash
+from data.models.named import count_parameters, find_model, load_model
+from data.models.sampling import sample_to_file
+from data.models.tokenizer import check_same_vocabulary, load_tokenizer
+from data.process import dist
+from data.process.dist import print0
+from data.process.errors import InputError, explain_out_of_memory
+from data.runs import report, runs
+from data.runs.methods import file_fields
+from data.runs.runs import LOCATIONS, base_label, finish_run, format_time
+from data.sets.demo import TOKENIZER_DIR
+from data.sets.prepare import PRETRAINING_FILE, find_data_dir, write_pretraining_text
+from data.sets.rows import (
+    corpus_format,
+    encode_training_rows,
+    epoch_order,
+    packed_examples,
+    read_rows,
+    read_texts,
+)
 from prompt import freeze
 
 
@@ -72,7 +80,7 @@ def data_files(s):
 
 
 def open_stage(directory, settings, files, paper=None):
-    """Open a stage's run (see `data.runs.open_run`). settings: a dict. files: the paths of its data
+    """Open a stage's run (see `runs.open_run`). settings: a dict. files: the paths of its data
     files. paper: which of the paper's runs it is."""
 
     def hash_inputs():
@@ -96,12 +104,12 @@ def open_stage(directory, settings, files, paper=None):
 def load_data(s):
     """The StageData for Settings `s`. Raises InputError if nothing is left to train on."""
     train_path, dev_path, *text_paths = data_files(s)
-    dev_rows = data_rows.read_rows(dev_path, s.max_dev_rows)
+    dev_rows = read_rows(dev_path, s.max_dev_rows)
     if s.method == "pretrain":
         tokenizer = load_tokenizer(TOKENIZER_DIR if s.data == "demo" else None)
     else:
         tokenizer = load_tokenizer(dist.run_on_rank0(find_model_dir, s.student))
-    dev_examples = data_rows.encode_training_rows(dev_rows, tokenizer)
+    dev_examples = encode_training_rows(dev_rows, tokenizer)
     text_path = text_paths[0] if text_paths else None
     epoch_examples = read_examples(s, tokenizer, train_path, text_path)
     if not epoch_examples(0):
@@ -116,8 +124,8 @@ def load_data(s):
 def read_examples(s, tokenizer, train_path, text_path=None):
     """A function from an epoch's number to its training examples in their order. text_path: a
     corpus, for pretrain in place of the rows."""
-    rows = data_rows.read_rows(train_path, s.max_train_rows)
-    examples = [] if text_path else data_rows.encode_training_rows(rows, tokenizer)
+    rows = read_rows(train_path, s.max_train_rows)
+    examples = [] if text_path else encode_training_rows(rows, tokenizer)
     documents = [e.request + e.response for e in examples]
     if text_path:
         documents = encode_texts(read_corpus(text_path, s.max_train_rows), tokenizer)
@@ -128,16 +136,16 @@ def read_examples(s, tokenizer, train_path, text_path=None):
     @lru_cache(maxsize=1)  # the loop asks at every step
     def epoch_examples(epoch):
         if s.method == "pretrain":
-            return data_rows.packed_examples(documents, s.block_size, s.seed, epoch)
-        return [examples[i] for i in data_rows.epoch_order(len(examples), s.seed, epoch)]
+            return packed_examples(documents, s.block_size, s.seed, epoch)
+        return [examples[i] for i in epoch_order(len(examples), s.seed, epoch)]
 
     return epoch_examples
 
 
 def read_corpus(path, limit=None):
     """The first texts of a corpus. Reports how many there are and how they were read."""
-    texts = data_rows.read_texts(path, limit)
-    print0(f"{path}: {len(texts):,} documents, read as {data_rows.corpus_format(path)}")
+    texts = read_texts(path, limit)
+    print0(f"{path}: {len(texts):,} documents, read as {corpus_format(path)}")
     return texts
 
 
@@ -156,7 +164,7 @@ def read_lm_blocks(s, tokenizer, n_rows):
     if n_tokens <= s.block_size:
         problem = f"has {n_tokens} tokens, and a block has {s.block_size}; give a longer text"
         raise InputError(f"{s.lm_data}: {problem}")
-    return data_rows.packed_examples(documents, s.block_size, s.seed)
+    return packed_examples(documents, s.block_size, s.seed)
 
 
 def check_positions(run, examples):
@@ -221,9 +229,9 @@ def fetch_inputs(args, teacher, student):
     data_dir = dist.run_on_rank0(find_data_dir, args.data)  # before a model is downloaded
     if student is None:
         return
-    data_rows.read_rows(data_dir / "dev.jsonl", args.dev_rows)
+    read_rows(data_dir / "dev.jsonl", args.dev_rows)
     if args.lm_data is not None:
-        dist.run_on_rank0(lambda: len(data_rows.read_texts(args.lm_data)))
+        dist.run_on_rank0(lambda: len(read_texts(args.lm_data)))
     tokenizers = [find_model(name)[1] for name in (teacher, student) if name]
     if teacher is not None:
         check_same_vocabulary(teacher, student, *tokenizers)
@@ -241,7 +249,7 @@ def sample_responses(directory, s, device):
             print0(f"{directory}: complete, skipped")
             return str(directory)
         model, tokenizer = load_model(s.student, device)
-        rows = data_rows.read_rows(source, s.max_train_rows)
+        rows = read_rows(source, s.max_train_rows)
         dist.run_on_rank0(runs.write_record, directory, record)
         print0(f"\n{directory}: sampling the responses of {s.student} to {len(rows):,} requests")
         if not dist.run_on_rank0(path.is_file):

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import regex
 
-from data.rows import fill_template, to_jsonl
+from data.sets.rows import fill_template, to_jsonl
 
 VERSION = "2"  # of the files below; sets of another version are written again
-TOKENIZER_DIR = Path(__file__).parent / "demo_bpe"  # trained by tests/make_demo_bpe.py
-MODELS_DIR = Path(__file__).parent / "demo_models"  # made by tests/make_demo_models.py
+TOKENIZER_DIR = Path(__file__).parent.parent / "demo_bpe"  # trained by tests/make_demo_bpe.py
+MODELS_DIR = Path(__file__).parent.parent / "demo_models"  # made by tests/make_demo_models.py
 TEACHER, STUDENT = str(MODELS_DIR / "3x128x4"), str(MODELS_DIR / "1x96x4")
 
 # The words: adjectives in fours, the second two the opposites of the first two; verbs in pairs of

@@ -7,11 +7,12 @@ from pickle import PickleError
 
 import torch
 
-from data import dist
-from data.cli import InputError, atomic_path
-from data.dist import print0
-from data.optim import load_optimizer_state, optimizer_state
-from data.rows import Example
+from data.process import dist
+from data.process.dist import print0
+from data.process.errors import InputError
+from data.process.files import atomic_path
+from data.runs.optim import load_optimizer_state, optimizer_state
+from data.sets.rows import Example
 
 
 def save_state(run, directory, progress):

@@ -6,15 +6,15 @@ from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
-from data import rows as data_rows
-from data import stages
-from data.cli import InputError
-from data.demo import TOKENIZER_DIR
-from data.hub import download_dir, find_local_model, hub_repository, weights_files
-from data.prepare import PRETRAINING_FILE, PUBLIC_SETS, find_local_data
-from data.runs import check_settings, read_record
-from data.states import newest_step
-from data.tokenizer import list_tokenizer_files, load_tokenizer
+from data.models.hub import download_dir, find_local_model, hub_repository, weights_files
+from data.models.tokenizer import list_tokenizer_files, load_tokenizer
+from data.process.errors import InputError
+from data.runs import stages
+from data.runs.runs import check_settings, read_record
+from data.runs.states import newest_step
+from data.sets.demo import TOKENIZER_DIR
+from data.sets.prepare import PRETRAINING_FILE, PUBLIC_SETS, find_local_data
+from data.sets.rows import check_text_file, encode_training_rows, read_rows
 
 # Bytes of model.safetensors on the hub
 DOWNLOADS = {"gpt2": 0.55e9, "gpt2-medium": 1.52e9, "gpt2-large": 3.25e9, "gpt2-xl": 6.43e9}
@@ -24,7 +24,7 @@ PRETRAINING_BYTES = 76e6  # of the demo's text
 
 
 def print_plan(args, planned):
-    """Print the stages of `data.plan.plan_stages`. Reads what is here, writes nothing. Raises
+    """Print the stages of `data.runs.plan.plan_stages`. Reads what is here, writes nothing. Raises
     InputError at the end if one would be refused.
 
     args: of train.py. Under torchrun, call it with dist.run_on_rank0.
@@ -95,14 +95,14 @@ def describe_input(stage, field, name, made):
         return describe_data(name, with_text=stage.kind == "pretrain")
     if field in ("student", "teacher"):
         return describe_model(name)
-    return f"here, {format_bytes(data_rows.check_text_file(name).stat().st_size)}"
+    return f"here, {format_bytes(check_text_file(name).stat().st_size)}"
 
 
 def describe_data(name, with_text):
     directory, is_ready = find_local_data(name)
     if is_ready:
         for split in ("train", "dev"):
-            data_rows.check_text_file(directory / f"{split}.jsonl")
+            check_text_file(directory / f"{split}.jsonl")
         text = f"here, {directory}"
     elif name == "demo":
         text = f"would be written to {directory}"
@@ -159,14 +159,14 @@ def count_examples(stage):
         return len(stages.read_examples(s, tokenizer, train_path, text_path)(0)), True
     model_dir, _ = find_local_model(stage.student.origin)
     if model_dir is None or not list_tokenizer_files(model_dir):
-        return len(data_rows.read_rows(train_path, s.max_train_rows)), False
+        return len(read_rows(train_path, s.max_train_rows)), False
     return count_training_rows(train_path, s.max_train_rows, model_dir), True
 
 
 @lru_cache
 def count_training_rows(path, limit, tokenizer_dir):
-    rows = data_rows.read_rows(path, limit)
-    return len(data_rows.encode_training_rows(rows, load_tokenizer(tokenizer_dir)))
+    rows = read_rows(path, limit)
+    return len(encode_training_rows(rows, load_tokenizer(tokenizer_dir)))
 
 
 def disk_bytes(stage):

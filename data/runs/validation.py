@@ -1,16 +1,13 @@
-"""Validation during training, and the demo's table after it."""
+"""Validation during training: losses, ROUGE-L, and which checkpoint is the best."""
 
 import math
 
 import torch
 
-import evaluate
-from data import dist
-from data.dist import print0
-from data.methods import METHODS
-from data.report import format_table, score_table
-from data.rows import micro_batches
-from data.runs import format_metrics
+from data.process import dist
+from data.process.dist import print0
+from data.runs.runs import format_metrics
+from data.sets.rows import micro_batches
 from losses import token_log_probs
 from model import precision
 from prompt import response_hidden
@@ -31,21 +28,25 @@ def validation_loss(run, model, examples, P=None):
     return loss / max(1, n_tokens)
 
 
-def validate(run, rows, examples):
+def validate(run, rows, examples, sampled_rouge_l):
     """The student's loss and ROUGE-L, and the prompted teacher's loss.
 
-    rows, examples: the validation set. Responses are sampled with the same random numbers each
-    time, so that checkpoints differ by their weights alone.
+    rows, examples: the validation set. sampled_rouge_l: that of evaluate.py. Responses are sampled
+    with the same random numbers each time, so that checkpoints differ by their weights alone.
     """
     s = run.settings
     metrics = {"val_loss": validation_loss(run, run.student, examples)}
     # A student that has diverged can't be sampled from.
     if s.metric_for_best == "rouge_l" and math.isfinite(metrics["val_loss"]):
-        sampling = {"max_new_tokens": s.max_new_tokens, "dtype": s.dtype}
-        rng_key = (s.seed, "validate")
-        with evaluate.progress_bar(len(rows), "validation") as bar:
-            results = evaluate.evaluate(run.student, run.tokenizer, rows, rng_key, bar, **sampling)
-        metrics["val_rouge_l"] = evaluate.mean_rouge_l(results)
+        metrics["val_rouge_l"] = sampled_rouge_l(
+            run.student,
+            run.tokenizer,
+            rows,
+            rng_key=(s.seed, "validate"),
+            label="validation",
+            max_new_tokens=s.max_new_tokens,
+            dtype=s.dtype,
+        )
     if run.P is not None:
         metrics["val_prompted_loss"] = validation_loss(run, run.teacher, examples, run.P)
     return metrics
@@ -67,12 +68,6 @@ def note_best(progress, score, step):
         progress |= {"best": score, "best_step": step}
 
 
-def check_references(s, rows):
-    """Report validation rows that ROUGE-L can't score, if it chooses the best checkpoint."""
-    if s.metric_for_best == "rouge_l":
-        evaluate.print_unscorable("validation", [row.references for row in rows])
-
-
 def check_prompt(run, metrics, examples):
     """Add the loss of the teacher without the prompt to the metrics of `validate` before the first
     step. Warns if the prompt harms the teacher, which tuning hardly ever repairs."""
@@ -83,14 +78,3 @@ def check_prompt(run, metrics, examples):
         cost = f"the prompt costs the teacher {harm:.2f} nats per token before it is tuned"
         print0(f"warning: {cost}, and the student will follow; try another --prompt-text")
     return metrics
-
-
-def show_demo(models, device, dtype):
-    """Print the demo's table: models on the test set and on the sets unlike the training data."""
-    sampling = {"max_new_tokens": METHODS["promptkd"].demo["max_new_tokens"], "dtype": dtype}
-    columns = evaluate.open_columns(["demo"])
-    scores, _ = evaluate.evaluate_models(models, columns, [10, 20, 30], device, **sampling)
-    evaluate.add_average(scores)
-    print0(f"\n{format_table(score_table(scores))}")
-    print0("Mean ± standard deviation over three sampling seeds. The sets after `test` have")
-    print0("wordings, words, lengths and combinations of tasks that no training row has.")

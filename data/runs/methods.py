@@ -8,8 +8,8 @@ import math
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, replace
 
-from data.cli import number_in_range
-from data.rows import MAX_NEW_TOKENS
+from data.process.command_line import number_in_range
+from data.sets.rows import MAX_NEW_TOKENS
 
 # GPT-2's parameter counts
 SIZES = {"base": 124_000_000, "medium": 355_000_000, "large": 774_000_000, "xl": 1_558_000_000}

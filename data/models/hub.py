@@ -17,9 +17,10 @@ from urllib.parse import urlsplit
 import torch
 from tqdm import tqdm
 
-from data import dist
-from data.cli import InputError, atomic_path, read_json
-from data.tokenizer import TOKENIZER_FILES
+from data.models.tokenizer import TOKENIZER_FILES
+from data.process import dist
+from data.process.errors import InputError
+from data.process.files import atomic_path, read_json
 
 OFFICIAL_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")  # the first that exists

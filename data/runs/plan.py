@@ -4,8 +4,9 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.demo import STUDENT, TEACHER, TOKENIZER_DIR
-from data.methods import (
+from data.models.named import config_parameters, known_parameters
+from data.models.tokenizer import GPT2_VOCAB_SIZE, load_tokenizer
+from data.runs.methods import (
     METHODS,
     SIZES,
     STAGES,
@@ -16,11 +17,10 @@ from data.methods import (
     nearest_size,
     preset,
 )
-from data.models import config_parameters, known_parameters
-from data.options import parse_shape
-from data.paper import paper_row
-from data.runs import base_label, override_suffix, read_record
-from data.tokenizer import GPT2_VOCAB_SIZE, load_tokenizer
+from data.runs.options import parse_shape
+from data.runs.paper import paper_row
+from data.runs.runs import base_label, override_suffix, read_record
+from data.sets.demo import STUDENT, TEACHER, TOKENIZER_DIR
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Model:
     """What is known of a model that a stage starts from. It may be one that is still to be made."""
 
     name: str  # as settings have it
-    base: str  # the short name of what it was trained from (see `data.runs.base_label`)
+    base: str  # the short name of what it was trained from (see `data.runs.runs.base_label`)
     origin: str  # a named model with the same tokenizer
     n_parameters: int | None  # None: not known before it is downloaded
     paper: str | None  # which of the paper's runs it is

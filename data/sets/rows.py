@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.cli import InputError, check_lfs_pointer, write_atomic
+from data.process.errors import InputError
+from data.process.files import check_lfs_pointer, write_atomic
 from sample import pad
 
 MAX_REQUEST = 256  # tokens of a request

@@ -1,4 +1,5 @@
-"""How a process waits and how it keeps memory. Free of torch: it runs before torch is imported."""
+"""How a process waits and how it keeps memory. The import configures it, before that of torch:
+OpenMP reads its environment once, when it is loaded."""
 
 import ctypes
 import os
@@ -6,10 +7,7 @@ import sys
 
 
 def configure_threads():
-    """Let OpenMP's threads spin only briefly, and let the process keep the memory that it frees.
-
-    Call it before `import torch`: OpenMP reads its environment once, when it is loaded.
-    """
+    """Let OpenMP's threads spin only briefly, and let the process keep the memory that it frees."""
     # OpenMP's threads spin for long while they wait. If other processes need the cores too, that
     # slows a step tenfold. Not spinning at all is slow as well: waking a thread takes longer than
     # the small matrix products of a decoding step.
@@ -22,3 +20,6 @@ def configure_threads():
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
         ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
+
+
+configure_threads()

@@ -19,13 +19,14 @@ try:
 except ImportError:  # on Windows
     fcntl = resource = None
 
-from data import dist
-from data.checkpoint import save
-from data.cli import InputError, read_json, write_atomic
-from data.dist import print0
-from data.methods import DEFAULTS, file_fields
-from data.tensors import save_prompt
-from data.tokenizer import tokenizer_files
+from data.models.checkpoint import save
+from data.models.tensors import save_prompt
+from data.models.tokenizer import tokenizer_files
+from data.process import dist
+from data.process.dist import print0
+from data.process.errors import InputError
+from data.process.files import read_json, write_atomic
+from data.runs.methods import DEFAULTS, file_fields
 
 RUN_FORMAT = 3  # of run.json and the files beside it; raise it when their meaning changes
 # The fields of run.json that are read. An optional one may be null or missing.
@@ -160,7 +161,7 @@ def write_record(directory, record):
 def finish_run(directory, record):
     """Mark a run as complete, and remove its state and the remains of interrupted writes."""
     for path in directory.rglob(".*.*"):
-        written = path.with_name(path.name[1:].rpartition(".")[0])  # see data.cli.atomic_path
+        written = path.with_name(path.name[1:].rpartition(".")[0])  # see files.atomic_path
         if written.is_file():
             path.unlink()
     write_record(directory, record | {"complete": True})
@@ -289,7 +290,7 @@ def base_label(model):
 
 def override_suffix(option, value):
     """What an override adds to a run's name: -lr0.001. A file adds its name without the suffix, any
-    other text its checksum. option: of data.methods."""
+    other text its checksum. option: of data.runs.methods."""
     if option.metavar == "FILE":
         value = Path(value).stem
     elif isinstance(value, float):

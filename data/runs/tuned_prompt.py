@@ -2,12 +2,16 @@
 
 import torch
 
-from data import dist, models, prepare, report, runs
-from data.cli import ArgumentParser, InputError
-from data.methods import DEFAULTS, Settings
-from data.rows import Example, encode_training_rows, make_batch, micro_batches, read_rows
-from data.sampling import sample_all
-from data.tensors import load_prompt
+from data.models.named import load_model
+from data.models.sampling import sample_all
+from data.models.tensors import load_prompt
+from data.process import dist
+from data.process.command_line import ArgumentParser
+from data.process.errors import InputError
+from data.runs import report, runs
+from data.runs.methods import DEFAULTS, Settings
+from data.sets import prepare
+from data.sets.rows import Example, encode_training_rows, make_batch, micro_batches, read_rows
 from losses import cross_entropy, kl
 from model import head_logits, precision
 from prompt import initial_prompt, response_hidden
@@ -68,8 +72,8 @@ def main(argv=None):
     teacher, data = (str(path) if path.exists() else s[field] for field, path in paths.items())
     device, dtype = dist.init_process(s["dtype"])
     rows = read_rows(prepare.find_data_dir(data) / "dev.jsonl", s["max_dev_rows"])
-    q, tokenizer = models.load_model(directory, device)
-    p, _ = models.load_model(teacher, device)
+    q, tokenizer = load_model(directory, device)
+    p, _ = load_model(teacher, device)
     P = load_prompt(directory / "best", p.config.n_embd).to(device)
 
     def show(token):

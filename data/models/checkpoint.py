@@ -4,9 +4,10 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from data.cli import InputError, read_json, write_atomic
-from data.hub import weights_files
-from data.tensors import read_tensor_files, save_tensors
+from data.models.hub import weights_files
+from data.models.tensors import read_tensor_files, save_tensors
+from data.process.errors import InputError
+from data.process.files import read_json, write_atomic
 from model import Config, convert_stored, from_state, to_stored
 
 # The sizes that config.json must have, with their limits.

@@ -10,7 +10,8 @@ from pathlib import Path
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from data.cli import InputError, check_lfs_pointer, read_json
+from data.process.errors import InputError
+from data.process.files import check_lfs_pointer, read_json
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50_257

@@ -1,10 +1,10 @@
-"""The numbers of the paper: Tables 1 and 2, sizes of data sets. Presets are in data/methods.py."""
+"""The paper's numbers: Tables 1 and 2, sizes of data sets. Presets are in data/runs/methods.py."""
 
 import os
 import statistics
 
-from data.hub import OFFICIAL_MODELS
-from data.methods import SIZES
+from data.models.hub import OFFICIAL_MODELS
+from data.runs.methods import SIZES
 
 
 def paper_row(kind, s, overrides, from_init, start_row, teacher_row):

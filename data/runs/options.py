@@ -1,9 +1,10 @@
 """The options of the command lines, and their checks."""
 
-from data import dist
-from data.cli import ArgumentParser, InputError, number_in_range
-from data.methods import METHODS, POSITIVE, PRESET_OPTIONS, options_of_methods
-from data.rows import MAX_NEW_TOKENS
+from data.process import dist
+from data.process.command_line import ArgumentParser, number_in_range
+from data.process.errors import InputError
+from data.runs.methods import METHODS, POSITIVE, PRESET_OPTIONS, options_of_methods
+from data.sets.rows import MAX_NEW_TOKENS
 from model import Config
 
 
@@ -28,7 +29,7 @@ def add_decoding_options(parser):
 
 
 def add_method_option(parser, option, help):
-    """Add an option of data.methods to a parser. Its default is added to the help."""
+    """Add an option of data.runs.methods to a parser. Its default is added to the help."""
     if option.default is not None:
         default = f"{option.default:g}" if isinstance(option.default, float) else option.default
         help = f"{help} (default: {default})".lstrip()

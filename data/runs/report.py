@@ -8,9 +8,9 @@ import warnings
 
 import numpy as np
 
-from data.cli import write_atomic
-from data.rows import read_jsonl
-from data.runs import printable, unique_labels
+from data.process.files import write_atomic
+from data.runs.runs import printable, unique_labels
+from data.sets.rows import read_jsonl
 
 # Lowest share of responses alive at which a generation step is reliable (Figures 3a and 3b)
 MIN_ALIVE = 0.1

@@ -12,7 +12,8 @@ from datetime import timedelta
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from data.cli import InputError, handle_signals, is_launched
+from data.process.command_line import handle_signals, is_launched
+from data.process.errors import InputError
 
 DTYPES = ("float32", "bfloat16")  # of the matrix products in a model's blocks
 JOIN_TIMEOUT = timedelta(minutes=10)  # for the other ranks

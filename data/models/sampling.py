@@ -7,12 +7,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import dist
-from data.cli import ArgumentParser, InputError, number_in_range
-from data.models import load_model
-from data.options import add_decoding_options, add_precision_option
-from data.packed import packed_weights
-from data.rows import (
+from data.models.named import load_model
+from data.models.tensors import load_prompt
+from data.process import dist
+from data.process.command_line import ArgumentParser, number_in_range
+from data.process.errors import InputError
+from data.process.packed import packed_weights
+from data.runs.options import add_decoding_options, add_precision_option
+from data.sets.rows import (
     MAX_NEW_TOKENS,
     MAX_REQUEST,
     Row,
@@ -21,7 +23,6 @@ from data.rows import (
     encode_training_rows,
     read_rows,
 )
-from data.tensors import load_prompt
 from model import KVCache
 from sample import row_uniforms, sample
 

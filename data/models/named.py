@@ -5,24 +5,29 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from data import dist
-from data.checkpoint import load, read_config
-from data.cli import InputError, explain_out_of_memory
-from data.dist import print0
-from data.hub import OFFICIAL_MODELS, find_local_model, find_model_dir
-from data.methods import METHODS, SIZES, STAGES
-from data.paper import PUBLISHED
-from data.runs import read_record, run_kind, run_labels
-from data.tokenizer import GPT2_VOCAB_SIZE, list_tokenizer_files, load_tokenizer, read_tokenizer
+from data.models.checkpoint import load, read_config
+from data.models.hub import OFFICIAL_MODELS, find_local_model, find_model_dir
+from data.models.tokenizer import (
+    GPT2_VOCAB_SIZE,
+    list_tokenizer_files,
+    load_tokenizer,
+    read_tokenizer,
+)
+from data.process import dist
+from data.process.dist import print0
+from data.process.errors import InputError, explain_out_of_memory
+from data.runs.methods import METHODS, SIZES, STAGES
+from data.runs.paper import PUBLISHED
+from data.runs.runs import read_record, run_kind, run_labels
 from model import GPT
 
 MAX_PADDING = 1024  # rows after the tokenizer's tokens; with more, it is another model's
 
 
 def find_model(name):
-    """The directory and the tokenizer of a model by its name (see `data.hub.find_model_dir`), and
-    what its embedding has after the tokenizer's tokens, a list of strings. Weights are not read.
-    Raises InputError if the tokenizer does not fit the model."""
+    """The directory and the tokenizer of a model by its name (see `hub.find_model_dir`), and what
+    its embedding has after the tokenizer's tokens, a list of strings. Weights are not read. Raises
+    InputError if the tokenizer does not fit the model."""
     directory = dist.run_on_rank0(find_model_dir, str(name))
     n_rows = read_config(directory).vocab_size
     tokenizer, added_tokens = read_tokenizer(directory)

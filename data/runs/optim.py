@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from data import dist
+from data.process import dist
 
 MAX_GRAD_NORM = 1.0
 MIN_LR = 1e-7  # at the end of a cosine schedule

@@ -1,26 +1,19 @@
-"""What every command needs: one-line errors, the command line, atomic writes."""
+"""What every command needs: the command line, signals, and streams that outlive their reader."""
 
 import argparse
 import errno
 import io
-import json
 import os
-import re
-import secrets
 import signal
 import sys
 import threading
 import time
-import traceback
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
-
-class InputError(Exception):
-    """The user's input is wrong. The message is one line: what is wrong, and how to fix it."""
-
+from data.process.errors import InputError, explain_out_of_memory
 
 # The signals that end a run: from the keyboard, by `kill`, from a terminal that closes, and what
 # clusters send some time before they end a job. Windows has the first two only.
@@ -136,98 +129,3 @@ def _open_stream(stream):
         return stream
     buffer = io.BufferedWriter(_Output(os.dup(stream.fileno()), "w"))
     return io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=True)
-
-
-# How errors for lack of memory read: of Python, C and C++, PyTorch, CUDA's libraries, oneDNN.
-OUT_OF_MEMORY = re.compile(
-    r"MemoryError|out of memory|not enough memory|(can't|cannot|could not) allocate|bad_alloc"
-    r"|_ALLOC_FAILED|failed to map segment|could not create a (memory( object)?|primitive)$",
-    re.IGNORECASE,
-)
-
-
-@contextmanager
-def explain_out_of_memory(location, fix):
-    """Turn an error for lack of memory, of a CPU or a GPU, into an InputError. The innermost of
-    several contexts reports it. location: what needed the memory. fix: what to lower."""
-
-    def is_out_of_memory(error):
-        text = getattr(error, "strerror", None) or error  # an OSError without its file's name
-        found = OUT_OF_MEMORY.search(f"{type(error).__name__}: {text}")
-        return found and not isinstance(error, InputError)
-
-    try:
-        yield
-    except Exception as error:
-        # An error for lack of memory may be the reason for another one, as in reading a file.
-        reason = error
-        while reason is not None and not is_out_of_memory(reason):
-            reason = reason.__cause__ if reason.__suppress_context__ else reason.__context__
-        if reason is None:
-            raise
-        # The frames hold the tensors that took the memory. The message needs a little of it.
-        traceback.clear_frames(reason.__traceback__)
-        raise InputError(f"{location}: out of memory; {fix}") from None
-
-
-def check_output_dir(path, option="--out", fix="choose another"):
-    """Raise InputError if `path` can't be created or written to, before hours of work are lost."""
-    existing = next(p for p in (Path(path), *Path(path).absolute().parents) if os.path.lexists(p))
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"{option} {path}: {existing} is not a writable directory; {fix}")
-
-
-@contextmanager
-def atomic_path(path):
-    """Yield a temporary path next to `path`. The file written there replaces `path` if the block
-    ends without an error and is removed otherwise. `path` never holds partial content."""
-    path = Path(path)
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EEXIST, "exists and is not a regular file", str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            try:
-                os.fsync(file.fileno())
-            except OSError as error:
-                # Some network file systems have no fsync. Other errors: the data may be lost.
-                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-                    raise
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno and not error.filename:  # as with "No space left on device"
-            error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_atomic(path, content):
-    """Write text or bytes to `path` atomically (see `atomic_path`)."""
-    if isinstance(content, str):
-        content = content.encode("utf-8", "backslashreplace")
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content)
-
-
-def check_lfs_pointer(path):
-    """Raise InputError if git-lfs has left a pointer in a file's place."""
-    start = b"version https://git-lfs.github.com/spec/"
-    with open(path, "rb") as file:
-        is_pointer = file.read(len(start)) == start
-    if is_pointer:
-        raise InputError(f"{path}: is a git-lfs pointer, not the file itself; run `git lfs pull`")
-
-
-def read_json(path, hint):
-    """Read a file with a JSON object. hint: how to fix it, for the InputError if that fails."""
-    try:
-        check_lfs_pointer(path)
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: can't be read as JSON ({error}); {hint}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: must be a JSON object; {hint}")
-    return content

@@ -1,0 +1,1 @@
+"""Models: their files, names and tokenizers, and what they respond."""

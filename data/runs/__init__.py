@@ -1,0 +1,1 @@
+"""Runs: what they train, what they leave, and how they are reported."""
