@@ -20,7 +20,6 @@ import train
 from data.process import dist
 from data.runs.methods import METHODS
 from data.runs.optim import adamw, clip_and_step, set_learning_rate
-from data.runs.paper import PROMPT
 from data.runs.validation import validation_loss
 from data.sets.rows import Example, make_batch
 from model import GPT, TRANSPOSED, Config

@@ -78,7 +78,7 @@ def test_the_new_method_of_the_reference(project):
     train = project / "train.py"
     insert(train, STEPS_COMMENT, f"{STEP}\n\n")
     insert(train, "}", STEPS_ENTRY, after="STEPS = {")
-    insert(project / "data" / "methods.py", "}", METHODS_ENTRY, after="METHODS = {")
+    insert(project / "data" / "runs" / "methods.py", "}", METHODS_ENTRY, after="METHODS = {")
     check_form(project)
     assert run_tests_of("fkl", project) > 150
 
@@ -118,7 +118,7 @@ train.main(["--method", "gkd", "--skew", "0.3"])
 
 def test_the_new_data_set_of_the_reference(project, online, monkeypatch):
     """It is downloaded, read by --data, and evaluated without the paper's ban."""
-    insert(project / "data" / "prepare.py", "}", PUBLIC_SETS_ENTRY, after="PUBLIC_SETS = {")
+    insert(project / "data" / "sets" / "prepare.py", "}", PUBLIC_SETS_ENTRY, after="PUBLIC_SETS = {")
     check_form(project)
     server = Server()
     script = """

@@ -194,9 +194,8 @@ def test_of_two_ranks_the_one_that_runs_out_of_memory_reports_it_and_both_end(
 
 MEGABYTES = 250  # of memory besides what the imported modules take
 # The modules whose `main` is the body of a command
-MODULES = {"sample": "data.models.sampling"} | {
-    x: x for x in ("train", "evaluate", "exposure_bias")
-}
+MODULES = {name: name for name in ("train", "evaluate", "exposure_bias")}
+MODULES["sample"] = "data.models.sampling"
 
 
 def run_limited(directory, commands):
