@@ -12,26 +12,34 @@ import math
 import torch
 import torch.nn.functional as F
 
-from model import head_logits
+from model import float32_products, head_logits
+
+
+def log_softmax(logits):
+    """Log-probabilities (N, V) of logits (N, V), in float32."""
+    return F.log_softmax(logits.float(), dim=-1)
 
 
 def kl(a_logits, b_logits):
-    """KL(a || b) per token in nats, exact over the vocabulary: (N, V), (N, V) -> (N,).
+    """KL(a || b) per token in nats, exact over the vocabulary: (N, V), (N, V) -> (N,). In float32.
+    Both get a gradient."""
+    return kl_of_logs(log_softmax(a_logits), log_softmax(b_logits))
 
-    Σ_v a_v (log a_v - log b_v) in float32, with a and b softmaxes of logits. Both get a gradient.
-    """
-    log_a = F.log_softmax(a_logits.float(), dim=-1)
-    log_b = F.log_softmax(b_logits.float(), dim=-1)
+
+def kl_of_logs(log_a, log_b):
+    """Σ_v a_v (log a_v - log b_v), from log-probabilities (N, V) -> (N,)."""
     # As a product and a sum: autocast would compute a dot product in bfloat16.
     return (log_a.exp() * (log_a - log_b)).sum(-1)
 
 
-def directed_kl(trained, other, direction):
-    """KL(trained || other) if "reverse", KL(other || trained) if "forward" (Table 5). trained gets
-    the gradient: in the prompt's loss this is p(y | P, x), never the student."""
+def directed_kl(log_trained, log_other, direction):
+    """KL(trained || other) if "reverse", KL(other || trained) if "forward" (Table 5), from
+    log-probabilities. trained gets the gradient: in the prompt's loss this is p(y | P, x), never
+    the student."""
     if direction not in ("reverse", "forward"):
         raise ValueError(f"direction {direction!r} must be 'reverse' or 'forward'")
-    return kl(trained, other) if direction == "reverse" else kl(other, trained)
+    pair = (log_trained, log_other) if direction == "reverse" else (log_other, log_trained)
+    return kl_of_logs(*pair)
 
 
 def prompt_loss(p_prompted, q, p_bare, lam, reg_weight=1.0, prompt_kl="reverse", reg_kl="reverse"):
@@ -45,10 +53,11 @@ def prompt_loss(p_prompted, q, p_bare, lam, reg_weight=1.0, prompt_kl="reverse",
     paper's method. Returns (4, N): L_P, L_kd, L_reg and the drift KL(p(y | P, x) || p(y | x)),
     which is L_reg unless reg_kl is "forward".
     """
-    L_kd = directed_kl(p_prompted, q, prompt_kl)  # (1)
-    L_reg = directed_kl(p_prompted, p_bare, reg_kl)  # (2)
+    log_prompted, log_bare = log_softmax(p_prompted), log_softmax(p_bare)  # (N, V)
+    L_kd = directed_kl(log_prompted, log_softmax(q), prompt_kl)  # (1)
+    L_reg = directed_kl(log_prompted, log_bare, reg_kl)  # (2)
     L_P = L_kd + reg_weight * lam * L_reg  # (3)
-    drift = L_reg if reg_kl == "reverse" else kl(p_prompted, p_bare)
+    drift = L_reg if reg_kl == "reverse" else kl_of_logs(log_prompted, log_bare)
     return torch.stack([L_P, L_kd, L_reg, drift])
 
 
@@ -150,7 +159,7 @@ def sum_over_tokens(loss_fn, trained, *others, **per_token):
     if any(len(values) != N for values in (*(h for h, _ in others), *per_token.values())):
         raise ValueError(f"all models and tensors per token must have {N} tokens, as the first")
     others = [(h.float(), W.float()) for h, W in others]
-    with torch.autocast(hidden.device.type, enabled=False):
+    with float32_products(hidden.device):
         return _SumOverTokens.apply(loss_fn, others, per_token, hidden.float(), head.float())
 
 

@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -191,7 +192,16 @@ class KVCache:
 def precision(device, dtype):
     """The context of a forward pass whose blocks multiply matrices in "float32" or "bfloat16". The
     residual stream, LayerNorm and the logits are float32 in both cases."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    if dtype == "float32":
+        return float32_products(device)
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def float32_products(device):
+    """A context in which autocast is off. Some devices, as meta, have none."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def head_logits(hidden, head):
@@ -202,7 +212,7 @@ def head_logits(hidden, head):
     0.5 apart: in bfloat16 the differences between tokens would be lost. A GPU may round the inputs
     of the product to TF32, which costs each term 0.1 % of itself, whatever the offset.
     """
-    with torch.autocast(hidden.device.type, enabled=False):
+    with float32_products(hidden.device):
         return F.linear(hidden.float(), head.float())
 
 

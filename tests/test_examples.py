@@ -118,7 +118,9 @@ train.main(["--method", "gkd", "--skew", "0.3"])
 
 def test_the_new_data_set_of_the_reference(project, online, monkeypatch):
     """It is downloaded, read by --data, and evaluated without the paper's ban."""
-    insert(project / "data" / "sets" / "prepare.py", "}", PUBLIC_SETS_ENTRY, after="PUBLIC_SETS = {")
+    insert(
+        project / "data" / "sets" / "prepare.py", "}", PUBLIC_SETS_ENTRY, after="PUBLIC_SETS = {"
+    )
     check_form(project)
     server = Server()
     script = """
