@@ -156,16 +156,10 @@ def promptkd_step(run, examples, t):
     s, p = run.settings, run.teacher
     lam = 1 - t / run.total_steps  # λ: 1 at first, then linearly down to 1 / total_steps
 
+    directions = {"prompt_kl": s.prompt_kl, "reg_kl": s.reg_kl}  # for the ablations of Table 5
+
     def L_P(p_prompted, q, p_bare):  # (1) to (3)
-        return losses.prompt_loss(
-            p_prompted,
-            q,
-            p_bare,
-            lam,
-            reg_weight=s.reg_weight,
-            prompt_kl=s.prompt_kl,
-            reg_kl=s.reg_kl,
-        )
+        return losses.prompt_loss(p_prompted, q, p_bare, lam, s.reg_weight, **directions)
 
     # Sample responses y ~ q_θ(y | x), for both phases. No gradient goes through the sampling.
     batches, n_tokens = split_global_batch(run, rollout(run, examples, t))
