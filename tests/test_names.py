@@ -138,7 +138,7 @@ def test_plot_that_can_not_be_written(tmp_path):
 SCRIPT = """
 import importlib, json, sys
 sys.path.insert(0, sys.argv.pop(1))
-from data.process import command_line, errors, files
+from data.process import command_line
 for command in json.loads(sys.stdin.read()):
     program, *arguments = [sys.argv[part] if isinstance(part, int) else part for part in command]
     try:

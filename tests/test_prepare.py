@@ -715,7 +715,7 @@ def read_only(directory, command):
 SCRIPT = """
 import importlib, json, os, sys
 sys.path.insert(0, sys.argv[1])
-from data.process import command_line, errors, files
+from data.process import command_line
 for line in json.loads(sys.argv[2]):
     program, *arguments = line.split()
     if program == "set":

@@ -280,10 +280,10 @@ def test_a_signal_ends_the_run_after_its_step_with_the_state_saved(
             os.kill(os.getpid(), number)
         return step(run, examples, t)
 
-    def signal_in_validation(run, rows, examples):
+    def signal_in_validation(run, rows, examples, sampled_rouge_l):
         if phase == "validation" and steps[-1:] == [3]:
             os.kill(os.getpid(), number)
-        return validate(run, rows, examples)
+        return validate(run, rows, examples, sampled_rouge_l)
 
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit:
@@ -499,10 +499,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_state_is_kept
         run.student.wte.weight.data.fill_(math.nan)  # whatever is saved now is spoiled
         return values | without(spoiled, ["val_loss"])
 
-    def validating(run, rows, examples):
+    def validating(run, rows, examples, sampled_rouge_l):
         if seen[-1:] == [3]:
             return {"val_loss": 1.0, "val_rouge_l": 99.0, **spoiled}
-        return validate(run, rows, examples)
+        return validate(run, rows, examples, sampled_rouge_l)
 
     monkeypatch.setitem(train.STEPS, method, spoiling)
     monkeypatch.setattr(train, "validate", validating)

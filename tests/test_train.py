@@ -194,7 +194,7 @@ def steps_seen(monkeypatch):
 @pytest.fixture
 def no_validation(monkeypatch):
     values = {"val_loss": 1.0, "val_rouge_l": 1.0}
-    monkeypatch.setattr(train, "validate", lambda run, rows, examples: values)
+    monkeypatch.setattr(train, "validate", lambda run, rows, examples, sampled_rouge_l: values)
 
 
 @pytest.fixture
@@ -1361,9 +1361,9 @@ def seqkd(tmp_path_factory, student, teacher):
         steps.append(examples)
         return step(run, examples, t)
 
-    def recording_validate(run, rows, examples):
+    def recording_validate(run, rows, examples, sampled_rouge_l):
         validated.append((rows, examples))
-        return validate(run, rows, examples)
+        return validate(run, rows, examples, sampled_rouge_l)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(train.STEPS, "seqkd", recording_step)
@@ -1637,7 +1637,7 @@ def test_best_checkpoint_is_the_best_by_rouge_l_or_by_loss(
 ):
     weights = []
 
-    def validate(run, rows, examples):
+    def validate(run, rows, examples, sampled_rouge_l):
         weights.append(run.student.wte.weight.detach().clone())
         return dict(zip(("val_loss", "val_rouge_l"), scores[len(weights) - 1], strict=True))
 
@@ -1653,7 +1653,7 @@ def test_best_checkpoint_is_the_best_by_rouge_l_or_by_loss(
 def test_prompt_in_best_is_that_of_the_best_step(tmp_path, student, teacher, monkeypatch):
     prompts, scores = [], [0.0, 5.0, 7.0, 6.0]
 
-    def validate(run, rows, examples):
+    def validate(run, rows, examples, sampled_rouge_l):
         prompts.append(run.P.detach().clone())
         score = scores[len(prompts) - 1]
         return {"val_loss": 1.0, "val_rouge_l": score, "val_prompted_loss": 1.0}

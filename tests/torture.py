@@ -25,7 +25,8 @@ from helpers import fork_ranks, wait_for  # noqa: E402
 
 import data.sets.prepare  # noqa: E402
 import train  # noqa: E402
-from data import dist, report  # noqa: E402
+from data.process import dist  # noqa: E402
+from data.runs import report  # noqa: E402
 from data.runs.methods import METHODS, STAGES  # noqa: E402
 
 RUNS = (
