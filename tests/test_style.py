@@ -16,7 +16,7 @@ TOP_LEVEL = {
     *("pyproject.toml", ".gitignore", ".ci"),
 }
 MAX_LINES = {
-    "losses.py": 240,  # with room for another loss
+    "losses.py": 250,  # with room for another loss
     "prompt.py": 100,
     "train.py": 550,  # with room for another method
     "sample.py": 280,
