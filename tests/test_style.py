@@ -169,6 +169,16 @@ def test_readme_keeps_to_its_number_of_lines_and_maps_the_paper_to_the_code():
         assert f"`{name}`" in table
 
 
+def test_readme_quotes_the_first_table_of_memory():
+    table = "| stage | bfloat16, GB"
+    quoted, full = (
+        path.read_text(encoding="utf-8").partition(table)[2].partition("\n\n")[0].splitlines()
+        for path in (ROOT / "README.md", ROOT / "docs" / "memory.md")
+    )
+    assert len(quoted) == 2 + 4  # the rest of the header, the rule, four stages
+    assert [line for line in quoted if line not in full] == []
+
+
 def inline_code(path):
     """The `code` spans outside of blocks."""
     text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
