@@ -6,7 +6,7 @@ python evaluate.py RUN|MODEL... --samples N    # and Table 6
 python evaluate.py RUN... --cost               # Table 2
 """
 
-import data.process.threads  # noqa: F401  (before torch: how its threads wait)
+import data.process.threads  # noqa: F401  (must precede torch: it sets how threads wait)
 
 import hashlib
 import itertools

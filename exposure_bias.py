@@ -14,7 +14,7 @@ legitimate. The mean at a step is over the responses that have not ended before 
     python exposure_bias.py --teacher MODEL --along RUN... --data dolly             # Figure 3b
 """
 
-import data.process.threads  # noqa: F401  (before torch: how its threads wait)
+import data.process.threads  # noqa: F401  (must precede torch: it sets how threads wait)
 
 import itertools
 from pathlib import Path

@@ -12,7 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from model import float32_products, head_logits
+from model import head_logits, no_autocast
 
 
 def log_softmax(logits):
@@ -22,7 +22,7 @@ def log_softmax(logits):
 
 def kl(a_logits, b_logits):
     """KL(a || b) per token in nats, exact over the vocabulary: (N, V), (N, V) -> (N,). In float32.
-    Both get a gradient."""
+    Differentiable in both; in `sum_over_tokens` only its first model's logits get a gradient."""
     return kl_of_logs(log_softmax(a_logits), log_softmax(b_logits))
 
 
@@ -34,8 +34,8 @@ def kl_of_logs(log_a, log_b):
 
 def directed_kl(log_trained, log_other, direction):
     """KL(trained || other) if "reverse", KL(other || trained) if "forward" (Table 5), from
-    log-probabilities. trained gets the gradient: in the prompt's loss this is p(y | P, x), never
-    the student."""
+    log-probabilities. What is trained in the prompt's loss is p(y | P, x). So reverse is KL(p || q)
+    there, which papers that train the student call forward."""
     if direction not in ("reverse", "forward"):
         raise ValueError(f"direction {direction!r} must be 'reverse' or 'forward'")
     pair = (log_trained, log_other) if direction == "reverse" else (log_other, log_trained)
@@ -144,11 +144,13 @@ def sum_over_tokens(loss_fn, trained, *others, **per_token):
     but never holds all (N, V) logits. Gradients are computed chunk by chunk in the forward pass;
     backward only scales them. All products are in float32, even inside autocast.
 
-    trained: hidden (N, C) and head (V, C) of the model that is trained. Both get a gradient.
+    trained: hidden (N, C) and head (V, C) that the gradient goes to: the student's; or, for the
+    prompt's loss, the frozen teacher's, whose hidden states pass it on to P.
     others: hidden and head of each further model; they get no gradient.
     per_token: what else loss_fn takes by name, tensors (N, ...).
     loss_fn: returns (n,), or (k, n): the loss first, then what is only logged. It is called for
-    some n of the N tokens at a time, with their logits (n, V') as in `aligned_logits`.
+    some n of the N tokens at a time, with their logits (n, V') as in `aligned_logits`. So it may
+    reduce over the vocabulary only by a softmax, where the extra entries have probability 0.
     Returns the sum (), or sums (k,), of which only the first has a gradient. Raises ValueError if
     numbers of tokens or vocabularies differ.
     """
@@ -159,7 +161,7 @@ def sum_over_tokens(loss_fn, trained, *others, **per_token):
     if any(len(values) != N for values in (*(h for h, _ in others), *per_token.values())):
         raise ValueError(f"all models and tensors per token must have {N} tokens, as the first")
     others = [(h.float(), W.float()) for h, W in others]
-    with float32_products(hidden.device):
+    with no_autocast(hidden.device):
         return _SumOverTokens.apply(loss_fn, others, per_token, hidden.float(), head.float())
 
 

@@ -51,8 +51,11 @@ class GPT(nn.Module):
         are returned, (N, C), and the last layer's MLP skips all others. A last token beyond the
         model's positions is not read: it is only predicted.
         """
+        n_positions = self.config.n_positions
+        if inputs.shape[1] > n_positions + (output_positions is not None):
+            raise ValueError(f"{inputs.shape[1]} tokens exceed the model's {n_positions} positions")
         if output_positions is not None:
-            inputs = inputs[:, : self.config.n_positions]
+            inputs = inputs[:, :n_positions]
         x = inputs if inputs.is_floating_point() else self.wte(inputs)  # (B, T, C)
         if cache is None:
             positions, mask = torch.arange(x.shape[1], device=x.device), None
@@ -193,12 +196,12 @@ def precision(device, dtype):
     """The context of a forward pass whose blocks multiply matrices in "float32" or "bfloat16". The
     residual stream, LayerNorm and the logits are float32 in both cases."""
     if dtype == "float32":
-        return float32_products(device)
+        return no_autocast(device)
     return torch.autocast(device.type, torch.bfloat16)
 
 
-def float32_products(device):
-    """A context in which autocast is off. Some devices, as meta, have none."""
+def no_autocast(device):
+    """A context in which autocast is off. Some devices, such as meta, have none."""
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
@@ -212,7 +215,7 @@ def head_logits(hidden, head):
     0.5 apart: in bfloat16 the differences between tokens would be lost. A GPU may round the inputs
     of the product to TF32, which costs each term 0.1 % of itself, whatever the offset.
     """
-    with float32_products(hidden.device):
+    with no_autocast(hidden.device):
         return F.linear(hidden.float(), head.float())
 
 

@@ -2,7 +2,7 @@
 `python prompt.py RUN` shows what the tuned prompt of a run does."""
 
 if __name__ == "__main__":
-    import data.process.threads  # noqa: F401  (before torch: how its threads wait)
+    import data.process.threads  # noqa: F401  (must precede torch: it sets how threads wait)
 
 import torch
 

@@ -2,7 +2,7 @@
 `python sample.py MODEL` lets a model respond."""
 
 if __name__ == "__main__":
-    import data.process.threads  # noqa: F401  (before torch: how its threads wait)
+    import data.process.threads  # noqa: F401  (must precede torch: it sets how threads wait)
 
 import zlib
 
@@ -36,8 +36,8 @@ def sample(
     teacher_mix. teacher_mix: (teacher, α), to sample each token from the mixture
     (1 - α) q(· | x, y_<t) + α p(· | x, y_<t) (MiniLLM, section 2.2). dtype: as in `precision`.
     Returns B token lists, with eos_token_id at the end of those that finished, and B lists of
-    log-probabilities. Changes no mode, makes no collective calls. Raises ValueError if request and
-    response may exceed the model's positions.
+    log-probabilities (see `sample_next_token`). Makes no collective calls, and changes no mode:
+    call model.eval() before. Raises ValueError if a row may exceed the model's positions.
     """
     if P is not None and teacher_mix is not None:
         raise ValueError("a soft prompt P can't be combined with teacher_mix")
@@ -94,7 +94,7 @@ def sample_next_token(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """One token per row by inverse transform sampling, or the most likely one if u is None.
 
     logits (B, V), u (B,) in [0, 1) -> tokens (B,) and their log-probabilities (B,) under the
-    distribution that they were drawn from.
+    distribution that they were drawn from: after temperature, filters, bans and mixture.
     """
     logits = logits.float()
     if u is not None and temperature != 1.0:

@@ -4,7 +4,7 @@ python train.py                                        the demo: offline, CPU or
 torchrun --nproc_per_node=8 train.py --student gpt2    the paper's main result, all its stages
 """
 
-import data.process.threads  # noqa: F401  (before torch: how its threads wait)
+import data.process.threads  # noqa: F401  (must precede torch: it sets how threads wait)
 
 import time
 import zlib
@@ -111,25 +111,26 @@ def split_global_batch(run, examples):
 
 
 def sync_gradients_at(run, is_last):
-    """The context of one micro-batch: under DDP, its backward pass averages .grad over the ranks if
-    it is the last one. Before that each rank adds to its own .grad."""
+    """The context of one micro-batch: no_sync under DDP for all but the last one. Each rank adds to
+    its own .grad, and the last backward pass averages all of it over the ranks. So ranks may have
+    different numbers of micro-batches."""
     if is_last or run.ddp_student is run.student:
         return nullcontext()
     return run.ddp_student.no_sync()
 
 
 def undo_ddp_mean(loss):
-    """The loss whose gradient is right after DDP has averaged it.
+    """R times the loss, because DDP will divide the gradients' sum by the number R of ranks.
 
-    Rank r has the loss L_r, its tokens' sum divided by the tokens of all R ranks. So the gradient
-    of the global batch is Σ_r ∇L_r. DDP gives 1/R Σ_r ∇L_r; hence R · L_r.
+    Rank r has the loss L_r, its tokens' sum divided by the tokens of all ranks. So the gradient of
+    the global batch is Σ_r ∇L_r. DDP makes 1/R Σ_r ∇(R · L_r) of it, which is the same.
     """
     return loss * dist.world_size()
 
 
 def sum_prompt_gradient(run):
-    """Add up P's gradient over the ranks, Σ_r ∇L_r (see `undo_ddp_mean`), in place. P belongs to
-    the frozen teacher, which is not in DDP, so no hook does it."""
+    """Add up P's gradient over the ranks, Σ_r ∇L_r, in place. P is not in DDP, so nothing else does
+    it, and nothing divides by R. P starts equal on all ranks, and stays so."""
     dist.all_reduce_sum(run.P.grad)
 
 
@@ -169,12 +170,12 @@ def promptkd_step(run, examples, t):
     for batch in batches:
         with precision(run.device, s.dtype):
             prompted = response_hidden(p, batch, run.P)  # gradient to P only: p is frozen
-            with torch.no_grad():  # targets
+            with torch.no_grad():  # constants
                 student = response_hidden(run.student, batch)
                 bare = response_hidden(p, batch)
-            means = sum_over_tokens(L_P, prompted, student, bare) / n_tokens  # (4,), L_P first
-        means[0].backward()
-        prompt_means += means.detach()
+            part = sum_over_tokens(L_P, prompted, student, bare) / n_tokens  # (4,), L_P first
+        part[0].backward()  # this micro-batch's part of the global mean
+        prompt_means += part.detach()
     sum_prompt_gradient(run)
     prompt_grad_norm = clip_and_step(run.prompt_optimizer)  # updates P
     record_time(run, "prompt")
@@ -185,8 +186,8 @@ def promptkd_step(run, examples, t):
     for batch in batches:
         with sync_gradients_at(run, batch is batches[-1]):
             with precision(run.device, s.dtype):
-                student = response_hidden(run.ddp_student, batch)  # gradient to θ
-                with torch.no_grad():  # a target: none to P
+                student = response_hidden(run.ddp_student, batch)  # gradient to θ, through DDP
+                with torch.no_grad():  # a constant: none to P
                     prompted = response_hidden(p, batch, run.P)
                 L_theta = sum_over_tokens(losses.student_loss, student, prompted) / n_tokens  # (4)
             undo_ddp_mean(L_theta).backward()
@@ -210,7 +211,7 @@ def gkd_step(run, examples, t):
         with sync_gradients_at(run, batch is batches[-1]):
             with precision(run.device, s.dtype):
                 student = response_hidden(run.ddp_student, batch)  # gradient to θ
-                with torch.no_grad():  # a target
+                with torch.no_grad():  # a constant
                     teacher = response_hidden(run.teacher, batch)
                 L_theta = sum_over_tokens(losses.student_loss, student, teacher) / n_tokens
             undo_ddp_mean(L_theta).backward()
@@ -254,7 +255,7 @@ def kd_backward(run, batches, n_tokens):
         with sync_gradients_at(run, batch is batches[-1]):
             with precision(run.device, s.dtype):
                 student = response_hidden(run.ddp_student, batch)
-                with torch.no_grad():  # a target
+                with torch.no_grad():  # a constant
                     teacher = response_hidden(run.teacher, batch)
                 L_theta = sum_over_tokens(losses.kd_loss, student, teacher, targets=batch.targets)
                 L_theta = L_theta / n_tokens
@@ -287,7 +288,7 @@ def minillm_step(run, examples, t):
         with sync_gradients_at(run, batch is batches[-1]):
             with precision(run.device, s.dtype):
                 student = response_hidden(run.ddp_student, batch)
-                with torch.no_grad():  # a target
+                with torch.no_grad():  # a constant
                     teacher = response_hidden(run.teacher, batch)
                 L_theta = sum_over_tokens(losses.minillm_loss, student, teacher, **rollout_values)
                 L_theta = L_theta / n_tokens
@@ -368,7 +369,7 @@ def build(s, steps, tokenizer, micro_batch_tokens, device):
     if s.prompt_text is not None:
         P = untuned_prompt(s, run.teacher.wte.weight, tokenizer)
         run.P = P.to(device).requires_grad_()
-        run.prompt_optimizer = adamw([run.P], s)
+        run.prompt_optimizer = adamw([run.P], s)  # P is a matrix: it has weight decay, too
     if s.lm_data is not None:
         n_blocks = run.total_steps * run.global_batch_size
         run.lm_blocks = stages.read_lm_blocks(s, tokenizer, n_blocks)
@@ -399,8 +400,8 @@ def train_loop(run, data, progress, directory, keep, save_every):
     """Train from `progress["step"]` to the last step, updating `progress`.
 
     keep: number of evenly spaced checkpoints to keep. save_every: steps between saved states,
-    besides those at validations. A signal that ends a run, to any rank, ends the process after the
-    current step, with the state saved (see `data.process.command_line.STOP_SIGNALS`).
+    besides those at validations. If any rank receives a signal of `command_line.STOP_SIGNALS`, all
+    finish the current step, save the state and exit.
     """
     total_steps = run.total_steps
     eval_interval = run.settings.eval_interval or run.steps_per_epoch
@@ -420,7 +421,7 @@ def train_loop(run, data, progress, directory, keep, save_every):
                 metrics |= validate(run, data.dev_rows, data.dev_examples, sampled_rouge_l)
                 stages.check_finite(directory, metrics)
                 note_best(progress, checkpoint_score(run.settings, metrics), step)
-            # Of 6 steps and keep=4 after steps 2, 3, 5 and 6.
+            # With 6 steps and keep=4: after steps 2, 3, 5 and 6.
             if step * keep // total_steps > t * keep // total_steps:
                 runs.save_checkpoint(run, directory / "kept" / f"step-{step:06d}")
             log.write(metrics)

@@ -35,7 +35,7 @@ def packed_weights(models, dtype):
 
 def is_packable(weight):
     """Whether packing a weight (O, I) pays: it is float32, on a CPU, and large."""
-    return weight.dtype == torch.float32 and not weight.is_cuda and weight.numel() >= 2**18
+    return weight.dtype == torch.float32 and weight.is_cpu and weight.numel() >= 2**18
 
 
 def packed_linear(weight, bias=None):
@@ -43,8 +43,8 @@ def packed_linear(weight, bias=None):
 
     The only use of PyTorch's private oneDNN operators.
     """
-    # 32 is the number of rows that oneDNN chooses the layout for, as of a batch being decoded. The
-    # copy multiplies any number of rows.
+    # oneDNN chooses the layout for a number of rows, here that of a batch being decoded. The copy
+    # multiplies any number of rows.
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 32)
 
     def forward(x):
