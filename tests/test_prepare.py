@@ -764,9 +764,9 @@ def test_commands_in_a_read_only_checkout(checkout, tmp_path):
     if "unshare:" in process.stderr or "mount:" in process.stderr:
         pytest.skip("file systems can't be mounted here")
     statuses = re.findall(r"^[\w.]+ \d+$", process.stdout, re.MULTILINE)
-    names = ("evaluate", "train", "data.sets.prepare", "exposure_bias")
+    names = ("evaluate", "train", "data.prepare", "exposure_bias")
     expected = [f"{name} {0 if name == 'evaluate' else 2}" for name in names]
-    later = ("train", "data.sets.prepare", "evaluate", "exposure_bias", "data.models.sampling")
+    later = ("train", "data.prepare", "evaluate", "exposure_bias", "data.models.sampling")
     assert statuses == expected + [f"{name} 0" for name in later], process.stderr
     errors = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 3 and "Traceback" not in process.stderr
