@@ -321,7 +321,7 @@ run_command_line(main)
     "number", [signal.SIGUSR1, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)]
 )
 def test_torchrun_passes_a_signal_on_and_both_ranks_save(tmp_path, student, teacher, number):
-    """With the options of the README's command lines. The signal goes to torchrun alone."""
+    """With the options of the reference's command lines. The signal goes to torchrun alone."""
     s = six_steps(student, teacher)
 
     def train_stage(out):
