@@ -100,9 +100,8 @@ def split_global_batch(run, examples):
     """This rank's examples as micro-batches, and the number of response tokens of all ranks.
 
     Losses are averaged over that number. Averages per micro-batch would give more weight to tokens
-    of short responses. A batch has ids (B, T), each row a request and its response; targets (N,),
-    the response tokens of all rows; response_positions, (row, position) of the logits that predict
-    them, two tensors (N,). Padding is on the right and attention is causal, so no mask is needed.
+    of short responses. A micro-batch (`rows.Batch`) has ids (B, T), a request and its response in
+    each row; targets (N,), their response tokens; and where the logits that predict these are.
     """
     prompt_length = 0 if run.P is None else len(run.P)
     batches = micro_batches(examples, run.micro_batch_tokens, run.device, prompt_length)
@@ -151,10 +150,11 @@ def update_student(run, n_tokens, loss, **metrics):
 def promptkd_step(run, examples, t):
     """Algorithm 1, iteration t = 0 ... total_steps - 1. Equation numbers are the paper's.
 
-    A micro-batch has N response tokens. `response_hidden` gives their hidden states (N, C) and the
-    head (V, C) of a model, `sum_over_tokens` the sum of a loss over them, from logits (N, V).
+    q, p_prompted and p_bare are distributions of a micro-batch's N response tokens, each as a pair:
+    hidden states (N, C) and a head (V, C), from `response_hidden`. `sum_over_tokens` makes logits
+    (N, V) of them, some tokens at a time, and sums a loss over the tokens.
     """
-    s, p = run.settings, run.teacher
+    s, teacher = run.settings, run.teacher
     lam = 1 - t / run.total_steps  # λ: 1 at first, then linearly down to 1 / total_steps
 
     directions = {"prompt_kl": s.prompt_kl, "reg_kl": s.reg_kl}  # for the ablations of Table 5
@@ -169,11 +169,11 @@ def promptkd_step(run, examples, t):
     prompt_means = torch.zeros(4, device=run.device)
     for batch in batches:
         with precision(run.device, s.dtype):
-            prompted = response_hidden(p, batch, run.P)  # gradient to P only: p is frozen
+            p_prompted = response_hidden(teacher, batch, run.P)  # gradient to P only: p is frozen
             with torch.no_grad():  # constants
-                student = response_hidden(run.student, batch)
-                bare = response_hidden(p, batch)
-            part = sum_over_tokens(L_P, prompted, student, bare) / n_tokens  # (4,), L_P first
+                q = response_hidden(run.student, batch)
+                p_bare = response_hidden(teacher, batch)
+            part = sum_over_tokens(L_P, p_prompted, q, p_bare) / n_tokens  # (4,), L_P first
         part[0].backward()  # this micro-batch's part of the global mean
         prompt_means += part.detach()
     sum_prompt_gradient(run)
@@ -186,10 +186,10 @@ def promptkd_step(run, examples, t):
     for batch in batches:
         with sync_gradients_at(run, batch is batches[-1]):
             with precision(run.device, s.dtype):
-                student = response_hidden(run.ddp_student, batch)  # gradient to θ, through DDP
+                q = response_hidden(run.ddp_student, batch)  # gradient to θ, through DDP
                 with torch.no_grad():  # a constant: none to P
-                    prompted = response_hidden(p, batch, run.P)
-                L_theta = sum_over_tokens(losses.student_loss, student, prompted) / n_tokens  # (4)
+                    p_prompted = response_hidden(teacher, batch, run.P)
+                L_theta = sum_over_tokens(losses.student_loss, q, p_prompted) / n_tokens  # (4)
             undo_ddp_mean(L_theta).backward()
         loss += L_theta.detach()
     metrics = dict(zip(PROMPT_METRICS, dist.all_reduce_sum(prompt_means), strict=True))
@@ -210,10 +210,10 @@ def gkd_step(run, examples, t):
     for batch in batches:
         with sync_gradients_at(run, batch is batches[-1]):
             with precision(run.device, s.dtype):
-                student = response_hidden(run.ddp_student, batch)  # gradient to θ
+                q = response_hidden(run.ddp_student, batch)  # gradient to θ
                 with torch.no_grad():  # a constant
-                    teacher = response_hidden(run.teacher, batch)
-                L_theta = sum_over_tokens(losses.student_loss, student, teacher) / n_tokens
+                    p = response_hidden(run.teacher, batch)
+                L_theta = sum_over_tokens(losses.student_loss, q, p) / n_tokens
             undo_ddp_mean(L_theta).backward()
         loss += L_theta.detach()
     return update_student(run, n_tokens, loss)
@@ -228,8 +228,8 @@ def sft_step(run, examples, t):
     for batch in batches:
         with sync_gradients_at(run, batch is batches[-1]):
             with precision(run.device, s.dtype):
-                student = response_hidden(run.ddp_student, batch)
-                L_theta = sum_over_tokens(losses.cross_entropy, student, targets=batch.targets)
+                q = response_hidden(run.ddp_student, batch)
+                L_theta = sum_over_tokens(losses.cross_entropy, q, targets=batch.targets)
                 L_theta = L_theta / n_tokens
             undo_ddp_mean(L_theta).backward()
         loss += L_theta.detach()
@@ -254,10 +254,10 @@ def kd_backward(run, batches, n_tokens):
     for batch in batches:
         with sync_gradients_at(run, batch is batches[-1]):
             with precision(run.device, s.dtype):
-                student = response_hidden(run.ddp_student, batch)
+                q = response_hidden(run.ddp_student, batch)
                 with torch.no_grad():  # a constant
-                    teacher = response_hidden(run.teacher, batch)
-                L_theta = sum_over_tokens(losses.kd_loss, student, teacher, targets=batch.targets)
+                    p = response_hidden(run.teacher, batch)
+                L_theta = sum_over_tokens(losses.kd_loss, q, p, targets=batch.targets)
                 L_theta = L_theta / n_tokens
             undo_ddp_mean(L_theta).backward()
         loss += L_theta.detach()
@@ -287,10 +287,10 @@ def minillm_step(run, examples, t):
         rollout_values = {"targets": batch.targets, "log_q": log_q, "w": w, "R": R}
         with sync_gradients_at(run, batch is batches[-1]):
             with precision(run.device, s.dtype):
-                student = response_hidden(run.ddp_student, batch)
+                q = response_hidden(run.ddp_student, batch)
                 with torch.no_grad():  # a constant
-                    teacher = response_hidden(run.teacher, batch)
-                L_theta = sum_over_tokens(losses.minillm_loss, student, teacher, **rollout_values)
+                    p = response_hidden(run.teacher, batch)
+                L_theta = sum_over_tokens(losses.minillm_loss, q, p, **rollout_values)
                 L_theta = L_theta / n_tokens
             undo_ddp_mean(L_theta).backward()
         loss += L_theta.detach()

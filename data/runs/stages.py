@@ -17,7 +17,7 @@ from data.process import dist
 from data.process.dist import print0
 from data.process.errors import InputError, explain_out_of_memory
 from data.runs import report, runs
-from data.runs.methods import file_fields
+from data.runs.methods import METHODS, STAGES, file_fields
 from data.runs.runs import LOCATIONS, base_label, finish_run, format_time
 from data.sets.demo import TOKENIZER_DIR
 from data.sets.prepare import PRETRAINING_FILE, find_data_dir, write_pretraining_text
@@ -168,9 +168,13 @@ def read_lm_blocks(s, tokenizer, n_rows):
 
 
 def check_positions(run, examples):
-    """Raise InputError if a row is longer than a model can read."""
-    longest = max(len(e.request) + len(e.response) for e in [*examples, *(run.lm_blocks or [])])
-    longest -= 1  # a row's last token is only predicted
+    """Raise InputError if a row is longer than a model can read. A sampled response may be as long
+    as the limit."""
+    s = run.settings
+    lengths = [len(e.request) + len(e.response) for e in [*examples, *(run.lm_blocks or [])]]
+    if (STAGES | METHODS)[s.method].start == "init":  # these methods sample their responses
+        lengths += [len(e.request) + s.max_new_tokens for e in examples]
+    longest = max(lengths) - 1  # a row's last token is only predicted
     longest += 0 if run.P is None else len(run.P)
     for name, model in (("student", run.student), ("teacher", run.teacher)):
         if model is not None and longest > model.config.n_positions:
