@@ -3,8 +3,8 @@ last `sum_over_tokens`, which sums a loss over many tokens in little memory.
 
 A loss takes logits (N, V) of N response tokens, V vocabulary entries each, and returns one value
 per token, (N,); prompt_loss returns four. The caller divides the sum by the number of response
-tokens in the global batch. Logits at position i predict the token at i + 1, so those of a response
-start at the last token of its request. Arguments p and q are logits of teacher and student.
+tokens in the global batch. Arguments p and q are logits of teacher and student; those of the model
+that is trained come first. No loss detaches the others: `sum_over_tokens` gives them no gradient.
 """
 
 import math
@@ -21,8 +21,8 @@ def log_softmax(logits):
 
 
 def kl(a_logits, b_logits):
-    """KL(a || b) per token in nats, exact over the vocabulary: (N, V), (N, V) -> (N,). In float32.
-    Differentiable in both; in `sum_over_tokens` only its first model's logits get a gradient."""
+    """KL(a || b) per token in nats, exact over the vocabulary: (N, V), (N, V) -> (N,). In float32,
+    differentiable in both."""
     return kl_of_logs(log_softmax(a_logits), log_softmax(b_logits))
 
 
@@ -48,17 +48,17 @@ def prompt_loss(p_prompted, q, p_bare, lam, reg_weight=1.0, prompt_kl="reverse",
     L_kd = KL(p(y | P, x) || q(y | x)) moves the prompted teacher towards the student q. L_reg =
     KL(p(y | P, x) || p(y | x)) keeps it near the teacher without prompt. λ (lam) falls from 1 at
     the first step to 1 / total_steps at the last: early on the prompt must not spoil the teacher,
-    later it may move further. The gradient is for p_prompted, and so for P.
+    later it may move further. Only p_prompted is to get a gradient, and through it P.
     reg_weight, and prompt_kl and reg_kl as in `directed_kl`: for ablations; the defaults are the
-    paper's method. Returns (4, N): L_P, L_kd, L_reg and the drift KL(p(y | P, x) || p(y | x)),
-    which is L_reg unless reg_kl is "forward".
+    paper's method. Returns (4, N): L_P, L_kd, L_reg and KL(p(y | P, x) || p(y | x)), which is
+    L_reg unless reg_kl is "forward".
     """
     log_prompted, log_bare = log_softmax(p_prompted), log_softmax(p_bare)  # (N, V)
     L_kd = directed_kl(log_prompted, log_softmax(q), prompt_kl)  # (1)
     L_reg = directed_kl(log_prompted, log_bare, reg_kl)  # (2)
     L_P = L_kd + reg_weight * lam * L_reg  # (3)
-    drift = L_reg if reg_kl == "reverse" else kl_of_logs(log_prompted, log_bare)
-    return torch.stack([L_P, L_kd, L_reg, drift])
+    kl_prompted_bare = L_reg if reg_kl == "reverse" else kl_of_logs(log_prompted, log_bare)
+    return torch.stack([L_P, L_kd, L_reg, kl_prompted_bare])
 
 
 def student_loss(q, p):
@@ -123,7 +123,7 @@ def whiten(R):
     return (R - R.mean()) * (R.var(correction=0) + 1e-8).rsqrt()
 
 
-def importance_weight(log_p, log_q, alpha=0.2):
+def importance_weight(log_p, log_q, alpha):
     """w = q / ((1 - α) q + α p) per token (N,), for responses sampled from that mixture."""
     return 1 / (1 - alpha + alpha * (log_p - log_q).exp())
 
@@ -132,7 +132,7 @@ def importance_weight(log_p, log_q, alpha=0.2):
 
 # Bytes of float32 logits: chunks for the matrix products, blocks within them for the loss. On a CPU
 # a block stays in its cache; on a GPU a chunk is one block.
-CPU_CHUNK_BYTES, CPU_BLOCK_BYTES, GPU_BYTES = 2**27, 2**23, 2**28
+CPU_CHUNK_BYTES, CPU_BLOCK_BYTES, GPU_BYTES = 2**27, 2**23, 2**27
 
 
 def sum_over_tokens(loss_fn, trained, *others, **per_token):
@@ -146,10 +146,11 @@ def sum_over_tokens(loss_fn, trained, *others, **per_token):
 
     trained: hidden (N, C) and head (V, C) that the gradient goes to: the student's; or, for the
     prompt's loss, the frozen teacher's, whose hidden states pass it on to P.
-    others: hidden and head of each further model; they get no gradient.
+    others: hidden (N, C') and head (V, C') of each further model, which may have another width C';
+    they get no gradient.
     per_token: what else loss_fn takes by name, tensors (N, ...).
-    loss_fn: returns (n,), or (k, n): the loss first, then what is only logged. It is called for
-    some n of the N tokens at a time, with their logits (n, V') as in `aligned_logits`. So it may
+    loss_fn: returns (m,), or (k, m): the loss first, then what is only logged. It is called for
+    some m of the N tokens at a time, with their logits (m, V') as in `aligned_logits`. So it may
     reduce over the vocabulary only by a softmax, where the extra entries have probability 0.
     Returns the sum (), or sums (k,), of which only the first has a gradient. Raises ValueError if
     numbers of tokens or vocabularies differ.
@@ -183,8 +184,8 @@ class _SumOverTokens(torch.autograd.Function):
                 tokens = slice(chunk.start + block.start, chunk.start + block.stop)
                 values = {name: x[tokens] for name, x in per_token.items()}
                 with torch.set_grad_enabled(needs_grad):
-                    losses = loss_fn(z, *(other[block] for other in other_logits), **values)
-                    sums = losses.sum(-1)  # () or (k,)
+                    per_token_losses = loss_fn(z, *(x[block] for x in other_logits), **values)
+                    sums = per_token_losses.sum(-1)  # () or (k,)
                     loss = sums if sums.ndim == 0 else sums[0]
                 total = total + sums.detach()
                 if needs_grad:
@@ -217,9 +218,9 @@ def token_log_probs(hidden, head, tokens):
 
 
 def aligned_logits(hidden, head):
-    """Logits (n, V') of hidden (n, C) under a head (V, C), without gradients. On a CPU V' is V
-    rounded up to a multiple of 16, so that rows are aligned in memory. The extra logits are a large
-    negative number: softmax makes them 0. With -inf, log a - log b of two of them would be NaN."""
+    """Logits (n, V') of hidden (n, C) under a head (V, C), to be called with autograd off. On a CPU
+    V' is V rounded up to a multiple of 16, so that rows are aligned in memory. The extra logits are
+    a large negative number: softmax makes them 0. With -inf, log a - log b would be NaN there."""
     if not hidden.is_cpu:
         return head_logits(hidden, head)
     V = len(head)

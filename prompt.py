@@ -10,7 +10,7 @@ import torch
 def prepend(P, model, ids):
     """The embeddings of ids (B, T) with the soft prompt P (prompt_length, C) before each row:
     (B, prompt_length + T, C). The prompt takes the positions from 0 on, and the tokens move right.
-    """
+    All rows share P, so its gradient is the sum over rows."""
     x = model.wte(ids)  # (B, T, C)
     return torch.cat([P.to(x.dtype).expand(len(ids), -1, -1), x], dim=1)
 
@@ -21,8 +21,8 @@ def response_hidden(model, batch, P=None):
 
     batch: `ids` (B, T), and `response_positions`, the row and the position of N tokens, two tensors
     (N,). These are one to the left of the response tokens, because logits predict the next token.
-    Gradients reach the model's weights and P unless they are switched off. Dropout is as the
-    model's mode says.
+    model: a GPT; without P also a wrapper, such as DDP, that has its `head`. Gradients reach the
+    model's weights and P unless they are switched off. Dropout is as the model's mode says.
     """
     inputs, positions = batch.ids, batch.response_positions
     if P is not None:
@@ -32,7 +32,7 @@ def response_hidden(model, batch, P=None):
 
 
 def freeze(teacher, dtype="float32"):
-    """Make a teacher p: no gradients to its weights, no dropout.
+    """Make a teacher p: no gradients to its weights (they still pass through, to P), no dropout.
 
     In bfloat16 only the linear layers of the blocks are converted, which halves their memory.
     bfloat16 autocast would convert them at each use anyway, so no result changes. Embeddings, head
@@ -63,7 +63,7 @@ def initial_prompt(embedding, init, length, text_tokens, pad_token, seed):
     if not sources.get(init):
         raise ValueError(f"init {init!r} must be 'text' (with tokens), 'padding' or 'random'")
     tokens = [sources[init][i % len(sources[init])] for i in range(length)]
-    return embedding.detach()[tokens].float().cpu().clone()
+    return embedding.detach()[tokens].float().cpu()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def sample(
     teacher_mix=None,
     dtype="float32",
 ):
-    """Responses y ~ q(· | x) to a batch of B requests of any lengths, decoded together.
+    """Responses y ~ q(· | x) of a model q to B requests of any lengths, decoded together.
 
     requests: lists of token ids. uniforms: random numbers (B, max_new_tokens) from `row_uniforms`,
     or None for greedy decoding. no_repeat_ngram: n of the n-grams that may not repeat, 0 or None
@@ -164,8 +164,8 @@ class Decoder:
         self.caches = [KVCache(m.config, *size, lengths.device, dtype) for m in self.models]
 
     def prefill(self, inputs):
-        """Logits (B, V) of the first new tokens. inputs: right-padded requests, ids (B, T) or their
-        embeddings (B, T, C) with a soft prompt."""
+        """Logits (B, V) of the first new tokens. inputs: right-padded requests, ids (B, T), or
+        embeddings (B, prompt_length + T, C) with a soft prompt before them."""
         # The logits at the last token of a request predict the next one.
         last = (torch.arange(len(inputs), device=inputs.device), self.lengths - 1)
         logits = self.step(inputs, output_positions=last)

@@ -29,13 +29,14 @@ from data.runs.runs import format_time
 from data.runs.states import load_state, save_state
 from data.runs.tuned_prompt import untuned_prompt
 from data.runs.validation import check_prompt, checkpoint_score, note_best, validate
-from data.sets.rows import Example, epoch_order, micro_batches
+from data.sets.rows import epoch_order, micro_batches
 from evaluate import print_unscorable, sampled_rouge_l, show_demo
 from losses import sum_over_tokens
 from model import GPT, precision
 from prompt import freeze, response_hidden
 
 TEACHER_MIX = 0.2  # MiniLLM's α, the share of the teacher in the mixture that responses come from
+# The rows of losses.prompt_loss
 PROMPT_METRICS = ("prompt_loss", "prompt_kd", "prompt_reg", "kl_prompted_bare")
 
 
@@ -49,8 +50,8 @@ class Run:
     micro_batch_tokens: int  # positions per forward pass of one rank, padding and prompt included
     device: torch.device
     tokenizer: object  # a tiktoken.Encoding
-    student: GPT  # the bare module, for sampling and as a target of the prompt's loss
-    ddp_student: torch.nn.Module  # the student under DDP, or itself without torchrun; for training
+    student: GPT  # the module itself, for sampling and as a target of the prompt's loss
+    ddp_student: torch.nn.Module  # in `dist.DDP` under torchrun, else the student; for training
     optimizer: torch.optim.Optimizer
     teacher: GPT | None = None  # frozen
     P: torch.Tensor | None = None  # (prompt_length, C of the teacher)
@@ -65,7 +66,7 @@ class Run:
 
 
 def record_time(run, phase):
-    """Record the seconds since the phase before this one ended."""
+    """Record how long the phase that ends here took."""
     if run.device.type == "cuda":
         torch.cuda.synchronize()
     now = time.perf_counter()
@@ -78,8 +79,8 @@ def record_time(run, phase):
 
 def rollout(run, examples, t, teacher_mix=None):
     """Sample a response to each of this rank's requests: y ~ q_θ(y | x), or from the mixture with
-    the teacher (see `sample.sample`). Without dropout and gradient; leaves the student in eval
-    mode."""
+    the teacher (see `sample.sample`). Returns the examples with these responses in place of their
+    own. Without dropout and gradient; leaves the student in eval mode."""
     run.student.eval()
     s, requests = run.settings, [e.request for e in examples]
     rng_keys = [(s.seed, "rollout", t, e.index) for e in examples]
@@ -93,15 +94,18 @@ def rollout(run, examples, t, teacher_mix=None):
         dtype=s.dtype,
     )
     record_time(run, "sampling")
-    return [replace(e, response=y) for e, y in zip(examples, responses, strict=True)]
+    sampled = [replace(e, response=y) for e, y in zip(examples, responses, strict=True)]
+    stages.check_positions(run, sampled)
+    return sampled
 
 
 def split_global_batch(run, examples):
     """This rank's examples as micro-batches, and the number of response tokens of all ranks.
 
-    Losses are averaged over that number. Averages per micro-batch would give more weight to tokens
-    of short responses. A micro-batch (`rows.Batch`) has ids (B, T), a request and its response in
-    each row; targets (N,), their response tokens; and where the logits that predict these are.
+    Losses are divided by that number. Means per micro-batch or per rank would give more weight to
+    tokens where there are few. A micro-batch (`rows.Batch`) has ids (B, T), a request and its
+    response in each row; targets (N,), their response tokens; and where the logits that predict
+    these are.
     """
     prompt_length = 0 if run.P is None else len(run.P)
     batches = micro_batches(examples, run.micro_batch_tokens, run.device, prompt_length)
@@ -112,24 +116,24 @@ def split_global_batch(run, examples):
 def sync_gradients_at(run, is_last):
     """The context of one micro-batch: no_sync under DDP for all but the last one. Each rank adds to
     its own .grad, and the last backward pass averages all of it over the ranks. So ranks may have
-    different numbers of micro-batches."""
+    different numbers of micro-batches. The forward pass must be in it, too: DDP decides there."""
     if is_last or run.ddp_student is run.student:
         return nullcontext()
     return run.ddp_student.no_sync()
 
 
 def undo_ddp_mean(loss):
-    """R times the loss, because DDP will divide the gradients' sum by the number R of ranks.
+    """K times the loss, because DDP will divide the gradients' sum by the number K of ranks.
 
-    Rank r has the loss L_r, its tokens' sum divided by the tokens of all ranks. So the gradient of
-    the global batch is Σ_r ∇L_r. DDP makes 1/R Σ_r ∇(R · L_r) of it, which is the same.
+    Rank k has the loss L_k, its tokens' sum divided by the tokens of all ranks. So the gradient of
+    the global batch is Σ_k ∇L_k. DDP makes 1/K Σ_k ∇(K · L_k) of it, which is the same.
     """
     return loss * dist.world_size()
 
 
 def sum_prompt_gradient(run):
-    """Add up P's gradient over the ranks, Σ_r ∇L_r, in place. P is not in DDP, so nothing else does
-    it, and nothing divides by R. P starts equal on all ranks, and stays so."""
+    """Add up P's gradient over the ranks, Σ_k ∇L_k, in place. P is not in DDP, so nothing else does
+    it, and nothing divides by K. P starts equal on all ranks, and stays so."""
     dist.all_reduce_sum(run.P.grad)
 
 
@@ -148,25 +152,25 @@ def update_student(run, n_tokens, loss, **metrics):
 
 
 def promptkd_step(run, examples, t):
-    """Algorithm 1, iteration t = 0 ... total_steps - 1. Equation numbers are the paper's.
+    """Algorithm 1, iteration t = 0 ... total_steps - 1, on the requests of this rank's examples.
+    Equation numbers are the paper's.
 
     q, p_prompted and p_bare are distributions of a micro-batch's N response tokens, each as a pair:
-    hidden states (N, C) and a head (V, C), from `response_hidden`. `sum_over_tokens` makes logits
-    (N, V) of them, some tokens at a time, and sums a loss over the tokens.
+    hidden states (N, C) and a head (V, C) of a model of width C, from `response_hidden`.
+    `sum_over_tokens` makes logits (N, V) of them, some tokens at a time, and sums a loss over the
+    tokens. Only its first distribution gets a gradient.
     """
     s, teacher = run.settings, run.teacher
     lam = 1 - t / run.total_steps  # λ: 1 at first, then linearly down to 1 / total_steps
 
-    directions = {"prompt_kl": s.prompt_kl, "reg_kl": s.reg_kl}  # for the ablations of Table 5
+    def L_P(p_prompted, q, p_bare):  # (1) to (3); gets logits of some tokens at a time
+        return losses.prompt_loss(p_prompted, q, p_bare, lam, s.reg_weight, s.prompt_kl, s.reg_kl)
 
-    def L_P(p_prompted, q, p_bare):  # (1) to (3)
-        return losses.prompt_loss(p_prompted, q, p_bare, lam, s.reg_weight, **directions)
-
-    # Sample responses y ~ q_θ(y | x), for both phases. No gradient goes through the sampling.
+    # Sample y ~ q_θ(y | x) for both phases, without gradient. n_tokens: those of all ranks.
     batches, n_tokens = split_global_batch(run, rollout(run, examples, t))
 
-    # Tune the prompt, so that the teacher becomes student-friendly. The student is in eval mode.
-    prompt_means = torch.zeros(4, device=run.device)
+    # Tune the prompt, so that the teacher becomes student-friendly. rollout left q in eval mode.
+    prompt_sums = torch.zeros(4, device=run.device)  # this rank's part of the global means
     for batch in batches:
         with precision(run.device, s.dtype):
             p_prompted = response_hidden(teacher, batch, run.P)  # gradient to P only: p is frozen
@@ -175,24 +179,24 @@ def promptkd_step(run, examples, t):
                 p_bare = response_hidden(teacher, batch)
             part = sum_over_tokens(L_P, p_prompted, q, p_bare) / n_tokens  # (4,), L_P first
         part[0].backward()  # this micro-batch's part of the global mean
-        prompt_means += part.detach()
+        prompt_sums += part.detach()
     sum_prompt_gradient(run)
-    prompt_grad_norm = clip_and_step(run.prompt_optimizer)  # updates P
+    prompt_grad_norm = clip_and_step(run.prompt_optimizer)  # updates P and clears its gradient
     record_time(run, "prompt")
 
     # Distil from the teacher with the prompt just updated.
     run.student.train()  # dropout, here only
-    loss = torch.zeros((), device=run.device)
+    loss = torch.zeros((), device=run.device)  # this rank's part of the global mean
     for batch in batches:
         with sync_gradients_at(run, batch is batches[-1]):
             with precision(run.device, s.dtype):
                 q = response_hidden(run.ddp_student, batch)  # gradient to θ, through DDP
-                with torch.no_grad():  # a constant: none to P
+                with torch.no_grad():  # a constant: no gradient to P
                     p_prompted = response_hidden(teacher, batch, run.P)
                 L_theta = sum_over_tokens(losses.student_loss, q, p_prompted) / n_tokens  # (4)
             undo_ddp_mean(L_theta).backward()
         loss += L_theta.detach()
-    metrics = dict(zip(PROMPT_METRICS, dist.all_reduce_sum(prompt_means), strict=True))
+    metrics = dict(zip(PROMPT_METRICS, dist.all_reduce_sum(prompt_sums), strict=True))
     metrics |= {"lambda": lam, "prompt_grad_norm": prompt_grad_norm}
     return update_student(run, n_tokens, loss, **metrics)
 
@@ -268,8 +272,9 @@ def minillm_step(run, examples, t):
     """MiniLLM (Gu et al. 2024): several optimizer steps per rollout, by policy gradient and the
     exact KL of the single step; and, given plain text, KD's loss on it.
 
-    examples: this rank's requests of the whole rollout. A step does not train on them, but on a
-    global batch of the rows of all ranks, which are shuffled together: so it shards them itself.
+    examples: this rank's requests of a whole rollout, read only when that rollout is made. A step
+    trains on a global batch of the rows of all ranks in `run.scored_rollout`, shuffled together,
+    and takes this rank's share of it itself.
     """
     s, batch_size = run.settings, run.global_batch_size
     if t % run.rollout_steps == 0:
@@ -283,7 +288,7 @@ def minillm_step(run, examples, t):
     loss = torch.zeros((), device=run.device)
     for batch in batches:
         scores = [score for e in batch.examples for score in e.scores]  # as in `Example.scores`
-        log_q, w, R = torch.tensor(scores, device=run.device).view(-1, 3).T  # (N,) each
+        log_q, w, R = torch.tensor(scores, device=run.device).view(-1, 3).T  # (N,); N may be 0
         rollout_values = {"targets": batch.targets, "log_q": log_q, "w": w, "R": R}
         with sync_gradients_at(run, batch is batches[-1]):
             with precision(run.device, s.dtype):
@@ -312,6 +317,7 @@ def minillm_rollout(run, examples, t):
     """
     rows = []
     sampled = rollout(run, examples, t, teacher_mix=(run.teacher, TEACHER_MIX))
+    # Without dropout: rollout has left the student in eval mode.
     for batch in micro_batches(sampled, run.micro_batch_tokens, run.device):
         with precision(run.device, run.settings.dtype):
             student_hidden, student_head = response_hidden(run.student, batch)
@@ -321,16 +327,13 @@ def minillm_rollout(run, examples, t):
         lengths = [len(e.response) for e in batch.examples]
         rows += zip(batch.examples, log_q.split(lengths), log_p.split(lengths), strict=True)
     rows = sorted(dist.all_gather_list(rows), key=lambda row: row[0].index)
-    examples, log_q, log_p = zip(*rows, strict=True)
-    R = losses.whiten(torch.cat(list(map(losses.minillm_returns, log_p, log_q))))
-    log_q, log_p = torch.cat(log_q), torch.cat(log_p)  # (M,), like R: the M tokens of all rows
+    sampled, log_qs, log_ps = zip(*rows, strict=True)  # one per response, tensors (n,)
+    R = losses.whiten(torch.cat(list(map(losses.minillm_returns, log_ps, log_qs))))
+    log_q, log_p = torch.cat(log_qs), torch.cat(log_ps)  # (M,), like R: the M tokens of all rows
     w = losses.importance_weight(log_p, log_q, TEACHER_MIX)  # (M,)
-    scores = torch.stack([log_q, w, R], dim=1).split([len(e.response) for e in examples])
+    scores = torch.stack([log_q, w, R], dim=1).split([len(e.response) for e in sampled])
     record_time(run, "scoring")
-    return [
-        Example(e.index, e.request, e.response, row.tolist())
-        for e, row in zip(examples, scores, strict=True)
-    ]
+    return [replace(e, scores=row.tolist()) for e, row in zip(sampled, scores, strict=True)]
 
 
 # The steps of data.runs.methods.METHODS: (run, this rank's examples, t) -> metrics
@@ -377,7 +380,8 @@ def build(s, steps, tokenizer, micro_batch_tokens, device):
 
 
 def train_step(run, examples, t):
-    """One optimizer step on this rank's examples. Returns its metrics."""
+    """Iteration t of the method on this rank's examples: an update of the student, in PromptKD
+    after one of P. Returns its metrics."""
     s = run.settings
     # Seed dropout from the step number, so that a saved state needs no generator state.
     torch.manual_seed(zlib.crc32(repr((s.seed, t, dist.rank())).encode()))
@@ -442,8 +446,7 @@ def run_stage(name, s, out, micro_batch_tokens, device, paper=None, keep=0, save
     """Train a stage in `out/name`, resume it, or skip it if it is complete. Returns its directory.
 
     micro_batch_tokens: None for the default. paper: which of the paper's runs it is, for run.json.
-    keep: number of checkpoints to keep. save_every: steps between saved states, besides those at
-    validations.
+    keep, save_every: as in `train_loop`.
     """
     directory = Path(out) / name
     with stages.open_stage(directory, asdict(s), stages.data_files(s), paper) as record:
@@ -457,7 +460,8 @@ def run_stage(name, s, out, micro_batch_tokens, device, paper=None, keep=0, save
             examples = data.epoch_examples(0)
             steps = stages.plan_steps(s, len(examples))
             run = build(s, steps, data.tokenizer, micro_batch_tokens, device)
-            stages.check_positions(run, [*examples, *data.dev_examples])
+            blocks = run.lm_blocks or []
+            stages.check_positions(run, [*examples, *data.dev_examples, *blocks])
             dist.run_on_rank0(runs.write_record, directory, record)
             progress = load_state(run, directory)
             if progress["step"] and progress["best_step"] == progress["step"]:

@@ -319,3 +319,18 @@ def test_one_position_too_few_is_refused(tmp_path, no_validation):
     s = minillm_settings(model, model, lm_data=str(corpus), steps=2)
     message = error_of(train.run_stage, "stage", s, tmp_path, 1000, CPU)
     assert message.startswith("the student has 511 positions and the longest row needs 512;")
+
+
+def test_a_sampled_response_too_long_for_the_prompted_teacher_is_refused(tmp_path):
+    """The student has the positions for request and response, the teacher not also for P."""
+    rows = [{"instruction": "say", "output": "a b c"}] * 4
+    for split in ("train", "dev"):
+        write_rows(tmp_path / "mine" / f"{split}.jsonl", rows)
+    student, teacher = (
+        write_checkpoint(tmp_path / f"model{n}", train.replace(STUDENT, n_positions=n), TOKENIZER)
+        for n in (400, 200)
+    )
+    values = {"steps": 1, "data": str(tmp_path / "mine"), **PROMPT, "max_new_tokens": 256}
+    s = promptkd_settings(student, teacher, **values)
+    message = error_of(train.run_stage, "stage", s, tmp_path, 1000, CPU)
+    assert message.startswith("the teacher has 200 positions and the longest row needs ")

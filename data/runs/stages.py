@@ -17,7 +17,7 @@ from data.process import dist
 from data.process.dist import print0
 from data.process.errors import InputError, explain_out_of_memory
 from data.runs import report, runs
-from data.runs.methods import METHODS, STAGES, file_fields
+from data.runs.methods import file_fields
 from data.runs.runs import LOCATIONS, base_label, finish_run, format_time
 from data.sets.demo import TOKENIZER_DIR
 from data.sets.prepare import PRETRAINING_FILE, find_data_dir, write_pretraining_text
@@ -168,18 +168,15 @@ def read_lm_blocks(s, tokenizer, n_rows):
 
 
 def check_positions(run, examples):
-    """Raise InputError if a row is longer than a model can read. A sampled response may be as long
-    as the limit."""
-    s = run.settings
-    lengths = [len(e.request) + len(e.response) for e in [*examples, *(run.lm_blocks or [])]]
-    if (STAGES | METHODS)[s.method].start == "init":  # these methods sample their responses
-        lengths += [len(e.request) + s.max_new_tokens for e in examples]
-    longest = max(lengths) - 1  # a row's last token is only predicted
-    longest += 0 if run.P is None else len(run.P)
-    for name, model in (("student", run.student), ("teacher", run.teacher)):
-        if model is not None and longest > model.config.n_positions:
+    """Raise InputError if a row is longer than a model can read."""
+    # A row's last token is only predicted.
+    longest = max((len(e.request) + len(e.response) - 1 for e in examples), default=0)
+    prompt_length = 0 if run.P is None else len(run.P)
+    needs = {"student": (run.student, longest), "teacher": (run.teacher, longest + prompt_length)}
+    for name, (model, needed) in needs.items():
+        if model is not None and needed > model.config.n_positions:
             found = f"the {name} has {model.config.n_positions} positions"
-            raise InputError(f"{found} and the longest row needs {longest}; use a model with more")
+            raise InputError(f"{found} and the longest row needs {needed}; use a model with more")
 
 
 def check_finite(directory, metrics):
