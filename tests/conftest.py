@@ -1,7 +1,8 @@
-"""What all tests share: one thread, the import path, the fixtures `shared`, `online` and `server`,
-and the marker `slow`."""
+"""What all tests share: one thread, the import path, signals, the fixtures `shared`, `online` and
+`server`, and the marker `slow`."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,11 @@ sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # also for the commands that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # or transformers queries the hub about local directories
 os.environ.pop("PROMPTKD_DATA_DIR", None)
+# nohup ignores SIGHUP, and a background job of a script SIGINT. The commands that tests start would
+# inherit that. What has a handler here, they have by default.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -716,6 +716,8 @@ SCRIPT = """
 import importlib, json, os, sys
 sys.path.insert(0, sys.argv[1])
 from data.process import command_line
+from data.sets import demo
+demo.make_documents = lambda seed: ["one two three " * 20] * 500  # 240,000 take ten seconds
 for line in json.loads(sys.argv[2]):
     program, *arguments = line.split()
     if program == "set":
