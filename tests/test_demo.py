@@ -36,9 +36,14 @@ HELD_OUT_SETS = ["wording/test", "words/test", "longer/test", "combined/test"]
 
 
 @pytest.fixture(scope="module")
-def world():
-    """The objects of each of the demo's files, by name."""
-    files = demo.data_files() | {"pretrain.jsonl": demo.pretraining_text()}
+def world(request):
+    """The objects of each of the demo's files, by name. Of the pre-training text they are the first
+    12,000 documents, with --slow all of them."""
+    n = None if request.config.getoption("--slow") else 12_000
+    with pytest.MonkeyPatch.context() as patch:
+        if n is not None:
+            patch.setattr(demo, "range", lambda *limits: range(*limits)[:n], raising=False)
+        files = demo.data_files() | {"pretrain.jsonl": demo.pretraining_text()}
     return {
         name.removesuffix(".jsonl"): [json.loads(line) for line in text.splitlines()]
         for name, text in files.items()
@@ -211,8 +216,10 @@ def test_version_changes_with_the_files():
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "274ab7bf48143816"
 
 
+@pytest.mark.slow
 def test_stored_tokenizer_is_what_training_gives(world, tmp_path, monkeypatch):
     documents = [item["text"] for item in world["pretrain"]]
+    assert len(documents) == 240_000
     monkeypatch.setattr(make_demo_bpe, "make_documents", {10: documents}.__getitem__)
     make_demo_bpe.write_tokenizer(tmp_path)
     for name in ["vocab.json", "merges.txt"]:

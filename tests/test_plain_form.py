@@ -39,7 +39,7 @@ def plain_kl(a_logits, b_logits):
     return (a_logits.softmax(-1) * log_ratio).sum(-1)
 
 
-def plain_prompt_loss(p_prompted, q, p_bare, lam, reg_weight, **directions):
+def plain_prompt_loss(p_prompted, q, p_bare, lam, reg_weight, prompt_kl, reg_kl):
     """Both KLs are reverse, as in the demo."""
     L_kd, L_reg = plain_kl(p_prompted, q), plain_kl(p_prompted, p_bare)
     return torch.stack([L_kd + reg_weight * lam * L_reg, L_kd, L_reg, L_reg])

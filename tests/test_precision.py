@@ -210,7 +210,7 @@ def test_a_bfloat16_head_fails_with_an_offset(bfloat16_form):
     assert sampled_tokens(0.0, "bfloat16") != sampled_tokens(OFFSET, "bfloat16")
 
 
-def gpt2_sized_logits(offset, n_tokens=128, width=768, vocab_size=50_257):
+def gpt2_sized_logits(offset, n_tokens=32, width=768, vocab_size=50_257):
     """Hidden states (N, C) and heads (V, C) of student and teacher.
 
     Their logits have a standard deviation of about 4 (an entropy of 4 nats) and the given offset,

@@ -74,8 +74,8 @@ def no_plots():
 @pytest.mark.parametrize(
     "n_ranks, steps, kills",
     [
-        (1, 8, 4),
-        (2, 8, 3),
+        (1, 6, 3),
+        (2, 6, 2),
         pytest.param(1, 80, 25, marks=pytest.mark.slow),
         pytest.param(2, 60, 25, marks=pytest.mark.slow),
     ],
@@ -331,6 +331,7 @@ run_command_line(main)
 """
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_run_after_a_rank_died_or_was_terminated(tmp_path, student, teacher):
     """In the first attempt a rank dies, in the second it gets SIGTERM, the third completes."""
     (tmp_path / "script.py").write_text(RESTARTED)

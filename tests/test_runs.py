@@ -5,13 +5,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from helpers import PROMPT, ROOT, after_device, error_of, run_command, write_checkpoint, write_rows
+from helpers import PROMPT, error_of, fork_ranks, wait_for, write_checkpoint, write_rows
 from test_resume import interrupt, settings_of
 from test_train import (  # noqa: F401
     CPU,
@@ -163,17 +161,6 @@ def test_where_rouge_l_can_score_nothing_the_lower_loss_decides(tmp_path, studen
 # ---- one process at a time -----------------------------------------------------------------------
 
 
-def start(*arguments):
-    """Start a command without waiting for it."""
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def wait_until(condition, seconds=60):
     for _ in range(seconds * 50):
         if condition():
@@ -190,37 +177,34 @@ def command(tmp_path, student):
     options = ("--method", "sft", "--student", student, "--data", tmp_path / "mine")
     options += ("--out", tmp_path / "out", "--save-every", 5, "--micro-batch-tokens", 1)
     directory = tmp_path / "out" / f"sft-{student.name}-mine-steps100000-s10"
-    return ("train.py", *options, "--steps", 100_000), directory
+    return [*map(str, options), "--steps", "100000"], directory
 
 
 def n_lines(path):
     return path.read_text().count("\n") if path.is_file() else 0
 
 
-def test_the_same_command_started_twice_is_refused_until_the_first_is_killed(command):
+def test_the_same_command_started_twice_is_refused_until_the_first_is_killed(command, tmp_path):
     arguments, directory = command
     log = directory / "metrics.jsonl"
-    first = start(*arguments)
+    [first] = fork_ranks(lambda: train.main(arguments), 1, tmp_path / "first")
     try:
         wait_until(lambda: n_lines(log) >= 6)
-        second = run_command(*arguments)
-        assert second.returncode == 2
-        assert after_device(second.stderr) == (
-            f"error: {directory}: process {first.pid} on {os.uname().nodename} is working on it; "
-            "wait for it to end, or choose another --out\n"
+        assert error_of(train.main, arguments) == (
+            f"{directory}: process {first} on {os.uname().nodename} is working on it; "
+            "wait for it to end, or choose another --out"
         )
-        assert first.poll() is None
     finally:
-        first.kill()
-        first.wait()
+        os.kill(first, signal.SIGKILL)
+        assert wait_for([first], 60) == [-signal.SIGKILL]
     n = n_lines(log)
-    third = start(*arguments)
+    [third] = fork_ranks(lambda: train.main(arguments), 1, tmp_path / "third")
     try:
         wait_until(lambda: n_lines(log) > n + 1)
-        third.send_signal(signal.SIGTERM)
-        assert "resuming after step" in third.communicate(timeout=60)[0]
     finally:
-        third.kill()
+        os.kill(third, signal.SIGTERM)
+        assert wait_for([third], 60) == [128 + signal.SIGTERM]
+    assert "resuming after step" in (tmp_path / "third0").read_text()
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
 
