@@ -4,7 +4,8 @@ folder, and this file beside them:
     python standalone.py CASE.pt RESULT.pt
 
 CASE.pt: two configurations, the weights of both models, P, requests, responses, λ. RESULT.pt: the
-means of the losses, and the gradients of P and of the student. tests/test_core.py runs it.
+means of the losses, and the gradients of P and of the student. It is run by
+tests/method/test_core.py.
 """
 
 import sys

@@ -26,7 +26,6 @@ MAX_LINES = {
     "data/sets/demo.py": 420,
 }
 MAX_DATA_LINES, MAX_FUNCTION_LINES, MAX_COLUMNS = 350, 60, 100
-MAX_README_LINES = 280
 CORE = ("model.py", "losses.py", "prompt.py", "sample.py")
 
 PRODUCT = sorted([*ROOT.glob("*.py"), *(ROOT / "data").rglob("*.py")])
@@ -43,7 +42,7 @@ def lines_of(path):
 
 product_file = pytest.mark.parametrize("path", PRODUCT, ids=relative)
 any_file = pytest.mark.parametrize(
-    "path", [*PRODUCT, *sorted((ROOT / "tests").glob("*.py"))], ids=relative
+    "path", [*PRODUCT, *sorted((ROOT / "tests").rglob("*.py"))], ids=relative
 )
 document = pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
 
@@ -159,9 +158,8 @@ def test_readme_quotes_algorithm_1_and_its_losses_as_they_are():
     assert [line for line in quoted if line.strip()] == code
 
 
-def test_readme_keeps_to_its_number_of_lines_and_maps_the_paper_to_the_code():
+def test_readme_maps_the_paper_to_the_code():
     lines = lines_of(ROOT / "README.md")
-    assert len(lines) <= MAX_README_LINES
     start = lines.index("| paper | code |")
     end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
     table = "\n".join(lines[start:end])
@@ -212,8 +210,8 @@ def test_every_file_that_is_named_exists(path):
     text = path.read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
     assert [link for link in links if not (path.parent / link).exists()] == []
-    files = set(re.findall(r"(?<![\w/])(?:data/(?:\w+/)?|tests/|docs/)?\w+\.py\b", text))
-    known = {relative(file) for file in [*PRODUCT, *(ROOT / "tests").glob("*.py")]}
+    files = set(re.findall(r"(?<![\w/])(?:(?:data|tests)/(?:\w+/)?|docs/)?\w+\.py\b", text))
+    known = {relative(file) for file in [*PRODUCT, *(ROOT / "tests").rglob("*.py")]}
     known |= {Path(name).name for name in known}
     assert sorted(files - known) == []
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import sys
 import weakref
 from dataclasses import replace
@@ -267,7 +268,8 @@ def limited(tmp_path_factory):
     }
     commands = {name: list(map(str, command)) for name, command in commands.items()}
     # One arena: the C library reserves 64 MiB for each more.
-    environment = {"PYTHONPATH": str(ROOT), "MALLOC_ARENA_MAX": "1"}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {"PYTHONPATH": path, "MALLOC_ARENA_MAX": "1"}
     process = run_command(__file__, directory, json.dumps(commands), **environment)
     assert process.returncode == 0, process.stderr
     results = json.loads(process.stdout)

@@ -64,7 +64,7 @@ def check_form(project):
 def run_tests_of(method, project, names=TESTS):
     """Run the tests in the project's files of these names that have a method's name, and
     test_style.py. Returns how many passed."""
-    files = [f"tests/test_{name}.py" for name in names]
+    files = [path for name in names for path in project.glob(f"tests/*/test_{name}.py")]
     options = ("-q", "-x", "-p", "no:cacheprovider", "-k", f"test_style or {method}")
     process = run(project, sys.executable, "-m", "pytest", *files, *options, timeout=300)
     assert process.returncode == 0, process.stdout[-5000:]
