@@ -74,8 +74,8 @@ def no_plots():
 @pytest.mark.parametrize(
     "n_ranks, steps, kills",
     [
-        (1, 6, 3),
-        (2, 6, 2),
+        (1, 4, 3),
+        (2, 4, 2),
         pytest.param(1, 80, 25, marks=pytest.mark.slow),
         pytest.param(2, 60, 25, marks=pytest.mark.slow),
     ],
