@@ -13,6 +13,7 @@ import sys
 import threading
 import traceback
 import zlib
+from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,6 +26,7 @@ import torch
 from safetensors.torch import save_file
 from tiktoken_ext.openai_public import r50k_pat_str
 
+import train
 from data.models.tokenizer import BYTE_DECODER, END_OF_TEXT, tokenizer_files
 from data.process.command_line import run_command_line
 from data.process.errors import InputError
@@ -201,6 +203,21 @@ def run_command(*arguments, timeout=120, **environment):
         text=True,
         timeout=timeout,
     )
+
+
+@contextmanager
+def interrupted_in_step(method, t):
+    """In this context the method is interrupted at the start of step t, as by Ctrl-C."""
+    train_step = train.STEPS[method]
+
+    def stopping(run, examples, step):
+        if step == t:
+            raise KeyboardInterrupt
+        return train_step(run, examples, step)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(train.STEPS, method, stopping)
+        yield
 
 
 def free_port():

@@ -51,6 +51,7 @@ from data.process import command_line, files
 from data.process.command_line import run_command_line
 from data.process.errors import InputError
 from data.process.files import write_atomic
+from data.runs.options import parse_shape
 from data.runs.runs import RUN_FORMAT, base_label
 from data.sets import prepare
 from data.sets.rows import read_rows
@@ -405,6 +406,7 @@ def test_options_that_are_wrong_or_exclude_each_other(refused, command):
 SHAPES = [
     *("6 6x256 6x256x8x1 axbxc 0x256x8 6x0x8 6x256x0 6x-256x8 6x250x8 6X256X8 6,256,8").split(),
     *("1e1x256x8 6.0x256x8 999999999x4x1 1x999999999x1 1000x100000x1 ../../x").split(),
+    *("1001x4x1 1x28868x1").split(),  # just above the limits
     "9" * 5000 + "x4x1",
     "6x256x8\n\n7",
     "\x00",
@@ -415,6 +417,12 @@ def test_malformed_shapes(refused):
     for shape in SHAPES:
         line = refused("train.py --method pretrain --data data --shape", shape)
         has(line, "--shape", "6x256x8")
+
+
+@pytest.mark.parametrize("sizes", [(1000, 4, 1), (1, 28867, 1), (1, 1, 1)])
+def test_the_largest_and_the_smallest_shape(sizes):
+    config = parse_shape("x".join(map(str, sizes)))
+    assert (config.n_layer, config.n_embd, config.n_head) == sizes
 
 
 def test_text_that_is_not_utf_8_is_accepted_as_a_prompt_and_as_an_instruction(refused, capsys):

@@ -6,7 +6,7 @@ import re
 from dataclasses import MISSING, asdict, fields, replace
 
 import pytest
-from helpers import run_command
+from helpers import interrupted_in_step, run_command
 from test_train import (  # noqa: F401
     hub,
     plan,
@@ -210,19 +210,10 @@ def test_an_older_run_has_the_default_of_a_field_that_it_lacks(tmp_path, student
         run_stage(tmp_path, replace(s, block_size=64))
 
 
-def test_an_unfinished_older_run_resumes(tmp_path, student, monkeypatch, capsys):
+def test_an_unfinished_older_run_resumes(tmp_path, student, capsys):
     s = settings(student=str(student), steps=4, eval_interval=2, metric_for_best="loss")
-    step = train.STEPS["sft"]
-
-    def stopping(run, examples, t):
-        if t == 2:
-            raise KeyboardInterrupt
-        return step(run, examples, t)
-
-    monkeypatch.setitem(train.STEPS, "sft", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_in_step("sft", 2):
         run_stage(tmp_path, s)
-    monkeypatch.setitem(train.STEPS, "sft", step)
     forget(tmp_path / "stage", ["block_size", "beta2", "dropout"])
     capsys.readouterr()
     assert record(run_stage(tmp_path, s))["complete"]

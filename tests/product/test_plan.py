@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import (
     fork_ranks,
+    interrupted_in_step,
     wait_for,
     write_checkpoint,
     write_rows,
@@ -129,18 +130,10 @@ def test_training_has_the_settings_of_the_plan(tmp_path, student, teacher, no_ta
     assert files(tmp_path) == before
 
 
-def test_it_says_where_a_stage_would_resume(tmp_path, student, no_table, monkeypatch):
+def test_it_says_where_a_stage_would_resume(tmp_path, student, no_table):
     options = f"--method sft --data demo --student {student} --steps 6 --save-every 2".split()
     options += ["--dev-rows", "2"]
-    step = train.STEPS["sft"]
-
-    def stopping(run, examples, t):
-        if t == 5:
-            raise KeyboardInterrupt
-        return step(run, examples, t)
-
-    monkeypatch.setitem(train.STEPS, "sft", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_in_step("sft", 5):
         main(tmp_path, *options)
     before = files(tmp_path)
     [(directory, stage)] = plan_of(tmp_path, *options).items()

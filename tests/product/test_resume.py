@@ -10,7 +10,15 @@ import signal
 
 import pytest
 import torch
-from helpers import METHODS_WITH_STEPS, ROOT, error_of, run_command, torchrun, write_rows
+from helpers import (
+    METHODS_WITH_STEPS,
+    ROOT,
+    error_of,
+    interrupted_in_step,
+    run_command,
+    torchrun,
+    write_rows,
+)
 from test_train import (  # noqa: F401
     CPU,
     TOKENIZER,
@@ -128,15 +136,7 @@ def settings_of(method, student, teacher, **values):
 
 def interrupt(out, s, stop_step=5, **kwargs):
     """Train the stage and interrupt it in step t = `stop_step`. Returns its directory."""
-
-    def stopping(run, examples, t):
-        if t == stop_step:
-            raise Interrupted
-        return step(run, examples, t)
-
-    step = train.STEPS[s.method]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        patch.setitem(train.STEPS, s.method, stopping)
+    with interrupted_in_step(s.method, stop_step):
         train.run_stage("stage", s, out, 380, CPU, keep=2, **kwargs)
     return out / "stage"
 
