@@ -24,7 +24,7 @@ TESTS = "style methods plan precision train resume algorithm".split()
 def project(tmp_path):
     """A copy of the project without its data and history, but what is big as links."""
     copy = tmp_path / "project"
-    ignored = shutil.ignore_patterns("__pycache__", "out", "demo_models", "golden", "study", "docs")
+    ignored = shutil.ignore_patterns("__pycache__", "out", "demo_models", "golden")
     copy.mkdir()
     for path in ROOT.iterdir():
         if path.suffix in (".py", ".toml", ".md"):
@@ -32,7 +32,7 @@ def project(tmp_path):
     for name in ("data", "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=ignored)
     shutil.rmtree(copy / "data" / "demo", ignore_errors=True)
-    for name in ("docs", ".ci", "LICENSE", "data/demo_models", "tests/golden", "tests/study"):
+    for name in ("docs", ".ci", "LICENSE", "data/demo_models", "tests/golden"):
         if (ROOT / name).exists():
             (copy / name).symlink_to(ROOT / name)
     return copy
