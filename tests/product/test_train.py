@@ -12,6 +12,7 @@ import json
 import math
 import random
 import re
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -1440,6 +1441,7 @@ def test_seqkds_responses_are_sampled_once_for_all_its_runs(seqkd, built, monkey
     assert len(list(seqkd.out.glob("seqkd-*-s1[01]/best"))) == 2
     assert main(seqkd.out, *seqkd.options).count("complete, skipped") == 2
     assert files(seqkd.responses) == before
+    shutil.rmtree(seqkd.out / seqkd.trained.name.replace("-s10", "-s11"))
 
 
 def test_seqkds_sampling_resumes_after_an_interruption(tmp_path, seqkd, built):

@@ -711,16 +711,9 @@ def in_two_steps(variant):
     return replace(variant, changes=changes, students=(SMALL,))
 
 
-@pytest.fixture(scope="module")
-def tiny_study(tmp_path_factory):
-    """All that `miniature.main` computes, in this process: the directory, the calls of its
-    functions by name, and those of a second time."""
-    directory = tmp_path_factory.mktemp("study")
-    write_world(directory / "data" / "demo")
-    for name, width in WIDTHS.items():
-        sizes = {"n_layer": 1, "n_embd": width, "n_head": 2, "n_positions": 512}
-        config = Config(vocab_size=TOKENIZER.n_vocab, **sizes)
-        write_checkpoint(directory / "models" / name, config, TOKENIZER)
+@contextlib.contextmanager
+def small_study(directory):
+    """In this context the study has one small student and two steps per run."""
     two_steps = {"steps": 2, "warmup_steps": 0, "max_new_tokens": 6}
     presets = {name: values | two_steps for name, values in miniature.DEMO.items()}
     from_init = {"steps": 2, "eval_interval": 1}
@@ -742,26 +735,46 @@ def tiny_study(tmp_path_factory):
         "GROUPS": groups,
         "VARIANTS": {name: v for variants in groups.values() for name, v in variants.items()},
     }
-    calls = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, value in values.items():
+            monkeypatch.setattr(miniature, name, value)
+        monkeypatch.setattr(measure, "MAX_NEW_TOKENS", 6)
+        monkeypatch.setattr(measure, "SAMPLING", measure.SAMPLING | {"max_new_tokens": 6})
+        monkeypatch.setattr(data.sets.prepare, "DATA_DIR", directory / "data")
+        monkeypatch.setattr(report, "plot_curves", lambda directory: "no plot")
+        yield monkeypatch
+
+
+@pytest.fixture(scope="module")
+def computed_study(tmp_path_factory):
+    """All that `miniature.main` computes, in this process: the directory, the calls of its
+    functions by name, and those of a second time."""
+    directory, calls = tmp_path_factory.mktemp("study"), []
+    write_world(directory / "data" / "demo")
+    for name, width in WIDTHS.items():
+        sizes = {"n_layer": 1, "n_embd": width, "n_head": 2, "n_positions": 512}
+        config = Config(vocab_size=TOKENIZER.n_vocab, **sizes)
+        write_checkpoint(directory / "models" / name, config, TOKENIZER)
 
     def call_here(functions, jobs):
         for name, function, *args in functions:
             calls.append((function.__name__, name))
             function(*args)
 
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for name, value in values.items():
-            monkeypatch.setattr(miniature, name, value)
+    with small_study(directory) as monkeypatch:
         monkeypatch.setattr(miniature, "call_all", call_here)
-        monkeypatch.setattr(measure, "MAX_NEW_TOKENS", 6)
-        monkeypatch.setattr(measure, "SAMPLING", measure.SAMPLING | {"max_new_tokens": 6})
-        monkeypatch.setattr(data.sets.prepare, "DATA_DIR", directory / "data")
-        monkeypatch.setattr(report, "plot_curves", lambda directory: "no plot")
         with contextlib.redirect_stdout(open(directory / "log", "w")):
             miniature.main([])
-            first, calls = calls, []
+            first = calls.copy()
+            calls.clear()
             miniature.main([])
-        yield SimpleNamespace(directory=directory, first=first, second=calls)
+    return SimpleNamespace(directory=directory, first=first, second=calls)
+
+
+@pytest.fixture
+def tiny_study(computed_study):
+    with small_study(computed_study.directory):
+        yield computed_study
 
 
 def numbers(values):
