@@ -227,6 +227,8 @@ def start_processes(n_ranks, *arguments):
     """Start plain Python processes with the variables that make them ranks, as pods have them."""
     variables = {"WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "localhost", "CUDA_VISIBLE_DEVICES": ""}
     variables |= {"MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
+    # PyTorch warns where the machine has no name for an address, as in a container.
+    variables["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     return [
         subprocess.Popen(
             [sys.executable, *map(str, arguments)],
