@@ -327,13 +327,13 @@ def minillm_rollout(run, examples, t):
         lengths = [len(e.response) for e in batch.examples]
         rows += zip(batch.examples, log_q.split(lengths), log_p.split(lengths), strict=True)
     rows = sorted(dist.all_gather_list(rows), key=lambda row: row[0].index)
-    sampled, log_qs, log_ps = zip(*rows, strict=True)  # one per response, tensors (n,)
+    scored, log_qs, log_ps = zip(*rows, strict=True)  # examples; tensors (n,) of each response
     R = losses.whiten(torch.cat(list(map(losses.minillm_returns, log_ps, log_qs))))
     log_q, log_p = torch.cat(log_qs), torch.cat(log_ps)  # (M,), like R: the M tokens of all rows
     w = losses.importance_weight(log_p, log_q, TEACHER_MIX)  # (M,)
-    scores = torch.stack([log_q, w, R], dim=1).split([len(e.response) for e in sampled])
+    scores = torch.stack([log_q, w, R], dim=1).split([len(e.response) for e in scored])
     record_time(run, "scoring")
-    return [replace(e, scores=row.tolist()) for e, row in zip(sampled, scores, strict=True)]
+    return [replace(e, scores=row.tolist()) for e, row in zip(scored, scores, strict=True)]
 
 
 # The steps of data.runs.methods.METHODS: (run, this rank's examples, t) -> metrics

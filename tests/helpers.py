@@ -205,18 +205,27 @@ def run_command(*arguments, timeout=120, **environment):
     )
 
 
+class Interrupted(BaseException):
+    """Not caught by the code, like a kill."""
+
+
+def stop_in_step(patch, method, stop_step):
+    """Patch the step of a method: step t = stop_step raises Interrupted; None: no step does."""
+    step = train.STEPS[method]
+
+    def stopping(run, examples, t):
+        if t == stop_step:
+            raise Interrupted
+        return step(run, examples, t)
+
+    patch.setitem(train.STEPS, method, stopping)
+
+
 @contextmanager
-def interrupted_in_step(method, t):
-    """In this context the method is interrupted at the start of step t, as by Ctrl-C."""
-    train_step = train.STEPS[method]
-
-    def stopping(run, examples, step):
-        if step == t:
-            raise KeyboardInterrupt
-        return train_step(run, examples, step)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setitem(train.STEPS, method, stopping)
+def interrupted_in_step(method, stop_step):
+    """In this context the method is interrupted in step t = stop_step."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        stop_in_step(patch, method, stop_step)
         yield
 
 

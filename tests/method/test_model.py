@@ -42,13 +42,6 @@ from sample import pad
 
 ROWS = [[5, 17, 60, 3, 3, 41, 8], [22], [9, 60, 60, 1, 30, 12, 55, 2, 19, 44, 7]]
 PROMPT = soft_prompt(5)
-TEXTS = [
-    "Below is an instruction.",
-    "don't  stop\n\n\tnow 123,456",
-    "naïve café — 大きさ 🙂",
-    " leading and trailing ",
-    "<|endofte",
-]
 
 
 def assert_close(result, expected, atol=1e-4):

@@ -8,13 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    GOLDEN,
-    TINY,
-    error_of,
-    soft_prompt,
-    tiny_model,
-)
+from helpers import GOLDEN, TINY, error_of, soft_prompt, tiny_model
 
 from data.models import sampling
 from data.models.sampling import sample_all

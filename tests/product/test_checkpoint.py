@@ -25,7 +25,6 @@ from test_model import (
     PREFIXES,
     PROMPT,
     ROWS,
-    TEXTS,
     WRONG_TENSORS,
     assert_close,
     assert_same_weights,
@@ -38,11 +37,16 @@ from test_model import (
 from data.models.checkpoint import load, save
 from data.models.tokenizer import load_tokenizer, tokenizer_files
 from data.process.errors import InputError
-from model import (
-    GPT,
-    Config,
-)
+from model import GPT, Config
 from sample import pad
+
+TEXTS = [
+    "Below is an instruction.",
+    "don't  stop\n\n\tnow 123,456",
+    "naïve café — 大きさ 🙂",
+    " leading and trailing ",
+    "<|endofte",
+]
 
 # --- Layouts ---
 

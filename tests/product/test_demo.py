@@ -39,10 +39,9 @@ HELD_OUT_SETS = ["wording/test", "words/test", "longer/test", "combined/test"]
 def world(request):
     """The objects of each of the demo's files, by name. Of the pre-training text they are the first
     12,000 documents, with --slow all of them."""
-    n = None if request.config.getoption("--slow") else 12_000
+    limit = None if request.config.getoption("--slow") else 12_000
     with pytest.MonkeyPatch.context() as patch:
-        if n is not None:
-            patch.setattr(demo, "range", lambda *limits: range(*limits)[:n], raising=False)
+        patch.setattr(demo, "range", lambda *bounds: range(*bounds)[:limit], raising=False)
         files = demo.data_files() | {"pretrain.jsonl": demo.pretraining_text()}
     return {
         name.removesuffix(".jsonl"): [json.loads(line) for line in text.splitlines()]

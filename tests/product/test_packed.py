@@ -7,11 +7,7 @@ import torch
 from test_model import assert_close
 
 from data.process.packed import packed_linear, packed_weights
-from model import (
-    GPT,
-    Config,
-    precision,
-)
+from model import GPT, Config, precision
 
 # --- Packed weights ---
 

@@ -7,13 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import (
-    fork_ranks,
-    interrupted_in_step,
-    wait_for,
-    write_checkpoint,
-    write_rows,
-)
+from helpers import fork_ranks, interrupted_in_step, wait_for, write_checkpoint, write_rows
 from test_train import (  # noqa: F401
     STUDENT,
     TOKENIZER,

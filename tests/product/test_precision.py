@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     PROMPT,
+    interrupted_in_step,
     run_command,
     talker_config,
     tiny_model,
@@ -412,14 +413,8 @@ def models(tmp_path_factory):
     )
 
 
-class Interrupted(BaseException):
-    """Like a kill, not caught by the code."""
-
-
 @pytest.mark.parametrize("method", ["sft", "minillm", "promptkd"])
-def test_an_interrupted_run_in_bfloat16_ends_with_the_same_bits(
-    tmp_path, monkeypatch, models, method
-):
+def test_an_interrupted_run_in_bfloat16_ends_with_the_same_bits(tmp_path, models, method):
     values = {} if method == "sft" else {"teacher": models.teacher}
     if method == "minillm":
         values |= {"rollout_size": 8, "inner_epochs": 2, "lm_data": models.text, "block_size": 32}
@@ -440,16 +435,7 @@ def test_an_interrupted_run_in_bfloat16_ends_with_the_same_bits(
         **values,
     )
     train.run_stage("run", s, tmp_path / "complete", 220, CPU)
-
-    train_step = train.train_step
-
-    def interrupted_step(run, examples, t):
-        if t == 3:
-            raise Interrupted
-        return train_step(run, examples, t)
-
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(train, "train_step", interrupted_step)
+    with interrupted_in_step(method, 3):
         train.run_stage("run", s, tmp_path / "resumed", 220, CPU)
     train.run_stage("run", s, tmp_path / "resumed", 220, CPU)
 

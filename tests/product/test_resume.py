@@ -13,6 +13,7 @@ import torch
 from helpers import (
     METHODS_WITH_STEPS,
     ROOT,
+    Interrupted,
     error_of,
     interrupted_in_step,
     run_command,
@@ -22,7 +23,6 @@ from helpers import (
 from test_train import (  # noqa: F401
     CPU,
     TOKENIZER,
-    Interrupted,
     files,
     hub,
     metrics,

@@ -11,6 +11,7 @@ import torch
 from helpers import (
     GOLDEN,
     TINY,
+    Interrupted,
     after_device,
     error_of,
     fork_ranks,
@@ -114,10 +115,6 @@ def test_the_file_does_not_depend_on_the_batch_size(
 ):
     write_responses(talker_model, rows, tmp_path / "train.jsonl", batch_size)
     assert (tmp_path / "train.jsonl").read_bytes() == complete
-
-
-class Interrupted(BaseException):
-    """Like a kill, not caught by the code."""
 
 
 def test_an_interrupted_run_resumes_and_writes_the_same_bytes(

@@ -9,13 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch._dynamo  # as the first optimizer does: here once, and not in every rank
-from helpers import fork_ranks, free_port, wait_for
+from helpers import Interrupted, fork_ranks, free_port, stop_in_step, wait_for
 from memory import fake_ranks
 from test_resume import no_plots, outcome, without  # noqa: F401
 from test_train import (  # noqa: F401
     CPU,
     TOKENIZER,
-    Interrupted,
     few_steps,
     promptkd_settings,
     settings,
@@ -98,13 +97,7 @@ def train_stage(out, s, stop_step=None):
     """Train or resume a stage that saves its state after every step, and keep copies of all states.
     stop_step: the step t in which it is interrupted. Returns the steps and states that were loaded.
     """
-    step, write_state = train.STEPS[s.method], states.write_state
-    load_state, loaded = train.load_state, []
-
-    def stopping(run, examples, t):
-        if t == stop_step:
-            raise Interrupted
-        return step(run, examples, t)
+    write_state, load_state, loaded = states.write_state, train.load_state, []
 
     def copying(path, state):
         write_state(path, state)
@@ -119,7 +112,7 @@ def train_stage(out, s, stop_step=None):
         return progress
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(train.STEPS, s.method, stopping)
+        stop_in_step(patch, s.method, stop_step)
         patch.setattr(states, "write_state", copying)
         patch.setattr(train, "load_state", watching)
         try:

@@ -22,10 +22,13 @@ import pytest
 import torch
 from helpers import (
     PROMPT,
+    Interrupted,
     after_device,
     fork_ranks,
     hf_config,
+    interrupted_in_step,
     run_command,
+    stop_in_step,
     tiny_model,
     tiny_tokenizer,
     wait_for,
@@ -1044,19 +1047,8 @@ def test_kept_checkpoints_are_evenly_spaced_and_the_last_step_is_one(
 # ---- interrupted and resumed -------------------------------------------------------------------
 
 
-class Interrupted(BaseException):
-    """Not caught by the code, like a kill."""
-
-
 def stop_in_a_step(patch, method):
-    step = train.STEPS[method]
-
-    def stopping(run, examples, t):
-        if t == 3:
-            raise Interrupted
-        return step(run, examples, t)
-
-    patch.setitem(train.STEPS, method, stopping)
+    stop_in_step(patch, method, 3)
 
 
 def stop_before_a_state(patch, method):
@@ -1213,8 +1205,7 @@ def test_runs_with_another_seed_end_with_other_weights(tmp_path, student, teache
 
 def test_a_truncated_metrics_line_with_a_closing_brace_does_not_prevent_resuming(tmp_path, student):
     s = settings(student=str(student), epochs=2, max_dev_rows=2)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        stop_in_a_step(patch, "sft")
+    with interrupted_in_step("sft", 3):
         run_stage(tmp_path, s)
     path = tmp_path / "stage" / "metrics.jsonl"
     line = path.read_text().splitlines()[-1]
