@@ -22,7 +22,13 @@ from tqdm import tqdm
 
 from data.models.hub import file_hash, model_hash
 from data.models.named import load_model, open_models, table_sort_key
-from data.models.sampling import decode_response, sample_all, sampling_batch_size
+from data.models.sampling import (
+    CACHE_SHARE,
+    CACHE_SHARE_ALONE,
+    common_batch_size,
+    decode_response,
+    sample_all,
+)
 from data.process import command_line, dist, errors, files
 from data.process.command_line import number_in_range
 from data.process.dist import print0
@@ -75,15 +81,16 @@ def evaluate(model, tokenizer, rows, rng_key, bar=None, batch_size=None, **sampl
     """Sample a response to each row, on all ranks together, and score it by ROUGE-L.
 
     rng_key: the key of a row's random numbers without its index, as (seed, "evaluate", set).
-    bar: a progress bar of rows. batch_size: default: what memory holds. sampling_kwargs: of
-    `sample_all`, max_new_tokens and dtype among them. Returns, on every rank and for every row in
-    order, {"index", "text", "rouge_l", "shortened": whether the request was cut to fit}.
+    bar: a progress bar of rows. batch_size: default: what memory holds while a model is trained.
+    sampling_kwargs: of `sample_all`, max_new_tokens and dtype among them. Returns, on every rank
+    and for every row in order, {"index", "text", "rouge_l", "shortened": whether the request was
+    cut to fit}.
     """
     model.eval()
     n_ranks, results = dist.world_size(), []
     if batch_size is None:
-        limits = (sampling_kwargs["max_new_tokens"], sampling_kwargs["dtype"])
-        batch_size = sampling_batch_size([model], -(-len(rows) // n_ranks), *limits)
+        limits = {name: sampling_kwargs[name] for name in ("max_new_tokens", "dtype")}
+        batch_size = common_batch_size(model, len(rows), share=CACHE_SHARE, **limits)
     # Rows of similar length have little padding. Ranks get whole batches: on CPUs a row is then in
     # the same batch, and is rounded in the same way, on any number of ranks.
     rows = sorted(rows, key=lambda row: -len(row.instruction + row.input))
@@ -189,6 +196,8 @@ def evaluate_models(
     paths = {label: {column: [] for column in columns} for label in models}
     data = {name: hashlib.sha256(repr(c.rows).encode()).hexdigest() for name, c in columns.items()}
     fix = "run evaluate.py with a lower --batch, or use a smaller model"
+    limits = {name: sampling_kwargs[name] for name in ("max_new_tokens", "dtype")}
+    limits["share"] = CACHE_SHARE_ALONE  # nothing is trained
     n_rows = len(models) * len(seeds) * sum(len(c.rows) for c in columns.values())
     with progress_bar(n_rows) as bar:
         for label, name in models.items():
@@ -208,7 +217,8 @@ def evaluate_models(
                     bar.set_description(f"{label} on {column}, seed {seed}")
                     key = (seed, "evaluate", column.rsplit("/")[-1])
                     with errors.explain_out_of_memory(f"{label} on {column}", fix):
-                        results = evaluate(model, tokenizer, c.rows, key, bar, batch_size, **kwargs)
+                        size = batch_size or common_batch_size(model, len(c.rows), **limits)
+                        results = evaluate(model, tokenizer, c.rows, key, bar, size, **kwargs)
                     if path:
                         dist.run_on_rank0(write_kept, path, provenance, results)
                 scores[label][column].append(mean_rouge_l(results))

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from data.models.named import find_model, load_model
-from data.models.sampling import sample_all
+from data.models.sampling import CACHE_SHARE_ALONE, sample_all
 from data.models.tokenizer import check_same_vocabulary
 from data.process import command_line, dist, errors, files
 from data.process.command_line import number_in_range
@@ -144,6 +144,7 @@ class Teacher:
             self.eos_token_id,
             max_new_tokens=steps,
             batch_size=args.batch,
+            cache_share=CACHE_SHARE_ALONE,
             label=label,
             dtype=args.dtype,
         )

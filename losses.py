@@ -12,7 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from model import head_logits, no_autocast
+from model import no_autocast
 
 
 def log_softmax(logits):
@@ -218,17 +218,15 @@ def token_log_probs(hidden, head, tokens):
 
 
 def aligned_logits(hidden, head):
-    """Logits (n, V') of hidden (n, C) under a head (V, C), to be called with autograd off. On a CPU
-    V' is V rounded up to a multiple of 16, so that rows are aligned in memory. The extra logits are
-    a large negative number: softmax makes them 0. With -inf, log a - log b would be NaN there."""
-    if not hidden.is_cpu:
-        return head_logits(hidden, head)
+    """Logits (n, V') of hidden (n, C) under a head (V, C), to be called with autograd off. V' is V
+    rounded up to a multiple of 16, so that rows are aligned in memory. The extra logits are a large
+    negative number: softmax makes them 0. With -inf, log a - log b would be NaN there."""
     V = len(head)
     logits = hidden.new_empty(len(hidden), math.ceil(V / 16) * 16)
     logits[:, V:] = -1e30
-    # Parts of the head that stay in the CPU's cache. Autocast leaves products with `out` alone.
-    for part, out in zip(head.split(1024), logits[:, :V].split(1024, dim=1)):
-        torch.mm(hidden, part.T, out=out)
+    part_size = 1024 if hidden.is_cpu else V  # a part of the head that stays in the CPU's cache
+    for part, out in zip(head.split(part_size), logits[:, :V].split(part_size, dim=1)):
+        torch.mm(hidden, part.T, out=out)  # autocast leaves products with `out` alone
     return logits
 
 

@@ -163,15 +163,19 @@ class KVCache:
     def extend(self, n_tokens):
         """Make room for `n_tokens` more in every row.
 
-        Returns their positions (B, T) and the attention mask (B, 1, T, K).
+        Returns their positions (B, T) and the attention mask (B, 1, T, K): 0, or -inf for what a
+        token may not see, in the dtype of the cache. So no layer has to convert it.
         """
         device = self.lengths.device
         self.positions = self.lengths[:, None] + torch.arange(n_tokens, device=device)  # (B, T)
         self.rows = torch.arange(len(self.lengths), device=device)[:, None]  # (B, 1)
         self.lengths = self.lengths + n_tokens
         self.longest += n_tokens
-        key_positions = torch.arange(self.longest, device=device)  # (K,)
-        return self.positions, (key_positions <= self.positions[..., None])[:, None]
+        # A GPU's attention reads rows of a multiple of 8 keys, and would copy any others.
+        key_positions = torch.arange(math.ceil(self.longest / 8) * 8, device=device)
+        hidden = key_positions > self.positions[..., None]  # (B, T, K rounded up)
+        mask = torch.zeros_like(hidden, dtype=self.keys.dtype).masked_fill_(hidden, -torch.inf)
+        return self.positions, mask[:, None, :, : self.longest]
 
     def write(self, layer, k, v):
         """Store a layer's new keys and values (B, T, H, D). Returns all of them, (B, K, H, D)."""

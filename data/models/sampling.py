@@ -27,7 +27,9 @@ from model import KVCache
 from sample import row_uniforms, sample
 
 CPU_BATCH_SIZE = 64  # more rows at once are not faster on a CPU
-CACHE_SHARE = 0.1  # of a GPU's memory, next to weights, gradients and the states of AdamW
+# The share of a GPU's memory that the key-value caches may take: while a model is trained, next to
+# weights, gradients and the states of AdamW; and where there are weights only.
+CACHE_SHARE, CACHE_SHARE_ALONE = 0.1, 0.4
 
 
 def sample_all(
@@ -37,15 +39,17 @@ def sample_all(
     eos_token_id,
     max_new_tokens=MAX_NEW_TOKENS,
     batch_size=None,
+    cache_share=CACHE_SHARE,
     greedy=False,
     label=None,
     **sampling_kwargs,
 ):
     """`sample` for any number of requests, in batches of similar length.
 
-    rng_keys: the requests' keys for `row_uniforms`. label: of a progress bar, if not None. Returns
-    responses and log-probabilities in the order of the requests. Raises InputError if one may
-    exceed the model's positions.
+    rng_keys: the requests' keys for `row_uniforms`. batch_size: by default what fits in the share
+    `cache_share` of a GPU's memory. label: of a progress bar, if not None. Returns responses and
+    log-probabilities in the order of the requests. Raises InputError if one may exceed the model's
+    positions.
     """
     if not requests:
         return [], []
@@ -55,7 +59,9 @@ def sample_all(
     longest = max(map(len, requests)) + (0 if P is None else len(P))
     check_positions(models, longest, max_new_tokens)
     if batch_size is None:
-        batch_size = sampling_batch_size(models, len(requests), max_new_tokens, dtype, longest)
+        batch_size = sampling_batch_size(
+            models, len(requests), max_new_tokens, dtype, cache_share, longest
+        )
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i]))
     responses, log_probs = [None] * len(requests), [None] * len(requests)
     disable = None if label and dist.rank() == 0 else True  # None: shown on a terminal only
@@ -82,8 +88,8 @@ def check_positions(models, longest, max_new_tokens):
         raise InputError(f"{problem} the model's {n_positions} positions; shorten them")
 
 
-def sampling_batch_size(models, n_rows, max_new_tokens, dtype, max_request=MAX_REQUEST):
-    """How many of n rows to sample at once: on a GPU, as many as fit in CACHE_SHARE of its total
+def sampling_batch_size(models, n_rows, max_new_tokens, dtype, share, max_request=MAX_REQUEST):
+    """How many of n rows to sample at once: on a GPU, as many as fit in a share of its total
     memory. The total, not what is free, so a resumed run has the same batch size and rounding."""
     device = models[0].wte.weight.device
     if device.type == "cpu":
@@ -91,7 +97,14 @@ def sampling_batch_size(models, n_rows, max_new_tokens, dtype, max_request=MAX_R
     memory = torch.cuda.get_device_properties(device).total_memory
     max_seq_len = max_request + max_new_tokens
     row_bytes = sum(KVCache.row_bytes(m.config, max_seq_len, dtype) for m in models)
-    return max(1, min(n_rows, int(CACHE_SHARE * memory) // row_bytes))
+    return max(1, min(n_rows, int(share * memory) // row_bytes))
+
+
+def common_batch_size(model, n_rows, max_new_tokens, dtype, share):
+    """How many of n rows each rank samples at once: the least of all ranks. Their cards may differ,
+    and all have to cut the same batches."""
+    rank_rows = -(-n_rows // dist.world_size())
+    return dist.least(sampling_batch_size([model], rank_rows, max_new_tokens, dtype, share))
 
 
 def sample_to_file(model, tokenizer, rows, key, path, max_new_tokens, dtype="float32"):
@@ -103,14 +116,17 @@ def sample_to_file(model, tokenizer, rows, key, path, max_new_tokens, dtype="flo
     partial = path.with_name(f"{path.name}.partial")
     examples = encode_training_rows(rows, tokenizer)
     n, eos_token_id = len(examples), tokenizer.eot_token
-    batch_size = dist.world_size() * sampling_batch_size([model], n, max_new_tokens, dtype)
+    rank_size = common_batch_size(model, n, max_new_tokens, dtype, CACHE_SHARE_ALONE)
+    batch_size = dist.world_size() * rank_size
     n_done = dist.run_on_rank0(count_complete_lines, partial)
     disable = None if dist.rank() == 0 else True
     with tqdm(total=n, initial=n_done, desc="sampling", unit="row", disable=disable) as bar:
         for start in range(n_done, n, batch_size):
             mine = dist.shard(examples[start : start + batch_size])
             xs, keys = [e.request for e in mine], [(*key, e.index) for e in mine]
-            responses, _ = sample_all(model, xs, keys, eos_token_id, max_new_tokens, dtype=dtype)
+            responses, _ = sample_all(
+                model, xs, keys, eos_token_id, max_new_tokens, rank_size, dtype=dtype
+            )
             sampled = dist.all_gather_list([(e.index, y) for e, y in zip(mine, responses)])
             if dist.rank() == 0:
                 with open(partial, "a", encoding="utf-8") as file:
@@ -162,7 +178,7 @@ def main(argv=None):
     rng_keys = [(args.seed, "sample", row.index) for row in rows]
     names = ("max_new_tokens", "greedy", "temperature", "top_k", "top_p", "no_repeat_ngram")
     options = {name: getattr(args, name) for name in names}
-    options |= {"P": P, "dtype": dtype, "label": "sampling"}
+    options |= {"P": P, "dtype": dtype, "label": "sampling", "cache_share": CACHE_SHARE_ALONE}
     responses, log_probs = sample_all(model, requests, rng_keys, tokenizer.eot_token, **options)
     for row, response, log_p in zip(rows, responses, log_probs):
         text = decode_response(response, tokenizer)

@@ -39,6 +39,8 @@ def init_process(dtype=None):
     if gpu:
         torch.cuda.set_device(gpu_index)
         torch.set_float32_matmul_precision("high")
+        # It would build a plan for each length of a sequence, that is at every decoded token.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     elif world_size() > 1:
         # Processes with more threads than cores between them run ten times slower.
         cores = (os.cpu_count() or 1) // n_local_ranks
@@ -171,6 +173,11 @@ def all_gather_list(items):
     lists = [None] * world_size()
     torch.distributed.all_gather_object(lists, items)
     return [item for items in lists for item in items]
+
+
+def least(number):
+    """The least of all ranks' numbers, on every rank."""
+    return min(all_gather_list([number]))
 
 
 def send_to_rank0(tensor, owner):

@@ -7,7 +7,8 @@ import sys
 
 
 def configure_threads():
-    """Let OpenMP's threads spin only briefly, and let the process keep the memory that it frees."""
+    """Let OpenMP's threads spin only briefly, and let the process keep the memory that it frees,
+    on a GPU in segments that can grow."""
     # OpenMP's threads spin for long while they wait. If other processes need the cores too, that
     # slows a step tenfold. Not spinning at all is slow as well: waking a thread takes longer than
     # the small matrix products of a decoding step.
@@ -20,6 +21,12 @@ def configure_threads():
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
         ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
+
+    # Micro-batches have many shapes. In blocks of fixed size their memory would be fragmented.
+    # The first name is the present one, and the user's choice counts under any of them.
+    names = [f"PYTORCH_{kind}ALLOC_CONF" for kind in ("", "CUDA_", "HIP_")]
+    if sys.platform == "linux" and not any(name in os.environ for name in names):
+        os.environ[names[0]] = "expandable_segments:True"
 
 
 configure_threads()

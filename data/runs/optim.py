@@ -24,7 +24,11 @@ def adamw(parameters, s, sharded=False):
     if sharded and dist.world_size() > 1:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second
 
-        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **kwargs)
+        # The parameters of a rank in one tensor: one broadcast per rank and step, not one per
+        # parameter.
+        return ZeroRedundancyOptimizer(
+            groups, torch.optim.AdamW, parameters_as_bucket_view=True, **kwargs
+        )
     return torch.optim.AdamW(groups, **kwargs)
 
 

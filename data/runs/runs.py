@@ -1,5 +1,6 @@
 """A run's directory: run.json, metrics.jsonl, checkpoints, and the names of runs."""
 
+import gc
 import json
 import math
 import os
@@ -242,6 +243,7 @@ def peak_memory(device):
 
 def reset_peak_memory(device):
     """Let the peak memory be that of what follows."""
+    gc.collect()  # an optimizer's first step may leave a cycle of references to its parameters
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
