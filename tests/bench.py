@@ -99,7 +99,7 @@ DOLLY_LENGTHS = [[int(n) for n in row.split("+")] for row in DOLLY_ROWS.split()]
 def make_case(student, teacher, rows, request, max_new_tokens, vocab=50257, **values):
     """The sizes of a step. request, max_new_tokens: limits in tokens, and the length of all rows.
 
-    values: "lengths", which the rows have instead, in turn; or "source", the folder with Dolly.
+    values: "lengths", which the rows have instead; or "source", the folder with Dolly.
     Later perhaps "micro_batch_tokens", or "micro_batch_rows" for micro-batches of so many rows.
     """
     models = {"student": student, "teacher": teacher, "dropout": 0.1, "dtype": "float32"}
@@ -142,11 +142,12 @@ def find_file(source, *names):
     )
 
 
-def make_examples(case):
+def make_examples(case, t=0):
     """The rows of a case, with the responses that sampling is forced to generate.
 
     With a source, the responses are Dolly's, cut at the limit. Otherwise all tokens are random, and
-    a response below the limit ends with end-of-text.
+    a response below the limit ends with end-of-text. With lengths, each repeat t draws its own, as
+    in training: what is built for a shape is then paid for in every repeat, not in the first alone.
     """
     n, limit, eos_token_id = case["rows"], case["max_new_tokens"], case["vocab"] - 1
     if "source" in case:
@@ -156,11 +157,10 @@ def make_examples(case):
             raise InputError(f"{path}: only {len(examples)} rows fit, not {n}; give a longer file")
         return [replace(e, response=e.response[:limit]) for e in examples]
 
-    rng = np.random.default_rng(10)
-    lengths = case.get("lengths") or [(case["request"], limit)]
+    rng = np.random.default_rng((10, t))
+    lengths = np.array(case.get("lengths") or [(case["request"], limit)])
     examples = []
-    for i in range(n):
-        n_request, n_response = lengths[i % len(lengths)]
+    for i, (n_request, n_response) in enumerate(rng.choice(lengths, n).tolist()):
         tokens = rng.integers(0, eos_token_id, n_request + n_response).tolist()
         if n_response < limit:
             tokens[-1] = eos_token_id
@@ -235,7 +235,7 @@ def make_step(name, case, device):
     It returns {"losses": by name, "seconds": by phase and of the whole, "micro_batches": their
     rows and columns}.
     """
-    examples, shapes = make_examples(case), []
+    shared, shapes = make_examples(case), []
     run = make_run(case, device, *([to_hf] if name == "transformers" else []))
     make_micro_batches = recording_micro_batches(shapes, case.get("micro_batch_rows"))
 
@@ -249,12 +249,13 @@ def make_step(name, case, device):
         return recipe_step(run, case, examples, t)
 
     def step(n, t):
-        responses = {e.index: e.response for e in examples[:n]}
+        examples = make_examples(case, t)[:n] if "lengths" in case else shared[:n]
+        responses = {e.index: e.response for e in examples}
         start = time.perf_counter()
         run.seconds, run.phase_start = {}, start
         forced = force_responses(responses, case["max_new_tokens"], case["vocab"] - 1, device)
         with forced, patch.object(train, "micro_batches", make_micro_batches):
-            losses = {name: float(loss) for name, loss in iteration(examples[:n], t).items()}
+            losses = {name: float(loss) for name, loss in iteration(examples, t).items()}
         seconds = {phase: run.seconds.get(phase, 0.0) for phase in PHASES}
         seconds["whole"] = run.phase_start - start
         return {"losses": losses, "seconds": seconds, "micro_batches": list(shapes)}
@@ -495,11 +496,14 @@ def show_size(size, args, rates):
         cells = [phase if phase == "sampling" else f"{phase} step"]
         for name in names:
             rate = f"{n_tokens / median(seconds[name]):,.0f}" if any(seconds[name]) else "-"
-            cells += [with_range(seconds[name]) if any(seconds[name]) else "-", rate]
+            first = f"{with_range(seconds[name])}, first {seconds[name][0]:.2f}"
+            cells += [first if any(seconds[name]) else "-", rate]
         cells += [f"{median(seconds[name]) / ours:.2f}" for name in others]
         cells += [f"{bound[phase]:.2f}", f"{ours / bound[phase]:.2f}"]
         lines.append([*cells, f"{100 * operations[phase] / ours / rates[0]:.0f}%"])
     print(format_table(lines + memory_lines(answers, initial_memory, others)))
+    if "lengths" in case:
+        print("Each repeat has rows of other lengths. Tokens and bound are those of the first.")
     if fraction > 1:
         print(f"The recipe's seconds are {fraction} times those of {n_rows['recipe']} rows.")
     if size == "L":

@@ -47,8 +47,9 @@ CONFIGS = {
     "xl": Config(48, 1600, 25),
 }
 TEACHER = "xl"
-# (kind, size of the trained model). "responses" is SeqKD's sampling from the teacher.
-STAGES = [("teacher", TEACHER), ("responses", TEACHER)]
+# (kind, size of the trained model). Nothing is trained in "responses", SeqKD's sampling from the
+# teacher, and in "evaluation", evaluate.py.
+STAGES = [("teacher", TEACHER), ("responses", TEACHER), ("evaluation", TEACHER)]
 STAGES += [
     (kind, size)
     for size in ("base", "medium", "large")
@@ -255,11 +256,11 @@ def full_batch(n_tokens, prompt_length):
     return make_batch(n_rows, MAX_LENGTH if n_rows == 1 else n_tokens // n_rows - prompt_length)
 
 
-def sampling_rows(models, dtype, n_rows, card):
+def sampling_rows(models, dtype, n_rows, card, share=sampling.CACHE_SHARE):
     """`data.models.sampling.sampling_batch_size` on a GPU with so many bytes."""
     max_seq_len = MAX_REQUEST + MAX_NEW_TOKENS
     row_bytes = sum(KVCache.row_bytes(m.config, max_seq_len, dtype) for m in models)
-    return max(1, min(n_rows, int(sampling.CACHE_SHARE * card) // row_bytes))
+    return max(1, min(n_rows, int(share * card) // row_bytes))
 
 
 @torch.no_grad()
@@ -295,19 +296,22 @@ def estimate(stage, n_ranks, dtype, n_tokens=None, card=None):
     meter, batches = Meter(), []
     ranks, form = fake_ranks(n_ranks, shards.index(max(shards))), gpu_form(meter, batches)
     with FakeTensorMode(allow_non_fake_inputs=True), meter, ranks, form, torch.device(DEVICE):
-        if kind == "responses":
-            measure_responses(meter, size, dtype, card)
+        if kind in ("responses", "evaluation"):
+            measure_sampling(meter, kind, size, dtype, card)
         else:
             s = make_settings(kind, size, dtype)
             measure_training(meter, batches, s, max(shards), n_tokens or default_tokens(s), card)
     return meter.moments
 
 
-def measure_responses(meter, size, dtype, card):
-    """The moments of `stages.sample_responses`."""
-    teacher = freeze(load_model(size, DEVICE)[0], dtype)
+def measure_sampling(meter, kind, size, dtype, card):
+    """The moments of `stages.sample_responses` and of `evaluate.evaluate_models`."""
+    model, _ = load_model(size, DEVICE)
+    if kind == "responses":
+        freeze(model, dtype)
     meter.mark("loading")
-    sample_at_full_length([teacher], sampling_rows([teacher], dtype, 10**6, card), dtype)
+    n_rows = sampling_rows([model], dtype, 10**6, card, sampling.CACHE_SHARE_ALONE)
+    sample_at_full_length([model], n_rows, dtype)
     meter.mark("sampling")
 
 

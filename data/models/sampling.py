@@ -59,8 +59,9 @@ def sample_all(
     longest = max(map(len, requests)) + (0 if P is None else len(P))
     check_positions(models, longest, max_new_tokens)
     if batch_size is None:
+        n = len(requests)
         batch_size = sampling_batch_size(
-            models, len(requests), max_new_tokens, dtype, cache_share, longest
+            models, n, max_new_tokens, dtype, max_request=longest, share=cache_share
         )
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i]))
     responses, log_probs = [None] * len(requests), [None] * len(requests)
@@ -88,7 +89,9 @@ def check_positions(models, longest, max_new_tokens):
         raise InputError(f"{problem} the model's {n_positions} positions; shorten them")
 
 
-def sampling_batch_size(models, n_rows, max_new_tokens, dtype, share, max_request=MAX_REQUEST):
+def sampling_batch_size(
+    models, n_rows, max_new_tokens, dtype, max_request=MAX_REQUEST, share=CACHE_SHARE
+):
     """How many of n rows to sample at once: on a GPU, as many as fit in a share of its total
     memory. The total, not what is free, so a resumed run has the same batch size and rounding."""
     device = models[0].wte.weight.device
@@ -104,7 +107,7 @@ def common_batch_size(model, n_rows, max_new_tokens, dtype, share):
     """How many of n rows each rank samples at once: the least of all ranks. Their cards may differ,
     and all have to cut the same batches."""
     rank_rows = -(-n_rows // dist.world_size())
-    return dist.least(sampling_batch_size([model], rank_rows, max_new_tokens, dtype, share))
+    return dist.least(sampling_batch_size([model], rank_rows, max_new_tokens, dtype, share=share))
 
 
 def sample_to_file(model, tokenizer, rows, key, path, max_new_tokens, dtype="float32"):

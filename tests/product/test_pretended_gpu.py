@@ -1,29 +1,41 @@
 """Every method and command on a pretended GPU (pretended_gpu.py): no operation mixes tensors of two
 devices, and the results are those of the CPU but for rounding."""
 
+import gc
 import inspect
 import json
+import weakref
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import (
+    TINY,
+    fork_ranks,
     interrupted_in_step,
     talker_config,
+    tiny_model,
     tiny_tokenizer,
+    wait_for,
     write_checkpoint,
     write_rows,
 )
 from pretended_gpu import GPU, pretended_gpu
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
 import exposure_bias
 import sample
 import train
 from data.models import sampling
-from data.runs import report, stages, tuned_prompt
+from data.models.named import load_model
+from data.process import dist, threads
+from data.runs import report, runs, stages, tuned_prompt
 from data.runs.methods import METHODS, ResponseSettings, Settings, preset
 from data.sets import rows
+from losses import aligned_logits
 from model import KVCache
 
 CPU = torch.device("cpu")
@@ -170,6 +182,132 @@ def test_prompt_py_has_the_measures_of_the_cpu(world, tmp_path):
     expected, found = on_both(show)
     assert found["references"] == pytest.approx(expected["references"], rel=1e-4)
     assert found["response"]["tokens"] == expected["response"]["tokens"]
+
+
+# ---- what is done for a GPU ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A card as far as `dist.init_process` asks for it."""
+    properties = SimpleNamespace(uuid="GPU-0", total_memory=SMALL_CARD)
+    answers = {"is_available": True, "device_count": 1, "get_device_properties": properties}
+    answers |= {"is_bf16_supported": True, "get_device_name": "card", "set_device": None}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def test_cudnn_is_not_used_for_attention(card):
+    assert dist.init_process() == (torch.device("cuda", 0), "bfloat16")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_memory_is_in_segments_that_grow_unless_the_user_has_chosen(monkeypatch, name):
+    monkeypatch.setattr(threads.sys, "platform", "linux")
+    monkeypatch.setattr(threads.os, "environ", {})
+    threads.configure_threads()
+    assert threads.os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setattr(threads.os, "environ", {name: "max_split_size_mb:64"})
+    threads.configure_threads()
+    chosen = {k: v for k, v in threads.os.environ.items() if k.endswith("ALLOC_CONF")}
+    assert chosen == {name: "max_split_size_mb:64"}
+
+
+def test_memory_in_a_cycle_of_references_is_free_when_a_stage_begins():
+    run = SimpleNamespace(weight=torch.zeros(3))
+    run.optimizer, weight = SimpleNamespace(run=run), weakref.ref(run.weight)
+    gc.disable()
+    try:
+        del run
+        assert weight() is not None
+        runs.reset_peak_memory(CPU)
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+def test_rows_of_logits_are_aligned():
+    """Both products of the backward pass read the logits, and V = 61 is odd."""
+    head, hidden = torch.randn(61, 32), torch.randn(5, 32)
+    with pretended_gpu():
+        logits = aligned_logits(hidden.to(GPU), head.to(GPU))
+        assert logits.stride() == (64, 1)
+        assert logits.dtype == torch.float32
+        assert torch.allclose(logits.cpu()[:, :61], hidden @ head.T, atol=1e-5)
+
+
+def sample_on_unlike_cards(world, out):
+    """A rank's part of a test: the second one has a tenth of the memory. Prints what it has got."""
+    dist.init_process()
+    with pretended_gpu(SMALL_CARD / 10 ** dist.rank()):
+        model, tokenizer = load_model(str(world / "student"), GPU)
+        found = rows.read_rows(world / "responses" / "train.jsonl")
+        options = {"max_new_tokens": 6, "dtype": "float32"}
+        results = evaluate.evaluate(model, tokenizer, found, (10, "evaluate", "x"), **options)
+        print(json.dumps([result["index"] for result in results]))
+        file = out / "train.jsonl"
+        sampling.sample_to_file(model, tokenizer, found, (10, "responses"), file, 6)
+    dist.shutdown()
+
+
+def test_ranks_with_unlike_cards_cut_the_same_batches(world, tmp_path):
+    """Else rows are lost or evaluated twice, or ranks wait for each other."""
+    command = partial(sample_on_unlike_cards, world, tmp_path)
+    assert wait_for(fork_ranks(command, 2, tmp_path / "log"), 60) == [0, 0], tmp_path
+    for rank in range(2):
+        assert "[0, 1, 2, 3, 4, 5, 6, 7]" in (tmp_path / f"log{rank}").read_text()
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
+    instructions = [json.loads(line)["instruction"] for line in lines]
+    source = (world / "responses" / "train.jsonl").read_text().splitlines()
+    assert instructions == [json.loads(line)["instruction"] for line in source]
+
+
+def test_more_memory_is_for_the_cache_where_nothing_is_trained(world, monkeypatch):
+    """Four tenths of the card in place of one, for evaluation and the responses of SeqKD."""
+    with pretended_gpu(SMALL_CARD):
+        model, _ = load_model(str(world / "student"), GPU)
+        sizes = [
+            sampling.sampling_batch_size([model], 100, 6, "float32", share=share)
+            for share in (sampling.CACHE_SHARE, sampling.CACHE_SHARE_ALONE)
+        ]
+    assert sizes == [5, 20]
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts the operations of PyTorch that do work: no views."""
+
+    VIEWS = set("view t transpose select slice split unsqueeze lift_fresh".split())
+
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func.overloadpacket.__name__ not in self.VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_decoded_token_takes_few_operations():
+    """On a GPU each is a launch, which takes longer than the work of a small batch. The mask is
+    made once per token: in a layer there are LayerNorms and matrix products (6), the two writes to
+    the cache, attention, GELU and the additions of the residual stream (2)."""
+    counts = []
+    for n_layer in (2, 3):
+        model = tiny_model(replace(TINY, n_layer=n_layer))
+        decoder = sample.Decoder(model, None, torch.tensor([3, 2]), 8, "float32")
+        with torch.no_grad():
+            decoder.prefill(torch.tensor([[1, 2, 3], [4, 5, 0]]))
+            with CountOperations() as operations:
+                decoder.step(torch.tensor([[1], [2]]))
+        counts.append(operations.n)
+    assert counts[1] - counts[0] == 12
+    assert counts[0] <= 38
 
 
 # ---- the pretended GPU itself --------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 import torch._dynamo  # as the first optimizer does: here once, and not in every rank
 from helpers import Interrupted, fork_ranks, free_port, stop_in_step, wait_for
 from memory import fake_ranks
+from pretended_gpu import GPU, pretended_gpu
 from test_resume import no_plots, outcome, without  # noqa: F401
 from test_train import (  # noqa: F401
     CPU,
@@ -22,7 +23,6 @@ from test_train import (  # noqa: F401
     teacher,
     world,
 )
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import train
@@ -262,9 +262,9 @@ def test_rank_0_gathers_the_state_of_plain_adamw(tmp_path, student):
 
 def test_the_step_is_loaded_to_the_parameters_device():
     """As fused AdamW needs it. ZeroRedundancyOptimizer leaves it on the CPU."""
-    with fake_ranks(2), FakeTensorMode():
+    with fake_ranks(2), pretended_gpu():
         shapes = [(3, 4), (4, 5), (5,), (6,)]
-        parameters = [torch.nn.Parameter(torch.zeros(shape, device="cuda")) for shape in shapes]
+        parameters = [torch.nn.Parameter(torch.zeros(shape, device=GPU)) for shape in shapes]
         optimizer = adamw(parameters, SimpleNamespace(beta2=0.9, weight_decay=0.1), sharded=True)
         state = torch.optim.Optimizer.state_dict(optimizer)
         for i, shape in enumerate(shapes):
@@ -275,7 +275,7 @@ def test_the_step_is_loaded_to_the_parameters_device():
         assert held and n_others == 0
         for values in held.values():
             devices = {name: value.device.type for name, value in values.items()}
-            assert devices == {"step": "cuda", "exp_avg": "cuda", "exp_avg_sq": "cuda"}
+            assert devices == dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), GPU.type)
 
 
 # ---- gradients -----------------------------------------------------------------------------------
