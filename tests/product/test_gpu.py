@@ -30,12 +30,15 @@ from helpers import (
     tiny_tokenizer,
     torchrun,
     write_checkpoint,
+    write_rows,
 )
 from safetensors.torch import load_file
 
+import losses
 import sample
 import train
 from data.models import sampling
+from data.process import dist
 from data.runs.methods import METHODS
 from data.sets.rows import MAX_REQUEST, Example
 from losses import aligned_logits
@@ -392,6 +395,103 @@ def test_the_batch_size_depends_on_the_total_memory_and_not_on_the_free_memory()
     assert before == pytest.approx(sampling.CACHE_SHARE * total / row_bytes, rel=0.05)
 
 
+# --- A bfloat16 decode ---
+
+REQUESTS = [[3, 1, 4, 1, 5], [9, 2], list(range(3, 60)), [7, 7, 7]]
+
+
+def decode_in_bfloat16(model, n_new):
+    """Greedy responses with a cache, and the logits (n_new, B, V) of each of their tokens."""
+    logits, step = [], sample.Decoder.step
+
+    def recording_step(decoder, *args, **kwargs):
+        logits.append(step(decoder, *args, **kwargs))
+        return logits[-1].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample.Decoder, "step", recording_step)
+        responses, _ = sample.sample(model, REQUESTS, None, -1, n_new, dtype="bfloat16")
+    return responses, torch.stack(logits).cpu()
+
+
+def test_a_bfloat16_decode_has_the_logits_of_forwards_without_a_cache():
+    """bfloat16 has 8 bits: two ways to compute a logit differ by about 1 % of the logits' spread.
+    So a greedy token is the most likely one of the forward, or nearly so."""
+    model, n_new = tiny_model(STUDENT).to(GPU), 40
+    with matmul_precision("high"):
+        responses, logits = decode_in_bfloat16(model, n_new)
+        errors, margins = [], []
+        for row, (x, y) in enumerate(zip(REQUESTS, responses, strict=True)):
+            with torch.no_grad(), precision(GPU, "bfloat16"):
+                hidden = model(torch.tensor([x + y], device=GPU))
+            expected = model.logits(hidden)[0, len(x) - 1 : -1].cpu()  # (n_new, V)
+            errors.append((logits[:, row] - expected).std() / expected.std())
+            chosen = expected.gather(1, torch.tensor(y)[:, None])[:, 0]
+            margins.append((expected.max(dim=1).values - chosen).max() / expected.std())
+    print({"errors": [float(e) for e in errors], "margins": [float(m) for m in margins]})
+    assert max(errors) < 0.02
+    assert max(margins) < 0.1
+
+
+def test_no_kernel_of_a_bfloat16_decode_is_cudnns():
+    """It would build a plan for every length, which takes longer than the whole decode."""
+    dist.init_process()
+    model = tiny_model(STUDENT).to(GPU)
+    decode_in_bfloat16(model, 4)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        decode_in_bfloat16(model, 16)
+    names = {event.key for event in profile.key_averages()}
+    attention = [name for name in names if "attention" in name or "fmha" in name]
+    print(attention)
+    assert attention
+    assert not [name for name in names if "cudnn" in name.lower()]
+
+
+# --- Chunks of the loss, and dropout ---
+
+
+def test_a_loss_in_several_chunks_has_the_gradients_of_a_single_one(monkeypatch):
+    """At GPT-2's vocabulary, in float32. The chunks have 134 MB, 667 tokens each."""
+    rng = torch.Generator().manual_seed(4)
+    n, width, vocab = 1500, 128, 50_257
+    hidden, other = (torch.randn(n, width, generator=rng).to(GPU) for _ in range(2))
+    head = (0.1 * torch.randn(vocab, width, generator=rng)).to(GPU)
+
+    def loss_and_gradients():
+        h, W = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        loss = losses.sum_over_tokens(losses.student_loss, (h, W), (other, head))
+        loss.backward()
+        return loss.detach(), h.grad, W.grad
+
+    with matmul_precision("highest"):
+        chunked = loss_and_gradients()
+        monkeypatch.setattr(losses, "GPU_BYTES", 2**30)
+        whole = loss_and_gradients()
+    for a, b in zip(chunked, whole, strict=True):
+        assert float((a - b).norm() / b.norm()) < 1e-5
+
+
+def test_dropout_in_attention_follows_the_seed_and_keeps_the_mean():
+    model = tiny_model(replace(STUDENT, n_layer=1, dropout=0.2)).to(GPU)
+    attention = model.h[0].attn.train()
+    x = torch.randn(1, 300, STUDENT.n_embd, generator=torch.Generator().manual_seed(5)).to(GPU)
+
+    def attend(seed):
+        torch.manual_seed(seed)
+        with torch.no_grad(), precision(GPU, "bfloat16"):
+            return attention(x, None, None, None).float()
+
+    first = attend(1)
+    assert torch.equal(attend(1), first)
+    assert not torch.equal(attend(2), first)
+    mean = torch.stack([attend(seed) for seed in range(400)]).mean(0)
+    attention.eval()
+    exact = attend(0)
+    assert float((first - exact).norm() / exact.norm()) > 0.1
+    assert float((mean - exact).norm() / exact.norm()) < 0.1
+
+
 # --- Commands ---
 
 DEMO = ("--data", "demo", "--train-rows", 64, "--dev-rows", 8)
@@ -401,11 +501,21 @@ LM_DATA = ROOT / "docs" / "reference.md"  # any plain text
 STAGES = {method: () for method in METHODS if method != "pretrain"}
 STAGES["minillm"] = ("--lm-data", LM_DATA)
 # With deterministic algorithms, a resumed run has the bits of one that was never stopped. Without
-# them, the backward pass of a fused attention sums in an order that the GPU chooses.
+# them, the backward pass of a fused attention sums in an order that the GPU chooses, if a row has
+# more than one block of keys. It ignores a mode that only warns, and `cumsum` in sampling has no
+# deterministic form: so the mode is strict in backward passes only.
 DETERMINISTIC = """
 import runpy, sys
 import torch
+backward = torch.Tensor.backward
+
+def deterministic_backward(*args, **kwargs):
+    torch.use_deterministic_algorithms(True)
+    backward(*args, **kwargs)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
 torch.use_deterministic_algorithms(True, warn_only=True)
+torch.Tensor.backward = deterministic_backward
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -419,7 +529,7 @@ found = {"ranks": torch.distributed.get_world_size(), "device": device.type}
 for name, x in {"gpu": torch.ones(3, device=device), "cpu": torch.ones(3)}.items():
     torch.distributed.all_reduce(x)
     found[name] = x.tolist()
-found["objects"] = [None]
+found["objects"] = [None] * found["ranks"]
 torch.distributed.all_gather_object(found["objects"], {"a": [1, None]})
 torch.distributed.broadcast_object_list(found["objects"], src=0)
 print(json.dumps(found))
@@ -618,8 +728,15 @@ def complete_and_killed(start, demo):
     """A run that was never stopped; and one that received SIGTERM, was resumed, received SIGKILL
     and was resumed again. Returns both directories and the three commands of the second run."""
 
+    data = demo.out.parent / "long rows"
+    for name, n in (("train", 64), ("dev", 8), ("test", 1)):
+        words = "the dog the cat a small bird one old house two green trees " * 30
+        row = {"instruction": "sort", "input": words[:1000], "output": "a dog"}
+        write_rows(data / f"{name}.jsonl", [row | {"instruction": f"sort {i}"} for i in range(n)])
+
     def train_deterministically(out):
-        options = ("--init", demo.run("init"), "--sft-teacher", demo.run("teacher"), *DEMO)
+        options = ("--init", demo.run("init"), "--sft-teacher", demo.run("teacher"))
+        options += ("--data", data)
         options += ("--global-batch", 16, "--steps", TOTAL_STEPS, "--save-every", 2, "--keep", 1)
         return start("-c", DETERMINISTIC, "train.py", *options, "--out", out)
 
@@ -677,3 +794,59 @@ def test_a_killed_run_has_the_losses_of_one_that_never_stopped(complete_and_kill
     )
     assert [step["step"] for step in expected] == list(range(TOTAL_STEPS + 1))
     assert metrics == expected
+
+
+# --- Two GPUs ---
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.fixture(scope="module")
+def on_one_and_two(start, demo):
+    """PromptKD on one rank; on two; and on two, stopped, then resumed on one. The three
+    directories, and the commands of the last run."""
+
+    def train_on(n_ranks, name):
+        options = ("--init", demo.run("init"), "--sft-teacher", demo.run("teacher"), *DEMO)
+        options += ("--global-batch", 16, "--steps", TOTAL_STEPS, "--save-every", 2, "--keep", 1)
+        out = demo.out.parent / name
+        return start(*torchrun(n_ranks, "train.py", *options, "--dtype", "float32", "--out", out))
+
+    commands = [train_on(1, "one"), train_on(2, "two"), train_on(2, "moved")]
+    wait_for_step(commands[-1], demo.out.parent / "moved", 3)
+    commands[-1].process.send_signal(signal.SIGTERM)
+    commands[-1].wait()
+    commands.append(train_on(1, "moved"))
+    for command in (*commands[:2], commands[-1]):
+        assert command.wait() == 0, command.stderr
+    found = [next((demo.out.parent / n).glob("promptkd-*")) for n in ("one", "two", "moved")]
+    return found, commands[2:]
+
+
+@two_gpus
+def test_all_ranks_sum_and_gather(start, tmp_path):
+    script = tmp_path / "collectives.py"
+    script.write_text(COLLECTIVES)
+    command = start(*torchrun(2, script))
+    assert command.wait() == 0, command.stderr
+    for line in command.stdout.splitlines():
+        found = json.loads(line)
+        assert (found["ranks"], found["gpu"], found["cpu"]) == (2, [2, 2, 2], [2, 2, 2])
+        assert found["objects"] == [{"a": [1, None]}] * 2
+    assert len(command.stdout.splitlines()) == 2
+
+
+@two_gpus
+@pytest.mark.parametrize("i", [1, 2], ids=["two ranks", "two ranks, resumed on one"])
+def test_a_run_on_two_ranks_has_the_losses_of_a_run_on_one(on_one_and_two, i):
+    """Sharded AdamW, its states gathered through the CPU, sums over ranks. Sums in another order
+    may change a sampled token, so later steps are compared loosely."""
+    runs, (stopped, resumed) = on_one_and_two
+    expected, found = metrics_of(runs[0]), metrics_of(runs[i])
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for a, b in zip(found, expected):
+        for name in ("loss", "prompt_loss", "val_loss"):
+            if name in b:
+                assert a[name] == pytest.approx(b[name], rel=0.01 if b["step"] < 2 else 0.2), name
+    assert stopped.wait() != 0
+    assert re.search(r"resuming after step \d+\n", resumed.stdout)
