@@ -729,14 +729,14 @@ def complete_and_killed(start, demo):
     and was resumed again. Returns both directories and the three commands of the second run."""
 
     data = demo.out.parent / "long rows"
+    words = "the dog the cat a small bird one old house two green trees " * 8  # 234 tokens
+    row = {"input": f"{words} the dog the cat a small bird", "output": "a dog"}
     for name, n in (("train", 64), ("dev", 8), ("test", 1)):
-        words = "the dog the cat a small bird one old house two green trees " * 30
-        row = {"instruction": "sort", "input": words[:1000], "output": "a dog"}
         write_rows(data / f"{name}.jsonl", [row | {"instruction": f"sort {i}"} for i in range(n)])
 
     def train_deterministically(out):
         options = ("--init", demo.run("init"), "--sft-teacher", demo.run("teacher"))
-        options += ("--data", data)
+        options += ("--data", data, "--lr", 0.01)
         options += ("--global-batch", 16, "--steps", TOTAL_STEPS, "--save-every", 2, "--keep", 1)
         return start("-c", DETERMINISTIC, "train.py", *options, "--out", out)
 

@@ -367,6 +367,32 @@ def test_size_prints_a_table_with_every_phase(monkeypatch, capsys):
     assert 0.05 < float(table["peak"][3]) < 4
 
 
+def test_the_first_repeat_is_printed_beside_the_median(monkeypatch, capsys):
+    """What is built for a shape is paid for there, and a median hides it."""
+
+    def turns(*arguments):
+        answers, initial_memory = fake_turns(*arguments)
+        first = answers["ours"][0]
+        slow = {phase: 100 + seconds for phase, seconds in first["seconds"].items()}
+        answers["ours"][0] = first | {"seconds": slow}
+        return answers, initial_memory
+
+    printed, _ = run_main(monkeypatch, capsys, turns, "--size", "XS", "--repeats", "3")
+    assert "2.00 (2.00-102.00), first 102.00" in printed
+
+
+def test_rows_with_lengths_of_their_own_differ_by_repeat():
+    case = TINY | {"rows": 9, "lengths": [[3, 4], [9, 2], [5, 12], [7, 1]]}
+    lengths = [
+        [(len(e.request), len(e.response)) for e in bench.make_examples(case, t)] for t in (0, 1, 0)
+    ]
+    assert lengths[0] == lengths[2] != lengths[1]
+    assert all([m, n] in case["lengths"] for m, n in lengths[0])
+    step = bench.make_step("ours", case, CPU)
+    shapes = [step(9, t)["micro_batches"] for t in (0, 1, 0)]
+    assert shapes[0] == shapes[2] != shapes[1]
+
+
 def test_size_compares_with_the_recipe_and_with_transformers(monkeypatch, capsys):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: "found")
     printed, lines = run_main(monkeypatch, capsys, fake_turns, "--size", "XS", "--hf")
