@@ -5,6 +5,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -258,6 +259,18 @@ def test_rank_0_gathers_the_state_of_plain_adamw(tmp_path, student):
             assert 0 < len(held) < len(plain["state"])
             plain["state"] = {i: plain["state"][i] if i in held else None for i in plain["state"]}
         check_same(state, plain)
+
+
+def test_a_step_sends_one_broadcast_per_rank(student):
+    """Not one per parameter: GPT-2 XL has 580."""
+    distributed = torch.distributed
+    with fake_ranks(2), patch.object(distributed, "broadcast", wraps=distributed.broadcast) as sent:
+        model, _ = train.load_model(student, CPU)
+        optimizer = adamw(model.parameters(), stage_settings("sft", student, None), sharded=True)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert sent.call_count == 2
 
 
 def test_the_step_is_loaded_to_the_parameters_device():
