@@ -130,8 +130,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.write(layer, k, v)  # (B, K, H, D)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T or K, D)
-        # Without a cache the causal mask suffices: rows are right-padded, so padding comes after
-        # every real token of its row.
+        # Without a cache the causal mask suffices: a row's padding comes after all its real tokens.
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
@@ -152,8 +151,7 @@ class KVCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (layers, B, K, H, D)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(n_rows, dtype=torch.long, device=device)  # (B,)
-        # An upper bound of the lengths. It is a Python integer, so no step waits for the device.
-        self.longest = 0
+        self.longest = 0  # an upper bound of the lengths, on the host: no step waits for the device
 
     @staticmethod
     def row_bytes(config, max_seq_len, dtype):
@@ -161,11 +159,9 @@ class KVCache:
         return 2 * config.n_layer * max_seq_len * config.n_embd * getattr(torch, dtype).itemsize
 
     def extend(self, n_tokens):
-        """Make room for `n_tokens` more in every row.
-
-        Returns their positions (B, T) and the attention mask (B, 1, T, K): 0, or -inf for what a
-        token may not see, in the dtype of the cache. So no layer has to convert it.
-        """
+        """Make room for `n_tokens` more in every row. Returns their positions (B, T) and the mask
+        (B, 1, T, K) that attention adds to its scores: 0, or -inf for a key that comes later. It is
+        in the cache's dtype, so that no layer has to convert it."""
         device = self.lengths.device
         self.positions = self.lengths[:, None] + torch.arange(n_tokens, device=device)  # (B, T)
         self.rows = torch.arange(len(self.lengths), device=device)[:, None]  # (B, 1)
@@ -173,8 +169,8 @@ class KVCache:
         self.longest += n_tokens
         # A GPU's attention reads rows of a multiple of 8 keys, and would copy any others.
         key_positions = torch.arange(math.ceil(self.longest / 8) * 8, device=device)
-        hidden = key_positions > self.positions[..., None]  # (B, T, K rounded up)
-        mask = torch.zeros_like(hidden, dtype=self.keys.dtype).masked_fill_(hidden, -torch.inf)
+        is_later = key_positions > self.positions[..., None]  # (B, T, K rounded up)
+        mask = torch.zeros_like(is_later, dtype=self.keys.dtype).masked_fill_(is_later, -torch.inf)
         return self.positions, mask[:, None, :, : self.longest]
 
     def write(self, layer, k, v):

@@ -1,6 +1,6 @@
 """A run of every stage, killed by SIGKILL at random moments and started again until it is complete.
 
-python tests/torture.py DATA_DIR OUT --steps N --kills K --ranks R
+python tests/torture.py DATA_DIR OUT --steps N --kills K --ranks R [--promptkd-only]
 
 test_resume.py writes DATA_DIR, a small demo data set, and compares OUT/whole/out, which is never
 killed, with OUT/killed/out. Prints JSON: the seconds of the whole run and of its stages, and the
@@ -29,7 +29,7 @@ from data.process import dist  # noqa: E402
 from data.runs import report  # noqa: E402
 from data.runs.methods import METHODS, STAGES  # noqa: E402
 
-RUNS = (
+RUNS = [
     "pretrain-1x24x2-demo",
     "pretrain-1x16x2-demo",
     "teacher-1x24x2-demo",
@@ -38,12 +38,12 @@ RUNS = (
     "init-1x16x2-demo",
     "minillm-1x16x2-demo-lmdatapretrain-s10",
     "promptkd-1x16x2-demo-s10",
-)
+]
 
 
-def plan_commands(data_dir, steps):
+def plan_commands(data_dir, steps, promptkd_only=False):
     """The command lines of the run. Every stage has `steps` steps, dropout, and states between the
-    validations."""
+    validations. promptkd_only: PromptKD and its stages, on one pre-trained model."""
     small = {
         "steps": steps,
         "global_batch_size": 8,
@@ -65,7 +65,14 @@ def plan_commands(data_dir, steps):
     options += ["--micro-batch-tokens", "240", "--dev-rows", "4"]
     text = ["--lm-data", str(data_dir / "demo" / "pretrain.jsonl")]
     pretrain = ["--method", "pretrain", *options]
-    options += ["--teacher", "out/pretrain-1x24x2-demo", "--student", "out/pretrain-1x16x2-demo"]
+    student = "out/pretrain-1x16x2-demo"
+    if promptkd_only:
+        RUNS[:] = [run.replace("24", "16") for run in (RUNS[1], RUNS[2], RUNS[5], RUNS[7])]
+        return [
+            [*pretrain, "--shape", "1x16x2"],
+            ["--method", "promptkd", *options, "--teacher", student, "--student", student],
+        ]
+    options += ["--teacher", "out/pretrain-1x24x2-demo", "--student", student]
     return [
         [*pretrain, "--shape", "1x24x2"],
         [*pretrain, "--shape", "1x16x2"],
@@ -165,8 +172,9 @@ def main():
     parser.add_argument("--steps", type=int)
     parser.add_argument("--kills", type=int)
     parser.add_argument("--ranks", type=int)
+    parser.add_argument("--promptkd-only", action="store_true")
     args = parser.parse_args()
-    commands = plan_commands(args.data_dir.resolve(), args.steps)
+    commands = plan_commands(args.data_dir.resolve(), args.steps, args.promptkd_only)
     for name in ("whole", "killed"):
         (args.out / name).mkdir(parents=True)
     os.chdir(args.out / "whole")

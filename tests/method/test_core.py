@@ -48,26 +48,43 @@ def torch_and_numpy(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def run_alone(tmp_path, torch_and_numpy):
-    """`python arguments...` in a folder with a copy of the core, where only the standard library,
-    torch and numpy can be imported: a function that returns the output."""
-    for name in CORE:
-        shutil.copy(ROOT / name, tmp_path)
+# What importing the core may change in a process; then the step of standalone.py
+SCRIPT = """
+import json, os, runpy, signal, sys
+import numpy, torch
+
+def state():
+    signals = [str(signal.getsignal(n)) for n in sorted(signal.valid_signals())]
+    options = [torch.get_num_threads(), torch.get_num_interop_threads(), torch.is_grad_enabled()]
+    options += [str(torch.get_default_dtype()), torch.get_float32_matmul_precision()]
+    options += [int(torch.initial_seed()), torch.backends.mkldnn.enabled, sys.getrecursionlimit()]
+    return {"signals": signals, "options": options, "environment": dict(os.environ)}
+
+before, modules = state(), set(sys.modules)
+import model, losses, prompt, sample
+print(json.dumps([before, state(), sorted(set(sys.modules) - modules)]))
+sys.argv[:] = ["standalone.py", "case.pt", "result.pt"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_alone(folder, packages):
+    """SCRIPT in a folder with a copy of the core, where only the standard library, torch and numpy
+    can be imported. Returns what it prints."""
+    for path in (*(ROOT / name for name in CORE), ROOT / "tests" / "standalone.py"):
+        shutil.copy(path, folder)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    environment["PYTHONPATH"] = str(torch_and_numpy)
-
-    def run(*arguments):
-        command = [sys.executable, "-S", *arguments]
-        kwargs = {"capture_output": True, "text": True}
-        result = subprocess.run(command, cwd=tmp_path, env=environment, **kwargs)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
-    return run
+    environment["PYTHONPATH"] = str(packages)
+    command = [sys.executable, "-S", "-c", SCRIPT]
+    kwargs = {"capture_output": True, "text": True}
+    result = subprocess.run(command, cwd=folder, env=environment, **kwargs)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
-def test_a_copy_of_the_core_makes_the_step_of_train(run_alone, tmp_path, monkeypatch):
+def test_a_copy_of_the_core_changes_nothing_in_the_process_and_makes_the_step_of_train(
+    torch_and_numpy, tmp_path, monkeypatch
+):
     case = bench.CASES["XS"] | {"dropout": 0.0, "lengths": [(5, 4), (3, 12), (7, 1), (2, 9)]}
     cpu, limit, eos_token_id = torch.device("cpu"), case["max_new_tokens"], case["vocab"] - 1
     run, examples, t = bench.make_run(case, cpu), bench.make_examples(case), 250
@@ -81,8 +98,10 @@ def test_a_copy_of_the_core_makes_the_step_of_train(run_alone, tmp_path, monkeyp
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         content[role] = {"config": asdict(model.config), "weights": weights}
     torch.save(content, tmp_path / "case.pt")
-    shutil.copy(ROOT / "tests" / "standalone.py", tmp_path)
-    run_alone("standalone.py", "case.pt", "result.pt")
+    before, after, modules = json.loads(run_alone(tmp_path, torch_and_numpy).splitlines()[0])
+    assert after == before
+    assert {"model", "losses", "prompt", "sample"} <= set(modules)
+    assert not any(name.partition(".")[0] == "data" for name in modules)
     alone = torch.load(tmp_path / "result.pt", weights_only=True)
 
     gradients = {}  # before they are clipped
@@ -109,26 +128,3 @@ def test_a_copy_of_the_core_makes_the_step_of_train(run_alone, tmp_path, monkeyp
     for ours, theirs in ((gradients["P"], alone["P"]), (gradients["q"], alone["q"])):
         torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-6)
     assert float(gradients["P"].abs().max()) > 1e-3  # not all 0 to 1e-6
-
-
-STATE = """
-import json, os, signal, sys
-import numpy, torch
-def state():
-    signals = [str(signal.getsignal(n)) for n in sorted(signal.valid_signals())]
-    options = [torch.get_num_threads(), torch.get_num_interop_threads(), torch.is_grad_enabled()]
-    options += [str(torch.get_default_dtype()), torch.get_float32_matmul_precision()]
-    options += [int(torch.initial_seed()), torch.backends.mkldnn.enabled, sys.getrecursionlimit()]
-    return {"signals": signals, "options": options, "environment": dict(os.environ)}
-before = state()
-modules = set(sys.modules)
-import model, losses, prompt, sample
-print(json.dumps([before, state(), sorted(set(sys.modules) - modules)]))
-"""
-
-
-def test_importing_the_core_changes_nothing_in_the_process(run_alone):
-    before, after, modules = json.loads(run_alone("-c", STATE))
-    assert after == before
-    assert {"model", "losses", "prompt", "sample"} <= set(modules)
-    assert not any(name.partition(".")[0] == "data" for name in modules)

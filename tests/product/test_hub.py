@@ -17,9 +17,9 @@ from helpers import (
     CutChunks,
     Redirect,
     Server,
+    call_command,
     error_of,
     files_below,
-    run_command,
     stored_weights,
     talker_config,
     tiny_model,
@@ -28,7 +28,7 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 
-from data.models import hub
+from data.models import hub, sampling
 from data.models.checkpoint import save
 from data.models.hub import download, file_hash, find_model_dir, hub_url, model_hash, weights_files
 from data.models.named import load_model
@@ -648,9 +648,9 @@ def test_offline_a_downloaded_model_works(server, cache, monkeypatch):
     assert find_model_dir("a/b") == cache / "a/b" and server.asked == []
 
 
-def test_offline_a_command_ends_with_one_line(server, cache):
-    command = ("sample.py", "a/b", "--instruction", "x")
-    result = run_command(*command, HF_ENDPOINT=server.url, HF_HUB_OFFLINE="1")
+def test_offline_a_command_ends_with_one_line(server, cache, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = call_command(sampling.main, "a/b", "--instruction", "x")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     last = result.stderr.splitlines()[-1]
     assert last.startswith("error: model 'a/b': ") and "HF_HUB_OFFLINE=1 forbids" in last

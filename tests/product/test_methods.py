@@ -6,7 +6,7 @@ import re
 from dataclasses import MISSING, asdict, fields, replace
 
 import pytest
-from helpers import interrupted_in_step, run_command
+from helpers import call_command, interrupted_in_step
 from test_train import (  # noqa: F401
     hub,
     plan,
@@ -101,7 +101,7 @@ def test_tables_are_in_the_order_of_the_declarations():
 
 
 def test_help_names_each_option_with_its_methods_and_default():
-    text = " ".join(run_command("train.py", "--help").stdout.split())
+    text = " ".join(call_command(train.main, "--help").stdout.split())
     for option, names in options_of_methods().items():
         assert re.search(rf"{option.flag} .{{1,60}} {', '.join(names)}: ", text), option
     assert "weight of equation 2 (default: 1)" in text

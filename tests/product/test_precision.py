@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     PROMPT,
+    call_command,
     interrupted_in_step,
-    run_command,
     talker_config,
     tiny_model,
     tiny_tokenizer,
@@ -211,7 +211,7 @@ def test_a_bfloat16_head_fails_with_an_offset(bfloat16_form):
     assert sampled_tokens(0.0, "bfloat16") != sampled_tokens(OFFSET, "bfloat16")
 
 
-def gpt2_sized_logits(offset, n_tokens=32, width=768, vocab_size=50_257):
+def gpt2_sized_logits(offset, n_tokens=16, width=768, vocab_size=50_257):
     """Hidden states (N, C) and heads (V, C) of student and teacher.
 
     Their logits have a standard deviation of about 4 (an entropy of 4 nats) and the given offset,
@@ -492,7 +492,7 @@ def test_exposure_bias_is_in_float32_unless_another_dtype_is_given(tmp_path, mod
 
 def test_a_greedy_command_in_bfloat16(models):
     options = ("--instruction", "a", "--max-new", 8, "--dtype", "bfloat16")
-    process = run_command("sample.py", models.student, *options)
+    process = call_command(sampling.main, models.student, *options)
     assert process.returncode == 0
     assert process.stderr.splitlines()[0].endswith("; ranks: 1; precision: bfloat16")
 
@@ -628,7 +628,7 @@ def test_all_requests_are_sampled_in_batches_of_that_size(monkeypatch):
         batches.append(len(requests))
         return [[0]] * len(requests), [[0.0]] * len(requests)
 
-    monkeypatch.setattr(sampling, "sampling_batch_size", lambda *args: 7)
+    monkeypatch.setattr(sampling, "sampling_batch_size", lambda *args, **limits: 7)
     monkeypatch.setattr(sampling, "sample", record_batch)
     sampling.sample_all(tiny_model(), [[1, 2]] * 17, [(0, n) for n in range(17)], 60, 4)
     assert batches == [7, 7, 3]

@@ -13,6 +13,7 @@ from helpers import (
     TINY,
     Interrupted,
     after_device,
+    call_command,
     error_of,
     fork_ranks,
     greedy_by_transformers,
@@ -64,7 +65,7 @@ def talker_model():
 def write_responses(model, rows, path, batch_size=4):
     key = (10, "responses")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "sampling_batch_size", lambda *_: batch_size)
+        patch.setattr(sampling, "sampling_batch_size", lambda *_, **limits: batch_size)
         sample_to_file(model, tiny_tokenizer(), rows, key, path, FILE_NEW_TOKENS)
 
 
@@ -325,29 +326,13 @@ def wrong(talker, tmp_path):
     }
 
 
-def assert_one_error(stderr, message):
-    error = after_device(stderr)
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert message in error
-
-
-def test_wrong_arguments_give_one_line_and_status_2(wrong, capsys):
+def test_wrong_arguments_give_one_line_and_status_2(wrong):
     for arguments, message in wrong.values():
-        with pytest.raises(SystemExit) as exit:
-            run_command_line(lambda arguments=arguments: main([*map(str, arguments)]))
-        out, err = capsys.readouterr()
-        assert exit.value.code == 2
-        assert out == ""
-        assert_one_error(err, message)
-
-
-def test_wrong_arguments_end_the_process_with_status_2(wrong):
-    arguments, message = wrong["damaged weights"]
-    process = run_command("sample.py", *arguments)
-    assert process.returncode == 2
-    assert process.stdout == ""
-    assert_one_error(process.stderr, message)
+        command = call_command(main, *arguments)
+        assert (command.returncode, command.stdout) == (2, "")
+        error = after_device(command.stderr)
+        assert error.startswith("error: ") and error.count("\n") == 1
+        assert message in error
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The worked examples of docs/reference.md, in a copy of the project: they are put where the
+"""The worked examples of docs/reference.md, all in one copy of the project: they are put where the
 reference says, and the tests of style and of all methods are run there."""
 
 import re
@@ -50,56 +50,50 @@ def run(project, *command, **kwargs):
     return subprocess.run(command, cwd=project, capture_output=True, text=True, **kwargs)
 
 
-def apply_diff(project):
-    process = run(project, "git", "apply", input=SKEWED_KL)
-    assert process.returncode == 0, process.stderr
-
-
-def check_form(project):
-    for command in (["check"], ["format", "--check"]) if shutil.which("ruff") else ():
-        process = run(project, "ruff", *command, ".")
-        assert process.returncode == 0, process.stdout
-
-
-def run_tests_of(method, project, names=TESTS):
-    """Run the tests in the project's files of these names that have a method's name, and
-    test_style.py. Returns how many passed."""
-    files = [path for name in names for path in project.glob(f"tests/*/test_{name}.py")]
-    options = ("-q", "-x", "-p", "no:cacheprovider", "-k", f"test_style or {method}")
-    process = run(project, sys.executable, "-m", "pytest", *files, *options, timeout=300)
-    assert process.returncode == 0, process.stdout[-5000:]
-    return int(re.search(r"(\d+) passed", process.stdout)[1])
-
-
-def test_the_new_method_of_the_reference(project):
+def test_the_places_of_the_examples_are_said():
     text = REFERENCE.read_text(encoding="utf-8")
     for place in ("before `STEPS`:", "In `STEPS`:", "In `METHODS` of [data/runs/methods.py]"):
         assert place in text
-    train = project / "train.py"
-    insert(train, STEPS_COMMENT, f"{STEP}\n\n")
-    insert(train, "}", STEPS_ENTRY, after="STEPS = {")
-    insert(project / "data" / "runs" / "methods.py", "}", METHODS_ENTRY, after="METHODS = {")
-    check_form(project)
-    assert run_tests_of("fkl", project) > 150
-
-
-def test_the_new_option_of_the_reference(project):
-    """It takes at most 20 lines in at most three files, and no other method has it."""
     files = re.findall(r"^\+\+\+ b/(.*)$", SKEWED_KL, re.M)
     assert files == ["data/runs/methods.py", "losses.py", "train.py"]
     assert len(re.findall(r"^\+(?!\+\+ b/)", SKEWED_KL, re.M)) <= 20
-    apply_diff(project)
-    check_form(project)
-    assert run_tests_of("skewkd", project, TESTS[:3]) > 100
 
 
-def test_the_new_option_changes_the_loss_and_the_name(project):
-    apply_diff(project)
-    script = """
+@pytest.fixture
+def extended(project):
+    """The project with the new methods, the new option and the new data set of the reference."""
+    process = run(project, "git", "apply", input=SKEWED_KL)
+    assert process.returncode == 0, process.stderr
+    train, sets = project / "train.py", project / "data" / "sets" / "prepare.py"
+    insert(train, STEPS_COMMENT, f"{STEP}\n\n")
+    insert(train, "}", STEPS_ENTRY, after="STEPS = {")
+    insert(project / "data" / "runs" / "methods.py", "}", METHODS_ENTRY, after="METHODS = {")
+    insert(sets, "}", PUBLIC_SETS_ENTRY, after="PUBLIC_SETS = {")
+    for command in (["check"], ["format", "--check"]) if shutil.which("ruff") else ():
+        process = run(project, "ruff", *command, ".")
+        assert process.returncode == 0, process.stdout
+    return project
+
+
+def test_what_is_added_passes_the_tests_of_all_methods(extended):
+    """And those of style: the tests are not changed."""
+    files = [path for name in TESTS for path in extended.glob(f"tests/*/test_{name}.py")]
+    chosen = "test_style or (fkl or skewkd) and not several_ranks"  # which take longest
+    options = ("-q", "-x", "-p", "no:cacheprovider", "-k", chosen)
+    process = run(extended, sys.executable, "-m", "pytest", *files, *options, timeout=300)
+    assert process.returncode == 0, process.stdout[-5000:]
+    assert int(re.search(r"(\d+) passed", process.stdout)[1]) > 150
+
+
+# The option changes the loss, the name and the help. The data set is downloaded, read by --data,
+# and evaluated without the paper's ban.
+SCRIPT = """
 import torch
-import losses, train
+import evaluate, losses, train
 from data.runs.methods import DEFAULTS, METHODS
 from data.runs.runs import override_suffix
+from data.sets import prepare
+
 p, q = torch.randn(2, 5, 11, dtype=torch.float64)
 for skew in (0.1, 0.9):
     mixture = skew * p.softmax(-1) + (1 - skew) * q.softmax(-1)
@@ -109,38 +103,30 @@ for skew in (0.1, 0.9):
 assert override_suffix(option, 0.25) == "-skew0.25" and DEFAULTS["skew"] is None
 for name, method in METHODS.items():
     assert method.option_defaults().get("skew") == (0.1 if name == "skewkd" else None)
-train.main(["--method", "gkd", "--skew", "0.3"])
-"""
-    process = run(project, sys.executable, "-c", script)
-    error = "data.process.errors.InputError: --skew has no effect here (method gkd); leave it out"
-    assert process.stderr.splitlines()[-1] == error
 
-
-def test_the_new_data_set_of_the_reference(project, online, monkeypatch):
-    """It is downloaded, read by --data, and evaluated without the paper's ban."""
-    insert(
-        project / "data" / "sets" / "prepare.py", "}", PUBLIC_SETS_ENTRY, after="PUBLIC_SETS = {"
-    )
-    check_form(project)
-    server = Server()
-    script = """
-from data.sets import prepare
-import evaluate
 prepare.main(["haiku"])
 [column] = evaluate.open_columns(["haiku"]).values()
 assert (len(column.rows), column.ban, column.as_in_paper) == (2, 0, False)
 directory = prepare.find_data_dir("haiku")
 print(sorted(path.name for path in directory.glob("*.jsonl")))
+train.main(["--method", "gkd", "--skew", "0.3"])
 """
+
+
+def test_the_new_option_and_the_new_data_set_do_what_the_reference_says(
+    extended, online, monkeypatch
+):
+    server = Server()
     row = b'{"instruction": "say one", "output": "one"}\n'
     for file in ("train.jsonl", "dev.jsonl", "eval/test.jsonl"):
         n = 2 if file == "eval/test.jsonl" else 5
         server.answers[f"/datasets/owner/haiku/resolve/main/{file}"] = n * row
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    process = run(project, sys.executable, "-c", script)
+    process = run(extended, sys.executable, "-c", SCRIPT)
     server.close()
-    assert process.returncode == 0, process.stderr
+    error = "data.process.errors.InputError: --skew has no effect here (method gkd); leave it out"
+    assert process.stderr.splitlines()[-1] == error, process.stderr
     counts, files = process.stdout.splitlines()
     assert counts.endswith("data/haiku: 5 train, 5 dev, 2 test rows")
     assert files == "['dev.jsonl', 'test.jsonl', 'train.jsonl']"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from helpers import (
     TINY,
+    call_command,
     error_of,
     greedy_by_transformers,
-    run_command,
     stored_weights,
     talker_config,
     tiny_tokenizer,
@@ -19,6 +19,8 @@ from helpers import (
     write_rows,
 )
 
+import train
+from data.models import sampling
 from data.models.checkpoint import save
 from data.models.named import (
     count_parameters,
@@ -510,7 +512,7 @@ def test_ids_and_end_survive_loading_and_saving_in_ours_and_in_transformers(
             assert theirs.convert_tokens_to_ids(list(kept)) == list(kept.values())
 
 
-def test_end_of_text_with_id_0_ends_a_response_of_the_command(tmp_path):
+def test_end_of_text_with_id_0_ends_a_response_of_the_command(tmp_path, monkeypatch):
     """The directory has only what transformers 5 saves, and there is no network."""
     ids, merges = parts_of(tiny_tokenizer(), first=[END_OF_TEXT], last=[])
     directory = write_json(tmp_path, json_content(ids, merges))
@@ -520,7 +522,8 @@ def test_end_of_text_with_id_0_ends_a_response_of_the_command(tmp_path):
     request = tokenizer.encode_ordinary(fill_template("Write a task.", ""))
     tokens = greedy_by_transformers(hf, request, 20, eos_token_id=0)
     options = ["--instruction", "Write a task.", "--greedy", "--max-new", "20", "--json"]
-    process = run_command("sample.py", directory, *options, TIKTOKEN_CACHE_DIR=tmp_path / "none")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "none"))
+    process = call_command(sampling.main, directory, *options)
     assert process.returncode == 0, process.stderr
     record = json.loads(process.stdout)
     assert record["ids"] == tokens
@@ -633,7 +636,9 @@ def test_a_checkpoint_of_ours_loads_after_transformers_has_saved_it(tmp_path, pl
         assert torch.equal(model.state_dict()[name], tensor), name
 
 
-def test_training_drops_the_rows_of_both_models_and_saves_the_student_without_them(tmp_path):
+def test_training_drops_the_rows_of_both_models_and_saves_the_student_without_them(
+    tmp_path, monkeypatch
+):
     ids, merges = parts_of(tiny_tokenizer(), first=[END_OF_TEXT], last=[])
     n = len(ids)
     teacher, config = write_model(tmp_path / "teacher", n + 20)
@@ -646,7 +651,8 @@ def test_training_drops_the_rows_of_both_models_and_saves_the_student_without_th
         write_rows(tmp_path / "data" / f"{name}.jsonl", [row] * 2)
     options = ["--method", "kd", "--sft-teacher", teacher, "--student", student]
     options += ["--data", tmp_path / "data", "--out", tmp_path / "out", "--steps", "1"]
-    process = run_command("train.py", *options, TIKTOKEN_CACHE_DIR=tmp_path / "none")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "none"))
+    process = call_command(train.main, *options)
     assert process.returncode == 0, process.stderr
     for directory, rows in [(teacher, "20 rows of padding"), (student, "added token '<pad>'")]:
         assert process.stderr.count(f"{directory}: {DROPPED.format(n)}: {rows}\n") == 1
