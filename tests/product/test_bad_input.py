@@ -14,7 +14,7 @@ import shutil
 import signal
 import struct
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -1049,13 +1049,10 @@ def test_an_impossible_output_directory_is_reported_at_once(refused, monkeypatch
     for out in ("corpus.jsonl", "corpus.jsonl/x/y", "bad/link", "bad/link/x", "bad/loop"):
         parts = f"--out {out}: |is not a writable directory|choose another"
         refused(WRITERS[writer], parts, options=("--out", out))
-
-
-def test_an_output_directory_without_permission(refused, monkeypatch):
-    """With the system's answer replaced, since root has every permission."""
+    # Root has every permission, so the system's answer is replaced.
     monkeypatch.setattr(files.os, "access", lambda path, mode: mode != os.W_OK)
     parts = "--out bad/mine/out|is not a writable directory|choose another"
-    refused(WRITERS["evaluate"], parts, options=("--out", "bad/mine/out"))
+    refused(WRITERS[writer], parts, options=("--out", "bad/mine/out"))
 
 
 # The command, and what its error line names
@@ -1068,23 +1065,15 @@ FULL = {
 }
 
 
-@contextmanager
-def file_size_limit(size):
-    """Limits the size of files, as a quota does. Not for longer than the block: what pytest prints
-    may go to a file, too."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 @pytest.mark.parametrize("command", FULL)
 def test_a_full_disk(refused, monkeypatch, command):
     put("bad/train.jsonl", missing)  # or data.prepare takes bad/ for a data set that is prepared
-    with file_size_limit(0):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # as a quota does
+    try:
         refused(command, "File too large", FULL[command])
+    finally:  # soon, since what pytest prints may go to a file, too
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     def fsync(handle):
         raise OSError(errno.ENOSPC, "No space left on device")

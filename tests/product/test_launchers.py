@@ -52,43 +52,24 @@ SLURM_PTY_WIN_COL=236 SLURM_PTY_WIN_ROW=64 SLURM_MPI_TYPE=pmix SLURM_STEP_NUM_TA
 OPEN_MPI = """OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_LOCAL_SIZE=4
 OMPI_COMM_WORLD_LOCAL_RANK=1 OMPI_COMM_WORLD_NODE_RANK=1 OMPI_UNIVERSE_SIZE=4 PMIX_RANK=1
 PMIX_NAMESPACE=prterun-vm-7041@1"""
-MPICH = "PMI_RANK=1 PMI_SIZE=4 PMI_FD=9 MPI_LOCALNRANKS=4 MPI_LOCALRANKID=1"
-MVAPICH = "MV2_COMM_WORLD_SIZE=4 MV2_COMM_WORLD_RANK=1 MV2_COMM_WORLD_LOCAL_SIZE=4"
 POD = "WORLD_SIZE=4 RANK=1 MASTER_ADDR=job-master-0 MASTER_PORT=23456"
 
 
-def alone(name):
-    fix = f"{dist.LAUNCH_FIX}, or unset {name} if there is only one"
-    return f"{name} is 4: each of these processes would run alone; {fix}"
-
-
-def not_a_rank(rank="", size="", address=""):
-    found = f"RANK is {rank!r}, WORLD_SIZE {size!r}, MASTER_ADDR {address!r}"
-    fix = f"set all three, with RANK from 0 to WORLD_SIZE - 1, or {dist.LAUNCH_FIX}"
-    return f"{found}: they don't make this process a rank; {fix}"
-
-
-REFUSED = {
-    SRUN: alone("SLURM_STEP_NUM_TASKS"),
-    f"{SRUN} SLURM_MPI_TYPE=pmi2 PMI_SIZE=4 PMI_RANK=2": alone("SLURM_STEP_NUM_TASKS"),
-    OPEN_MPI: alone("OMPI_COMM_WORLD_SIZE"),
-    f"{SBATCH} {OPEN_MPI}": alone("OMPI_COMM_WORLD_SIZE"),
-    MPICH: alone("PMI_SIZE"),
-    MVAPICH: alone("MV2_COMM_WORLD_SIZE"),
-    "JSM_NAMESPACE_SIZE=4 JSM_NAMESPACE_RANK=0": alone("JSM_NAMESPACE_SIZE"),
+# Of which launcher, and the variable by which there are several processes
+ALONE = {
+    **{f"{name}=4": name for name in dist.PROCESS_COUNTS},
+    SRUN: "SLURM_STEP_NUM_TASKS",
+    f"{SRUN} SLURM_MPI_TYPE=pmi2 PMI_SIZE=4 PMI_RANK=2": "SLURM_STEP_NUM_TASKS",
+    f"{SBATCH} {OPEN_MPI}": "OMPI_COMM_WORLD_SIZE",
     # Some clouds set these for the one process that calls mpirun.
-    f"{OPEN_MPI} WORLD_SIZE=1 RANK=0 MASTER_ADDR=10.0.0.1": alone("OMPI_COMM_WORLD_SIZE"),
-    "WORLD_SIZE=4": not_a_rank(size="4"),
-    "WORLD_SIZE=4 RANK=0": not_a_rank("0", "4"),
-    "WORLD_SIZE=4 RANK=0 MASTER_ADDR=": not_a_rank("0", "4"),
-    "WORLD_SIZE=4 MASTER_ADDR=10.0.0.1": not_a_rank("", "4", "10.0.0.1"),
-    "RANK=1 MASTER_ADDR=10.0.0.1": not_a_rank("1", "", "10.0.0.1"),
-    "WORLD_SIZE=1 RANK=1": not_a_rank("1", "1"),
+    f"{OPEN_MPI} WORLD_SIZE=1 RANK=0 MASTER_ADDR=10.0.0.1": "OMPI_COMM_WORLD_SIZE",
 }
-for value in ("node3", "-1", "1.0", "4"):
-    REFUSED[f"{POD} RANK={value}"] = not_a_rank(value, "4", "job-master-0")
-for value in ("0", "four", "1"):
-    REFUSED[f"{POD} WORLD_SIZE={value}"] = not_a_rank("1", value, "job-master-0")
+NO_RANK = [
+    *("WORLD_SIZE=4", "WORLD_SIZE=4 RANK=0", "WORLD_SIZE=4 RANK=0 MASTER_ADDR="),
+    *("WORLD_SIZE=4 MASTER_ADDR=10.0.0.1", "RANK=1 MASTER_ADDR=10.0.0.1", "WORLD_SIZE=1 RANK=1"),
+    *(f"{POD} RANK={value}" for value in ("node3", "-1", "1.0", "4")),
+    *(f"{POD} WORLD_SIZE={value}" for value in ("0", "four", "1")),
+]
 COMMANDS = {
     train: "--method sft --student student --out out",
     evaluate: "student --data demo --out out",
@@ -97,12 +78,20 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("variables, line", REFUSED.items())
+@pytest.mark.parametrize("variables", [*ALONE, *NO_RANK])
 def test_processes_that_can_t_join_are_refused_before_anything_is_written(
-    tmp_path, monkeypatch, capsys, variables, line
+    tmp_path, monkeypatch, capsys, variables
 ):
     monkeypatch.chdir(tmp_path)
     set_variables(monkeypatch, variables)
+    if variables in ALONE:
+        fix = f"{dist.LAUNCH_FIX}, or unset {ALONE[variables]} if there is only one"
+        line = f"{ALONE[variables]} is 4: each of these processes would run alone; {fix}"
+    else:
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
+        found = ", ".join(f"{name} {os.environ.get(name, '')!r}" for name in names)
+        fix = f"set all three, with RANK from 0 to WORLD_SIZE - 1, or {dist.LAUNCH_FIX}"
+        line = f"RANK is{found[4:]}: they don't make this process a rank; {fix}"
     for command, arguments in COMMANDS.items():
         assert error_of(command.main, arguments.split()) == line
     assert "torchrun" in line and capsys.readouterr() == ("", "")
@@ -115,11 +104,9 @@ def test_a_refused_process_prints_one_line_and_exits_with_status_2(
 ):
     set_variables(monkeypatch, variables)
     monkeypatch.setattr(command_line.time, "sleep", lambda seconds: None)
-    arguments = ["--out", str(tmp_path / "out")]
-    processes = fork_ranks(lambda: train.main(arguments), 1, tmp_path / "log")
-    assert wait_for(processes, 60) == [2]
-    assert (tmp_path / "log0").read_text() == f"error: {REFUSED[variables]}\n"
-    assert not (tmp_path / "out").exists()
+    assert wait_for(fork_ranks(lambda: train.main([]), 1, tmp_path / "log"), 60) == [2]
+    [line] = (tmp_path / "log0").read_text().splitlines()
+    assert line == f"error: {error_of(check_launcher)}"
 
 
 @pytest.mark.parametrize(
