@@ -261,6 +261,9 @@ def fork_ranks(command, n_ranks, log):
     seconds of starting Python. Each rank's output is appended to `log` plus its number. Returns the
     process ids."""
     sys.stdout.flush()
+    # PyTorch imports a thousand modules for the first tensor without storage and the first
+    # optimizer. Now, or each rank would spend seconds on that.
+    torch.optim.AdamW([torch.empty(1, device="meta").normal_()])
     port, processes = free_port(), []
     for rank in range(n_ranks):
         process = os.fork()

@@ -1,29 +1,17 @@
 """Launchers: torchrun and others, wrong variables, ranks that are missing, too few GPUs."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
-from dataclasses import asdict
+from dataclasses import replace
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import (
-    ROOT,
-    after_device,
-    error_of,
-    fork_ranks,
-    free_port,
-    run_command,
-    torchrun,
-    wait_for,
-)
+from helpers import error_of, fork_ranks, free_port, wait_for
 from test_resume import no_plots, outcome, six_steps  # noqa: F401
 from test_train import CPU, student, teacher, world  # noqa: F401
 
-import data.sets.prepare
 import evaluate
 import exposure_bias
 import train
@@ -64,43 +52,24 @@ SLURM_PTY_WIN_COL=236 SLURM_PTY_WIN_ROW=64 SLURM_MPI_TYPE=pmix SLURM_STEP_NUM_TA
 OPEN_MPI = """OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_LOCAL_SIZE=4
 OMPI_COMM_WORLD_LOCAL_RANK=1 OMPI_COMM_WORLD_NODE_RANK=1 OMPI_UNIVERSE_SIZE=4 PMIX_RANK=1
 PMIX_NAMESPACE=prterun-vm-7041@1"""
-MPICH = "PMI_RANK=1 PMI_SIZE=4 PMI_FD=9 MPI_LOCALNRANKS=4 MPI_LOCALRANKID=1"
-MVAPICH = "MV2_COMM_WORLD_SIZE=4 MV2_COMM_WORLD_RANK=1 MV2_COMM_WORLD_LOCAL_SIZE=4"
 POD = "WORLD_SIZE=4 RANK=1 MASTER_ADDR=job-master-0 MASTER_PORT=23456"
 
 
-def alone(name):
-    fix = f"{dist.LAUNCH_FIX}, or unset {name} if there is only one"
-    return f"{name} is 4: each of these processes would run alone; {fix}"
-
-
-def not_a_rank(rank="", size="", address=""):
-    found = f"RANK is {rank!r}, WORLD_SIZE {size!r}, MASTER_ADDR {address!r}"
-    fix = f"set all three, with RANK from 0 to WORLD_SIZE - 1, or {dist.LAUNCH_FIX}"
-    return f"{found}: they don't make this process a rank; {fix}"
-
-
-REFUSED = {
-    SRUN: alone("SLURM_STEP_NUM_TASKS"),
-    f"{SRUN} SLURM_MPI_TYPE=pmi2 PMI_SIZE=4 PMI_RANK=2": alone("SLURM_STEP_NUM_TASKS"),
-    OPEN_MPI: alone("OMPI_COMM_WORLD_SIZE"),
-    f"{SBATCH} {OPEN_MPI}": alone("OMPI_COMM_WORLD_SIZE"),
-    MPICH: alone("PMI_SIZE"),
-    MVAPICH: alone("MV2_COMM_WORLD_SIZE"),
-    "JSM_NAMESPACE_SIZE=4 JSM_NAMESPACE_RANK=0": alone("JSM_NAMESPACE_SIZE"),
+# Of which launcher, and the variable by which there are several processes
+ALONE = {
+    **{f"{name}=4": name for name in dist.PROCESS_COUNTS},
+    SRUN: "SLURM_STEP_NUM_TASKS",
+    f"{SRUN} SLURM_MPI_TYPE=pmi2 PMI_SIZE=4 PMI_RANK=2": "SLURM_STEP_NUM_TASKS",
+    f"{SBATCH} {OPEN_MPI}": "OMPI_COMM_WORLD_SIZE",
     # Some clouds set these for the one process that calls mpirun.
-    f"{OPEN_MPI} WORLD_SIZE=1 RANK=0 MASTER_ADDR=10.0.0.1": alone("OMPI_COMM_WORLD_SIZE"),
-    "WORLD_SIZE=4": not_a_rank(size="4"),
-    "WORLD_SIZE=4 RANK=0": not_a_rank("0", "4"),
-    "WORLD_SIZE=4 RANK=0 MASTER_ADDR=": not_a_rank("0", "4"),
-    "WORLD_SIZE=4 MASTER_ADDR=10.0.0.1": not_a_rank("", "4", "10.0.0.1"),
-    "RANK=1 MASTER_ADDR=10.0.0.1": not_a_rank("1", "", "10.0.0.1"),
-    "WORLD_SIZE=1 RANK=1": not_a_rank("1", "1"),
+    f"{OPEN_MPI} WORLD_SIZE=1 RANK=0 MASTER_ADDR=10.0.0.1": "OMPI_COMM_WORLD_SIZE",
 }
-for value in ("node3", "-1", "1.0", "4"):
-    REFUSED[f"{POD} RANK={value}"] = not_a_rank(value, "4", "job-master-0")
-for value in ("0", "four", "1"):
-    REFUSED[f"{POD} WORLD_SIZE={value}"] = not_a_rank("1", value, "job-master-0")
+NO_RANK = [
+    *("WORLD_SIZE=4", "WORLD_SIZE=4 RANK=0", "WORLD_SIZE=4 RANK=0 MASTER_ADDR="),
+    *("WORLD_SIZE=4 MASTER_ADDR=10.0.0.1", "RANK=1 MASTER_ADDR=10.0.0.1", "WORLD_SIZE=1 RANK=1"),
+    *(f"{POD} RANK={value}" for value in ("node3", "-1", "1.0", "4")),
+    *(f"{POD} WORLD_SIZE={value}" for value in ("0", "four", "1")),
+]
 COMMANDS = {
     train: "--method sft --student student --out out",
     evaluate: "student --data demo --out out",
@@ -109,39 +78,35 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("variables, line", REFUSED.items())
+@pytest.mark.parametrize("variables", [*ALONE, *NO_RANK])
 def test_processes_that_can_t_join_are_refused_before_anything_is_written(
-    tmp_path, monkeypatch, capsys, variables, line
+    tmp_path, monkeypatch, capsys, variables
 ):
     monkeypatch.chdir(tmp_path)
     set_variables(monkeypatch, variables)
+    if variables in ALONE:
+        fix = f"{dist.LAUNCH_FIX}, or unset {ALONE[variables]} if there is only one"
+        line = f"{ALONE[variables]} is 4: each of these processes would run alone; {fix}"
+    else:
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
+        found = ", ".join(f"{name} {os.environ.get(name, '')!r}" for name in names)
+        fix = f"set all three, with RANK from 0 to WORLD_SIZE - 1, or {dist.LAUNCH_FIX}"
+        line = f"RANK is{found[4:]}: they don't make this process a rank; {fix}"
     for command, arguments in COMMANDS.items():
         assert error_of(command.main, arguments.split()) == line
     assert "torchrun" in line and capsys.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []
 
 
-def train_here(directory):
-    train.main(["--out", str(directory / "out")])
-
-
-@pytest.mark.parametrize("variables", REFUSED)
+@pytest.mark.parametrize("variables", [SRUN, f"{POD} RANK=4"])
 def test_a_refused_process_prints_one_line_and_exits_with_status_2(
     tmp_path, monkeypatch, variables
 ):
     set_variables(monkeypatch, variables)
     monkeypatch.setattr(command_line.time, "sleep", lambda seconds: None)
-    assert wait_for(fork_ranks(lambda: train_here(tmp_path), 1, tmp_path / "log"), 60) == [2]
+    assert wait_for(fork_ranks(lambda: train.main([]), 1, tmp_path / "log"), 60) == [2]
     [line] = (tmp_path / "log0").read_text().splitlines()
-    assert line == f"error: {REFUSED[variables]}"
-    assert not (tmp_path / "out").exists()
-
-
-def test_train_py_in_a_step_of_several_tasks(tmp_path):
-    variables = dict(word.split("=") for word in SRUN.split())
-    process = run_command("train.py", "--out", tmp_path / "out", **variables)
-    assert process.returncode == 2 and process.stdout == "" and not list(tmp_path.iterdir())
-    assert process.stderr == f"error: {REFUSED[SRUN]}\n"
+    assert line == f"error: {error_of(check_launcher)}"
 
 
 @pytest.mark.parametrize(
@@ -202,93 +167,49 @@ def train_stage(out, s):
     dist.shutdown()
 
 
-SCRIPT = """
-import json, pathlib, sys
-import data.sets.prepare, train
-from data.process import dist
-from data.runs import report
-from data.process.command_line import run_command_line
-
-
-def main():
-    dist.init_process()
-    s = train.Settings(**json.loads(sys.argv[3]))
-    train.run_stage("stage", s, pathlib.Path(sys.argv[2]), 380, dist.torch.device("cpu"), keep=2)
-    dist.shutdown()
-
-
-data.sets.prepare.DATA_DIR = pathlib.Path(sys.argv[1])
-report.plot_curves = lambda directory: "no plot"
-run_command_line(main)
-"""
-
-
-def start_processes(n_ranks, *arguments):
-    """Start plain Python processes with the variables that make them ranks, as pods have them."""
-    variables = {"WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "localhost", "CUDA_VISIBLE_DEVICES": ""}
-    variables |= {"MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
-    # PyTorch warns where the machine has no name for an address, as in a container.
-    variables["TORCH_CPP_LOG_LEVEL"] = "ERROR"
-    return [
-        subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
-            env=os.environ | variables | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(n_ranks)
-    ]
-
-
 @pytest.mark.parametrize("n_ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_plain_processes_train_together_with_the_same_bits_as_under_torchrun(
-    tmp_path, student, teacher, n_ranks
+    tmp_path, monkeypatch, student, teacher, n_ranks
 ):
-    s = six_steps(student, teacher)
-    (tmp_path / "script.py").write_text(SCRIPT)
-    (tmp_path / "plain").mkdir()
-    arguments = (tmp_path / "script.py", data.sets.prepare.DATA_DIR, tmp_path / "plain")
-    processes = start_processes(n_ranks, *arguments, json.dumps(asdict(s)))
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0] * n_ranks, outputs
-    assert after_device(outputs[0][1]) == "" and f"ranks: {n_ranks};" in outputs[0][1]
-    assert outputs[1:] == [("", "")] * (n_ranks - 1)  # no rank but the first prints
-    torchrun_s = fork_ranks(
+    """The variables are those of pods."""
+    s = replace(six_steps(student, teacher), steps=2)
+    under_torchrun = fork_ranks(
         lambda: train_stage(tmp_path / "torchrun", s), n_ranks, tmp_path / "log"
     )
-    assert wait_for(torchrun_s, 120) == [0] * n_ranks
+    assert wait_for(under_torchrun, 120) == [0] * n_ranks
+    address = f"MASTER_ADDR=localhost MASTER_PORT={free_port()} TORCH_CPP_LOG_LEVEL=ERROR"
+    set_variables(monkeypatch, f"WORLD_SIZE={n_ranks} {address}")
+    processes = []
+    for rank in range(n_ranks):
+        monkeypatch.setenv("RANK", str(rank))
+        log = tmp_path / f"log of plain {rank} "
+        processes += fork_ranks(lambda: train_stage(tmp_path / "plain", s), 1, log)
+    assert wait_for(processes, 120) == [0] * n_ranks
     plain = outcome(tmp_path / "plain" / "stage")
     assert plain == outcome(tmp_path / "torchrun" / "stage") and len(plain) > 5
+    first, *others = ((tmp_path / f"log of plain {n} 0").read_text() for n in range(n_ranks))
+    assert f"ranks: {n_ranks};" in first and "step 2/2" in first
+    assert others == [""] * (n_ranks - 1)  # no rank but the first prints
 
 
-def join_in_a_second():
-    dist.JOIN_TIMEOUT = timedelta(seconds=1)
-    dist.init_process()
-
-
-@pytest.mark.parametrize("rank, address", [(0, "localhost"), (1, "127.0.0.1")])
-def test_a_rank_that_never_comes_is_reported_with_the_address(tmp_path, monkeypatch, rank, address):
-    port = free_port()
-    variables = f"RANK={rank} WORLD_SIZE=2 MASTER_ADDR={address} MASTER_PORT={port}"
-    set_variables(monkeypatch, variables)
-    monkeypatch.setattr(command_line.time, "sleep", lambda seconds: None)
-    assert wait_for(fork_ranks(join_in_a_second, 1, tmp_path / "log"), 60) == [2]
-    [line] = (tmp_path / "log0").read_text().splitlines()
-    assert line.startswith(f"error: {address}:{port}: can't join the other ranks (")
-    assert line.endswith("); check MASTER_ADDR and MASTER_PORT, and that every rank has started")
-
-
-def test_an_unknown_host_is_reported_and_the_port_is_29500_by_default(monkeypatch):
-    set_variables(monkeypatch, "RANK=1 WORLD_SIZE=2 MASTER_ADDR=no-such-host.invalid MASTER_PORT=")
+@pytest.mark.parametrize(
+    "variables, address",
+    [
+        ("RANK=0 MASTER_ADDR=localhost MASTER_PORT=PORT", "localhost:PORT"),  # no other rank comes
+        ("RANK=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=PORT", "127.0.0.1:PORT"),
+        ("RANK=1 MASTER_ADDR=no-such-host.invalid MASTER_PORT=", "no-such-host.invalid:29500"),
+        ("RANK=1 MASTER_ADDR=localhost MASTER_PORT=x", "localhost:x"),
+        ("RANK=1 MASTER_ADDR=localhost MASTER_PORT=70000", "localhost:70000"),
+        ("RANK=1 MASTER_ADDR=localhost MASTER_PORT=tcp://10.3.2.1:2", "localhost:tcp://10.3.2.1:2"),
+    ],
+)
+def test_ranks_that_can_t_be_joined_are_reported_with_the_address(monkeypatch, variables, address):
+    port = str(free_port())
+    set_variables(monkeypatch, f"WORLD_SIZE=2 {variables.replace('PORT=PORT', f'PORT={port}')}")
     monkeypatch.setattr(dist, "JOIN_TIMEOUT", timedelta(seconds=0.1))
-    assert error_of(dist.init_process).startswith("no-such-host.invalid:29500: can't join")
-
-
-@pytest.mark.parametrize("port", ["x", "70000", "tcp://10.3.2.1:29500"])
-def test_a_wrong_port_is_reported(monkeypatch, port):
-    set_variables(monkeypatch, f"RANK=1 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT={port}")
-    assert error_of(dist.init_process).startswith(f"localhost:{port}: can't join the other ranks (")
+    line = error_of(dist.init_process)
+    assert line.startswith(f"{address.replace('PORT', port)}: can't join the other ranks (")
+    assert line.endswith("); check MASTER_ADDR and MASTER_PORT, and that every rank has started")
 
 
 def test_two_processes_of_the_same_rank_are_refused(tmp_path, monkeypatch):
@@ -343,56 +264,30 @@ def test_ranks_take_the_gpus_that_they_see_in_turn(locations, places):
 @pytest.mark.parametrize(
     "locations, problem",
     [
-        ([on("node1", FOUR)] * 8, "node1: 8 ranks need a GPU each, and they see 4"),
-        (
-            [on("node1", EIGHT)] * 8 + [on("node2", ONE)] * 2,
-            "node2: 2 ranks need a GPU each, and they see 1",
-        ),
-        ([on("node1", ONE), on("node2", ())], "node2: 1 ranks need a GPU each, and they see 0"),
+        ([on("a", FOUR)] * 8, "a: 8 ranks need a GPU each, and they see 4"),
+        ([on("a", EIGHT)] * 8 + [on("b", ONE)] * 2, "b: 2 ranks need a GPU each, and they see 1"),
+        ([on("a", ONE), on("b", ())], "b: 1 ranks need a GPU each, and they see 0"),
     ],
 )
 def test_more_ranks_than_gpus_are_refused(locations, problem):
     assert error_of(place_rank, 0, locations) == f"{problem}; {GPU_FIX}"
 
 
-TOO_MANY = """
-import sys, types
-import torch
-import train
-from data.process.command_line import run_command_line
-
-join = torch.distributed.init_process_group
-torch.distributed.init_process_group = lambda backend, **kwargs: join("gloo", **kwargs)
-torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
-torch.cuda.get_device_properties = lambda n: types.SimpleNamespace(uuid="GPU-0")
-run_command_line(lambda: train.main(["--out", sys.argv[1]]))
-"""
-
-
-def too_many_ranks(n_ranks):
-    problem = f"{n_ranks} ranks need a GPU each, and they see 1"
-    return f"error: {dist.socket.gethostname()}: {problem}; {GPU_FIX}"
-
-
-@pytest.mark.slow
-def test_under_torchrun_more_ranks_than_gpus_end_with_one_line(tmp_path):
-    (tmp_path / "script.py").write_text(TOO_MANY)
-    arguments = (*torchrun(2), tmp_path / "script.py", tmp_path / "out")
-    process = run_command(*arguments, PYTHONPATH=str(ROOT))
-    lines = process.stderr.splitlines()
-    assert [line for line in lines if line.startswith("error: ")] == [too_many_ranks(2)]
-    assert process.returncode == 1 and "(exitcode: 2)" in process.stderr
-    assert "run_command_line" not in process.stderr  # torchrun has a traceback of its own
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("n_ranks", [2, 3])
-def test_more_ranks_than_gpus_end_without_a_traceback(tmp_path, monkeypatch, n_ranks):
+def test_more_ranks_than_gpus_end_without_a_traceback(tmp_path, monkeypatch):
     """With PyTorch made to believe that there is one GPU."""
-    monkeypatch.setattr(sys, "argv", ["script.py", str(tmp_path / "out")])
+    join, gpu = torch.distributed.init_process_group, SimpleNamespace(uuid="GPU-0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: gpu)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, **kwargs: join("gloo", **kwargs)
+    )
     monkeypatch.setattr(command_line.time, "sleep", lambda seconds: None)
-    ranks = fork_ranks(lambda: exec(TOO_MANY, {}), n_ranks, tmp_path / "log")
-    assert wait_for(ranks, 60) == [2] * n_ranks
-    for rank in range(n_ranks):
-        assert (tmp_path / f"log{rank}").read_text() == f"{too_many_ranks(n_ranks)}\n"
+    arguments = ["--out", str(tmp_path / "out")]
+    ranks = fork_ranks(lambda: train.main(arguments), 2, tmp_path / "log")
+    assert wait_for(ranks, 60) == [2, 2]
+    problem = f"2 ranks need a GPU each, and they see 1; {GPU_FIX}"
+    for rank in range(2):
+        line = f"error: {dist.socket.gethostname()}: {problem}\n"
+        assert (tmp_path / f"log{rank}").read_text() == line
     assert not (tmp_path / "out").exists()

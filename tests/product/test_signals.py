@@ -1,29 +1,26 @@
 """Signals that end a run, terminals that close and pipes that nobody reads any more."""
 
 import fcntl
-import json
 import os
 import pty
 import signal
-import subprocess
 import sys
 import termios
 import threading
 import time
-from dataclasses import asdict
-from functools import partial
+from contextlib import suppress
 
 import pytest
-from helpers import ROOT, files_below, fork_ranks, torchrun, wait_for
+import torch.distributed.run
+from helpers import files_below, fork_ranks, free_port, wait_for
 from test_resume import no_plots, outcome, resume, six_steps, uninterrupted  # noqa: F401
 from test_train import CPU, student, teacher, world  # noqa: F401
 from torch.distributed.launcher.api import LaunchConfig
 
-import data.sets.prepare
 import evaluate
 import train
 from data.process import dist
-from data.process.command_line import run_command_line
+from data.process.command_line import STOP_SIGNALS, run_command_line
 from data.process.errors import InputError
 from data.process.files import write_atomic
 
@@ -45,12 +42,13 @@ def wait_for_file(path):
     raise TimeoutError(path)
 
 
-def train_with_a_pause(out, s, phase):
-    """Train the stage. Pause in its third step, or in the validation after its fourth."""
+def train_with_a_pause(out, s, phase, device=CPU):
+    """Train the stage. The last rank pauses in the third step, or in the validation after the
+    fourth."""
     step, rouge_l, scored = train.STEPS[s.method], evaluate.rouge_l, []
 
     def pausing_step(run, examples, t):
-        if phase == "step" and t == 2:
+        if phase == "step" and t == 2 and dist.rank() == dist.world_size() - 1:
             pause(out)
         return step(run, examples, t)
 
@@ -61,7 +59,7 @@ def train_with_a_pause(out, s, phase):
         return rouge_l(*arguments)
 
     train.STEPS[s.method], evaluate.rouge_l = pausing_step, pausing_rouge_l
-    run_command_line(lambda: train.run_stage("stage", s, out, 380, CPU, keep=2))
+    train.run_stage("stage", s, out, 380, device, keep=2)
 
 
 def fork_on_terminal(function, controlling=True):
@@ -69,18 +67,14 @@ def fork_on_terminal(function, controlling=True):
 
     controlling: whether the terminal sends SIGHUP to the process when it closes.
     """
-    ours, theirs = pty.openpty()
-    process = os.fork()
+    process, terminal = pty.fork()
     if process == 0:
         status = 1
         try:
-            os.close(ours)
-            os.setsid()
-            if controlling:
-                fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
-            for descriptor in (0, 1, 2):
-                os.dup2(theirs, descriptor)
-            os.close(theirs)
+            if not controlling:
+                previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which comes now, too
+                fcntl.ioctl(0, termios.TIOCNOTTY)
+                signal.signal(signal.SIGHUP, previous)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
             function()
             status = 0
@@ -88,61 +82,114 @@ def fork_on_terminal(function, controlling=True):
             status = exit.code
         finally:
             os._exit(status)
-    os.close(theirs)
-    return process, ours
+    return process, terminal
 
 
-def read_in_background(descriptor):
+def read_all(descriptor):
     """Read what a process shows on its terminal, so that it never waits for room."""
-
-    def read():
-        try:
-            while os.read(descriptor, 4096):
-                pass
-        except OSError:
-            return
-
-    threading.Thread(target=read, daemon=True).start()
+    with suppress(OSError):
+        while os.read(descriptor, 4096):
+            pass
 
 
 def saved_steps(directory):
     return sorted(int(path.stem[5:]) for path in (directory / "state").glob("*.pt"))
 
 
-# ---- terminals that close ----------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("phase, step", [("step", 3), ("validation", 4)])
-def test_when_the_terminal_closes_the_state_is_saved_and_the_run_resumes(
-    tmp_path, student, teacher, uninterrupted, capsys, phase, step
+@pytest.mark.parametrize(
+    "event, phase, status, saved",
+    [
+        ("the terminal closes", "step", 128 + signal.SIGHUP, 3),
+        ("the terminal closes", "validation", 128 + signal.SIGHUP, 4),
+        # A disowned process gets no SIGHUP, and nohup lets it be ignored. Every print fails.
+        ("the terminal of a disowned process closes", "step", 0, None),
+        ("the terminal closes under nohup", "validation", 0, None),
+        # As after Ctrl-C in `python train.py | tee log`, which ends tee as well
+        ("the pipe closes", "step", 0, None),
+        ("the pipe closes, SIGINT", "step", 128 + signal.SIGINT, 3),
+        # Clusters may signal a process and its parent, which passes it on.
+        ("SIGUSR1, SIGUSR1", "step", 128 + signal.SIGUSR1, 3),
+    ],
+)
+def test_a_run_saves_its_state_and_resumes_or_goes_on(
+    tmp_path, student, teacher, uninterrupted, capsys, event, phase, status, saved
 ):
     s = six_steps(student, teacher)
-    process, terminal = fork_on_terminal(lambda: train_with_a_pause(tmp_path, s, phase))
-    wait_for_file(tmp_path / PAUSED)
-    os.close(terminal)
-    (tmp_path / GO).touch()
-    assert wait_for([process], 60) == [128 + signal.SIGHUP]
-    assert saved_steps(tmp_path / "stage")[-1] == step
-    output, resumed = resume(tmp_path, s, capsys)
-    assert f"resuming after step {step}\n" in output and resumed == uninterrupted
-
-
-@pytest.mark.parametrize("phase", ["step", "validation"])
-@pytest.mark.parametrize("how", ["disowned", "nohup"])
-def test_a_run_goes_on_without_its_terminal(tmp_path, student, teacher, uninterrupted, how, phase):
-    """A disowned process gets no SIGHUP, and nohup lets it be ignored. Every print fails."""
+    reader, writer = os.pipe()
 
     def run():
-        if how == "nohup":
+        os.close(reader)
+        if "nohup" in event:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        train_with_a_pause(tmp_path, six_steps(student, teacher), phase)
+        if "pipe" in event:
+            os.dup2(writer, 1)
+            sys.stdout = open(1, "w", closefd=False)
+        run_command_line(lambda: train_with_a_pause(tmp_path, s, phase))
 
-    process, terminal = fork_on_terminal(run, controlling=how == "nohup")
+    process, terminal = fork_on_terminal(run, controlling="disowned" not in event)
+    os.close(writer)
     wait_for_file(tmp_path / PAUSED)
-    os.close(terminal)
+    os.close(reader)
+    if "terminal" in event:
+        os.close(terminal)
+    else:
+        threading.Thread(target=read_all, args=[terminal], daemon=True).start()
+    for name in event.split(", "):
+        if name in STOP_SIGNALS:
+            os.kill(process, getattr(signal, name))
     (tmp_path / GO).touch()
-    assert wait_for([process], 60) == [0]
+    assert wait_for([process], 60) == [status]
+    if saved:
+        assert saved_steps(tmp_path / "stage")[-1] == saved
+        output, _ = resume(tmp_path, s, capsys)
+        assert f"resuming after step {saved}\n" in output
     assert outcome(tmp_path / "stage") == uninterrupted
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGUSR1, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)]
+)
+def test_torchrun_passes_a_signal_on_and_both_ranks_save(
+    tmp_path, monkeypatch, student, teacher, number
+):
+    """With the options of the reference's command lines. The signal goes to torchrun alone, which
+    runs in a fork, and so do its ranks: that saves the seconds of three imports."""
+    s = six_steps(student, teacher)
+
+    def train_stage():
+        dist.init_process()
+        train_with_a_pause(tmp_path, s, "step")
+        dist.shutdown()
+
+    def launch():
+        options = ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+        if "shutdown_timeout" in LaunchConfig.__dataclass_fields__:  # not in PyTorch 2.11
+            options.append("--shutdown-timeout=600")
+        options += [f"--master_port={free_port()}", "--master_addr=127.0.0.1", "--nproc_per_node=2"]
+        torch.distributed.run.main([*options, "--start-method=fork", "--run-path", "script.py"])
+
+    def run_script_path(script):
+        run_command_line(train_stage)
+
+    monkeypatch.setattr(torch.distributed.run, "run_script_path", run_script_path)
+    [process] = fork_ranks(launch, 1, tmp_path / "log of torchrun ")
+    wait_for_file(tmp_path / PAUSED)
+    os.kill(process, number)
+    time.sleep(0.5)  # torchrun looks at its ranks and signals every 0.1 s
+    (tmp_path / GO).touch()
+    [status] = wait_for([process], 60)
+    output = (tmp_path / "log of torchrun 0").read_text()
+    stopped = f"stage: stopped by {number.name}, saved at step 3; the same command resumes it"
+    assert status != 0 and output.count(stopped) == 1, output
+    assert saved_steps(tmp_path / "stage")[-1] == 3
+    assert wait_for(fork_ranks(train_stage, 2, tmp_path / "log"), 60) == [0, 0]
+    assert "resuming after step 3\n" in (tmp_path / "log0").read_text()
+
+
+# ---- other commands ----------------------------------------------------------------------------
 
 
 def test_a_closed_terminal_ends_other_commands_without_a_traceback(tmp_path):
@@ -167,7 +214,7 @@ def test_a_closed_terminal_ends_other_commands_without_a_traceback(tmp_path):
         assert files_below(tmp_path) == files
 
 
-def test_a_terminal_shows_the_same_as_before(tmp_path):
+def test_a_terminal_shows_the_same_as_before():
     def command():
         print("Größe\ud800 大")
         print("to standard error", file=sys.stderr)
@@ -180,38 +227,6 @@ def test_a_terminal_shows_the_same_as_before(tmp_path):
     assert wait_for([process], 60) == [0]
     assert os.read(terminal, 1000).decode() == "Größe\\ud800 大\r\nto standard error\r\n"
     os.close(terminal)
-
-
-# ---- pipes whose reader has gone ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize("number, status", [(None, 0), (signal.SIGINT, 130)])
-def test_a_run_whose_output_nobody_reads_any_more_goes_on(
-    tmp_path, student, teacher, uninterrupted, capsys, number, status
-):
-    """As after Ctrl-C in `python train.py | tee log`, which ends tee as well."""
-    s = six_steps(student, teacher)
-    reader, writer = os.pipe()
-
-    def run():
-        os.close(reader)
-        os.dup2(writer, 1)
-        sys.stdout = open(1, "w", closefd=False)
-        train_with_a_pause(tmp_path, s, "step")
-
-    process, terminal = fork_on_terminal(run)
-    read_in_background(terminal)
-    os.close(writer)
-    wait_for_file(tmp_path / PAUSED)
-    os.close(reader)
-    if number:
-        os.kill(process, number)
-    (tmp_path / GO).touch()
-    assert wait_for([process], 60) == [status]
-    if number:
-        assert saved_steps(tmp_path / "stage")[-1] == 3
-        resume(tmp_path, s, capsys)
-    assert outcome(tmp_path / "stage") == uninterrupted
 
 
 @pytest.mark.parametrize("error, status", [(InputError("wrong"), 2), (KeyboardInterrupt(), 130)])
@@ -229,39 +244,25 @@ def test_an_error_that_nobody_reads_ends_a_command_with_its_status(error, status
     assert exit.value.code == status
 
 
-# ---- signals -----------------------------------------------------------------------------------
+# ---- handlers ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
-def test_a_signal_in_training_saves_the_state_and_the_run_resumes(
-    tmp_path, student, teacher, uninterrupted, capsys, number
-):
-    s = six_steps(student, teacher)
-    process, terminal = fork_on_terminal(lambda: train_with_a_pause(tmp_path, s, "step"))
-    read_in_background(terminal)
-    wait_for_file(tmp_path / PAUSED)
-    os.kill(process, number)
-    os.kill(process, number)  # clusters may signal a process and its parent, which passes it on
-    (tmp_path / GO).touch()
-    assert wait_for([process], 60) == [128 + number]
-    os.close(terminal)
-    output, resumed = resume(tmp_path, s, capsys)
-    assert "resuming after step 3\n" in output and resumed == uninterrupted
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"])
+@pytest.mark.parametrize("name", STOP_SIGNALS)
 def test_a_signal_that_is_ignored_at_the_start_stays_ignored(name):
+    """But for SIGINT, which shells ignore for the background jobs of a script."""
     number, received = getattr(signal, name), []
     previous = signal.signal(number, signal.SIG_IGN)
+
+    def main():
+        with dist.defer_signals() as signals:
+            signal.raise_signal(number)
+            received.extend(signals)
+            signals.clear()
+
     try:
-
-        def main():
-            with dist.defer_signals() as signals:
-                signal.raise_signal(number)
-                received.extend(signals)
-
         run_command_line(main)
-        assert received == [] and signal.getsignal(number) is signal.SIG_IGN
+        assert received == ([number] if name == "SIGINT" else [])
+        assert signal.getsignal(number) is signal.SIG_IGN
     finally:
         signal.signal(number, previous)
 
@@ -287,77 +288,3 @@ def test_in_another_thread_than_the_main_one_commands_run_without_handlers():
     thread.start()
     thread.join()
     assert results == [[], None]
-
-
-SCRIPT = """
-import json, pathlib, sys, time
-import data.sets.prepare, train
-from data.process import dist
-from data.process.command_line import run_command_line
-
-data.sets.prepare.DATA_DIR, out = map(pathlib.Path, sys.argv[1:3])
-step = train.STEPS["promptkd"]
-
-
-def pausing_step(run, examples, t):
-    if t == 2 and dist.rank() == 1:
-        (out / "paused").touch()
-        while not (out / "go").exists():
-            time.sleep(0.01)
-    return step(run, examples, t)
-
-
-def main():
-    device, _ = dist.init_process()
-    train.run_stage("stage", train.Settings(**json.loads(sys.argv[3])), out, 380, device, keep=2)
-
-
-train.STEPS["promptkd"] = pausing_step
-run_command_line(main)
-"""
-
-
-@pytest.mark.parametrize(
-    "number", [signal.SIGUSR1, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)]
-)
-def test_torchrun_passes_a_signal_on_and_both_ranks_save(tmp_path, student, teacher, number):
-    """With the options of the reference's command lines. The signal goes to torchrun alone."""
-    s = six_steps(student, teacher)
-
-    def train_stage(out):
-        dist.init_process()
-        train.run_stage("stage", s, out, 380, CPU, keep=2)
-        dist.shutdown()
-
-    (tmp_path / "script.py").write_text(SCRIPT)
-    options = ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
-    if "shutdown_timeout" in LaunchConfig.__dataclass_fields__:  # not in PyTorch 2.11
-        options.append("--shutdown-timeout=600")
-    arguments = (
-        tmp_path / "script.py",
-        data.sets.prepare.DATA_DIR,
-        tmp_path,
-        json.dumps(asdict(s)),
-    )
-    process = subprocess.Popen(
-        [sys.executable, *torchrun(2, *options), *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for_file(tmp_path / PAUSED)
-    process.send_signal(number)
-    time.sleep(0.5)  # torchrun looks at its ranks and signals every 0.1 s
-    (tmp_path / GO).touch()
-    output, errors = process.communicate(timeout=60)
-    stopped = f"stage: stopped by {number.name}, saved at step 3; the same command resumes it"
-    assert process.returncode != 0 and output.count(stopped) == 1, errors
-    assert saved_steps(tmp_path / "stage")[-1] == 3
-
-    for out in (tmp_path, tmp_path / "whole"):
-        ranks = fork_ranks(partial(train_stage, out), 2, tmp_path / f"log of {out.name} ")
-        assert wait_for(ranks, 60) == [0, 0]
-    [log] = tmp_path.glob("log of test*0")
-    assert "resuming after step 3\n" in log.read_text()
-    assert outcome(tmp_path / "stage") == outcome(tmp_path / "whole" / "stage")
