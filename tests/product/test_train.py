@@ -24,13 +24,11 @@ from helpers import (
     METHODS_WITH_STEPS,
     PROMPT,
     Interrupted,
-    after_device,
     fork_ranks,
     hf_config,
     interrupted_in_step,
     stop_in_step,
     tiny_model,
-    tiny_tokenizer,
     wait_for,
     write_checkpoint,
     write_rows,
@@ -44,7 +42,6 @@ from data.models.hub import find_model_dir
 from data.models.tensors import load_prompt
 from data.models.tokenizer import load_tokenizer
 from data.process import dist
-from data.process.command_line import run_command_line
 from data.process.errors import InputError
 from data.runs import plan as planning
 from data.runs import report, runs, stages, validation
@@ -459,18 +456,61 @@ def kinds(planned):
     return [stage.name.split("-")[0] for stage in planned]
 
 
-def test_main_result_runs_teacher_init_and_method(plan):
-    planned = plan("--student gpt2")
-    assert names(planned) == ["teacher-gpt2-xl", "init-gpt2", "promptkd-gpt2-s10"]
-    teacher, init, method = (stage.settings for stage in planned)
-    assert (teacher.method, teacher.student) == ("sft", "gpt2-xl")
-    assert (teacher.lr, teacher.epochs) == (5e-5, 10)
-    assert (init.method, init.student, init.epochs) == ("sft", "gpt2", 3)
-    assert init.metric_for_best == "loss"
-    assert (method.method, method.student) == ("promptkd", "out/init-gpt2")
-    assert method.teacher == "out/teacher-gpt2-xl"
-    assert method.global_batch_size == 256
-    assert {s.data for s in (teacher, init, method)} == {"dolly"}
+# Options, and the stages that they run, by name: fields of their settings
+TEACHER_STAGE = {"teacher-gpt2-xl": {"method": "sft", "student": "gpt2-xl", "lr": 5e-5}}
+INIT_STAGE = {"init-gpt2": {"method": "sft", "student": "gpt2", "metric_for_best": "loss"}}
+FROM_INIT = {"student": "out/init-gpt2", "teacher": "out/teacher-gpt2-xl", "data": "dolly"}
+PRETRAINED = {"student": "gpt2", "teacher": "out/teacher-gpt2-xl", "responses": None}
+RESPONSES = {"student": "out/teacher-gpt2-xl", "max_new_tokens": 256, "seed": 10}
+MINE = {"data": "mine", "max_train_rows": 9}
+PLANS = {
+    "--student gpt2": TEACHER_STAGE
+    | INIT_STAGE
+    | {"promptkd-gpt2-s10": FROM_INIT | {"method": "promptkd", "global_batch_size": 256}},
+    "--method gkd --student gpt2": TEACHER_STAGE | INIT_STAGE | {"gkd-gpt2-s10": FROM_INIT},
+    "--method minillm --student gpt2 --lm-data texts/owt.jsonl": TEACHER_STAGE
+    | INIT_STAGE
+    | {"minillm-gpt2-lmdataowt-s10": FROM_INIT | {"lm_data": "texts/owt.jsonl"}},
+    "--method sft --student gpt2-medium": {
+        "sft-gpt2-medium-s10": {"method": "sft", "epochs": 20, "metric_for_best": "rouge_l"}
+    },
+    "--method kd --student gpt2": TEACHER_STAGE | {"kd-gpt2-s10": PRETRAINED | {"method": "kd"}},
+    "--method seqkd --student gpt2": TEACHER_STAGE
+    | {"responses-gpt2-xl": RESPONSES | {"method": "responses", "max_train_rows": None}}
+    | {"seqkd-gpt2-s10": PRETRAINED | {"responses": "out/responses-gpt2-xl"}},
+    "--method pretrain --shape 3x48x4 --data mine": {
+        "pretrain-3x48x4-mine": {"method": "pretrain", "student": "3x48x4", "data": "mine"}
+    },
+    "--student gpt2 --data mine --train-rows 9": {
+        "teacher-gpt2-xl-mine-9rows": MINE,
+        "init-gpt2-mine-9rows": MINE,
+        "promptkd-gpt2-mine-9rows-s10": MINE,
+    },
+    "": {
+        "teacher-3x128x4-demo": {"student": demo.TEACHER, "data": "demo"},
+        "init-1x96x4-demo": {"student": demo.STUDENT, "data": "demo"},
+        "promptkd-1x96x4-demo-s10": {
+            "student": "out/init-1x96x4-demo",
+            "teacher": "out/teacher-3x128x4-demo",
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("options", PLANS)
+def test_a_command_runs_its_stages_with_their_settings(plan, tmp_path, options):
+    (tmp_path / "mine").mkdir()
+    planned = plan(options)
+    assert names(planned) == list(PLANS[options])
+    for stage, fields in zip(planned, PLANS[options].values()):
+        assert {name: getattr(stage.settings, name) for name in fields} == fields
+
+
+def test_a_run_is_named_by_the_model_that_its_student_started_from(plan, tmp_path):
+    (tmp_path / "mine").mkdir()
+    plan("--student gpt2 --data mine --train-rows 9")
+    models = "--sft-teacher out/teacher-gpt2-xl-mine-9rows --init out/init-gpt2-mine-9rows/best"
+    assert names(plan(f"{models} --data mine")) == ["promptkd-gpt2-mine-s10"]
 
 
 def test_models_that_are_already_fine_tuned_skip_their_stages(plan, tmp_path):
@@ -481,52 +521,6 @@ def test_models_that_are_already_fine_tuned_skip_their_stages(plan, tmp_path):
     assert alone.name == "promptkd-mine-s10"
     assert alone.settings.lr == 5e-6  # the preset of GPT-2 large
     assert (alone.settings.student, alone.settings.teacher) == ("mine", "gpt2-xl")
-
-
-def test_without_options_the_demo_runs_with_its_own_sizes_and_presets(plan):
-    planned = plan()
-    assert names(planned) == [
-        "teacher-3x128x4-demo",
-        "init-1x96x4-demo",
-        "promptkd-1x96x4-demo-s10",
-    ]
-    assert {stage.settings.data for stage in planned} == {"demo"}
-    assert planned[0].settings.student == demo.TEACHER
-    assert planned[1].settings.student == demo.STUDENT
-    assert planned[2].settings.teacher == f"out/{planned[0].name}"
-    assert planned[2].settings.student == f"out/{planned[1].name}"
-
-
-def test_sft_is_one_stage_from_the_pre_trained_model(plan):
-    (stage,) = plan("--method sft --student gpt2-medium")
-    s = stage.settings
-    assert stage.name == "sft-gpt2-medium-s10"
-    assert (s.method, s.epochs, s.metric_for_best) == ("sft", 20, "rouge_l")
-
-
-def test_kd_trains_the_pre_trained_student_against_the_fine_tuned_teacher(plan):
-    planned = plan("--method kd --student gpt2")
-    assert names(planned) == ["teacher-gpt2-xl", "kd-gpt2-s10"]
-    s = planned[1].settings
-    assert (s.method, s.student, s.responses) == ("kd", "gpt2", None)
-    assert s.teacher == "out/teacher-gpt2-xl"
-
-
-def test_seqkd_samples_the_fine_tuned_teacher_and_trains_the_pre_trained_student(plan):
-    planned = plan("--method seqkd --student gpt2-medium")
-    assert names(planned) == ["teacher-gpt2-xl", "responses-gpt2-xl", "seqkd-gpt2-medium-s10"]
-    assert asdict(planned[1].settings) == {
-        "method": "responses",
-        "student": "out/teacher-gpt2-xl",
-        "data": "dolly",
-        "max_train_rows": None,
-        "max_new_tokens": 256,
-        "seed": 10,
-        "dtype": "float32",
-    }
-    s = planned[2].settings
-    assert (s.method, s.student, s.data) == ("seqkd", "gpt2-medium", "dolly")
-    assert (s.teacher, s.responses) == ("out/teacher-gpt2-xl", "out/responses-gpt2-xl")
 
 
 def test_seeds_and_students_share_the_teachers_responses_but_other_rows_or_data_do_not(
@@ -542,22 +536,6 @@ def test_seeds_and_students_share_the_teachers_responses_but_other_rows_or_data_
         "seqkd-gpt2-mine-9rows-s10",
     ]
     assert (other[1].settings.data, other[1].settings.max_train_rows) == ("mine", 9)
-
-
-@pytest.mark.parametrize("method", ["minillm", "gkd"])
-def test_minillm_and_gkd_start_from_the_init_and_teacher_of_promptkd(plan, method):
-    promptkd, planned = plan("--student gpt2"), plan(f"--method {method} --student gpt2")
-    assert names(planned) == ["teacher-gpt2-xl", "init-gpt2", f"{method}-gpt2-s10"]
-    assert planned[:2] == promptkd[:2]
-    s = planned[2].settings
-    assert (s.method, s.student, s.teacher) == (method, "out/init-gpt2", "out/teacher-gpt2-xl")
-
-
-def test_minillms_corpus_is_in_its_settings_and_its_name(plan):
-    planned = plan("--method minillm --student gpt2 --lm-data texts/owt.jsonl")
-    assert planned[:2] == plan("--method minillm --student gpt2")[:2]
-    assert planned[2].name == "minillm-gpt2-lmdataowt-s10"
-    assert planned[2].settings.lm_data == "texts/owt.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -648,14 +626,6 @@ def test_runs_of_the_paper_are_recognized_as_models(plan, options, paper):
     assert plan(options)[-1].paper == paper
 
 
-def test_pretraining_takes_its_shape_and_data(plan, tmp_path):
-    (tmp_path / "texts").mkdir()
-    (stage,) = plan("--method pretrain --shape 3x48x4 --data texts")
-    s = stage.settings
-    assert stage.name == "pretrain-3x48x4-texts"
-    assert (s.method, s.student, s.metric_for_best) == ("pretrain", "3x48x4", "loss")
-
-
 @pytest.mark.parametrize(
     "option, value, field, expected, name",
     [
@@ -672,6 +642,7 @@ def test_pretraining_takes_its_shape_and_data(plan, tmp_path):
         ("--prompt-kl", "forward", "prompt_kl", "forward", "promptklforward-s10"),
         ("--reg-kl", "forward", "reg_kl", "forward", "regklforward-s10"),
         ("--seed", "11", "seed", 11, "s11"),
+        ("--prompt-text", "Explain.", "prompt_text", "Explain.", "prompttext6f0c310e-s10"),
     ],
 )
 def test_an_override_changes_only_the_methods_own_stage_and_its_name(
@@ -684,16 +655,10 @@ def test_an_override_changes_only_the_methods_own_stage_and_its_name(
     assert planned[2].name == f"promptkd-gpt2-{name}"
 
 
-def test_different_prompt_texts_have_different_names(plan):
-    texts = ["Summarize.", "Explain."]
-    planned = [plan(f"--student gpt2 --prompt-text {text}")[2] for text in texts]
-    assert [stage.settings.prompt_text for stage in planned] == texts
-    assert len(set(names(planned))) == 2
-
-
-def test_rows_and_micro_batch_tokens_apply_to_every_stage(plan):
-    planned = plan("--student gpt2 --train-rows 100 --dev-rows 20 --micro-batch-tokens 300")
-    assert len(planned) == 3
+def test_rows_and_micro_batch_tokens_apply_to_every_stage_and_keep_to_the_last(plan):
+    options = "--train-rows 100 --dev-rows 20 --micro-batch-tokens 300 --keep 20"
+    planned = plan(f"--student gpt2 {options}")
+    assert [stage.keep for stage in planned] == [0, 0, 20]
     for stage in planned:
         s = stage.settings
         assert (s.max_train_rows, s.max_dev_rows, stage.micro_batch_tokens) == (100, 20, 300)
@@ -727,28 +692,6 @@ def test_a_stage_without_a_number_of_tokens_has_the_default(tmp_path, student, m
         s = replace(s, steps=1, max_dev_rows=2, metric_for_best="loss")
         run_stage(tmp_path, s, name=s.method, micro_batch_tokens=None)
     assert [run.micro_batch_tokens for run in seen] == [2048, 2048]
-
-
-def test_other_data_is_in_the_names_of_all_stages(plan, tmp_path):
-    (tmp_path / "mine").mkdir()
-    planned = plan(f"--student gpt2 --data {tmp_path / 'mine'}")
-    assert all("-mine" in name for name in names(planned))
-    assert {stage.settings.data for stage in planned} == {str(tmp_path / "mine")}
-
-
-def test_stages_are_named_by_the_model_that_they_started_from(plan, tmp_path):
-    (tmp_path / "mine").mkdir()
-    suffix = "gpt2-mine-9rows"
-    planned = plan("--student gpt2 --data mine --train-rows 9")
-    expected = ["teacher-gpt2-xl-mine-9rows", f"init-{suffix}", f"promptkd-{suffix}-s10"]
-    assert names(planned) == expected
-    teacher, init, _ = expected
-    (again,) = plan(f"--sft-teacher out/{teacher} --init out/{init}/best --data mine")
-    assert again.name == "promptkd-gpt2-mine-s10"
-
-
-def test_keep_is_for_the_methods_own_run(plan):
-    assert [stage.keep for stage in plan("--student gpt2 --keep 20")] == [0, 0, 20]
 
 
 # ---- options -----------------------------------------------------------------------------------
@@ -792,49 +735,6 @@ def test_a_model_is_refused_if_another_option_replaces_it(plan, method):
     if METHODS[method].start == "init":
         with pytest.raises(InputError, match="--student has no effect"):
             plan(f"--method {method} --student gpt2 --init gpt2")
-
-
-@pytest.mark.parametrize(
-    "option, value",
-    [
-        ("--reg", "-1"),
-        ("--reg", "nan"),
-        ("--epochs", "0"),
-        ("--steps", "1.5"),
-        ("--lr", "0"),
-        ("--lr", "fast"),
-        ("--dropout", "1"),
-        ("--prompt-length", "0"),
-        ("--prompt-init", "zeros"),
-        ("--prompt-kl", "both"),
-        ("--micro-batch-tokens", "0"),
-        ("--micro-batch", "8"),  # the option of before, in rows: not an abbreviation
-        ("--method", "guess"),
-        ("--seed", "-1"),
-    ],
-)
-def test_an_option_out_of_range_is_named(tmp_path, option, value):
-    with pytest.raises(InputError, match=option):
-        main(tmp_path, option, value)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("shape", ["6x256", "0x16x2", "1x16x3", "axbxc", "1x-16x-2", "1x16x2x1"])
-def test_a_malformed_shape_is_refused(tmp_path, shape):
-    with pytest.raises(InputError, match="needs --shape LAYERSxWIDTHxHEADS"):
-        main(tmp_path, "--method", "pretrain", "--data", "demo", "--shape", shape)
-
-
-@pytest.mark.parametrize(
-    "content",
-    ['{"settings": ', "[1]", '{"settings": {}}', '{"format": 2, "name": "a", "settings": 5}'],
-)
-def test_a_damaged_record_of_a_named_model_is_refused(plan, tmp_path, content):
-    write_config(tmp_path / "init-mine", *SHAPES["gpt2"])
-    (tmp_path / "init-mine" / "run.json").write_text(content)
-    error = r"run.json: (can't be read|was made by another|must be|field 'settings')"
-    with pytest.raises(InputError, match=error):
-        plan("--init init-mine")
 
 
 # ---- a whole run -------------------------------------------------------------------------------
@@ -999,14 +899,6 @@ def test_other_settings_under_the_same_name_are_refused_by_name_and_nothing_is_c
     with pytest.raises(InputError, match=error):
         main(whole.out, *PRETRAIN.split(), 4)
     assert files(whole.out) == before
-
-
-def test_a_damaged_record_is_refused(tmp_path, student):
-    directory = tmp_path / "stage"
-    directory.mkdir()
-    (directory / "run.json").write_text('{"settings": ')
-    with pytest.raises(InputError, match="run.json: can't be read as JSON"):
-        run_stage(tmp_path, settings(student=str(student)))
 
 
 @pytest.mark.parametrize(
@@ -1472,33 +1364,6 @@ def test_the_shortest_plain_text_is_one_block_and_the_token_before_it(tmp_path):
         read_lm_blocks(path, n)
 
 
-@pytest.mark.parametrize(
-    "name, content, error",
-    [
-        ("short.txt", "the small dog", "short.txt: has 4 tokens, and a block has 128; give a long"),
-        ("empty.txt", "", "empty.txt: has 0 tokens"),
-        ("wrong.jsonl", '{"text": "a"}\n{"texts": "b"}\n', "wrong.jsonl, line 2: 'text'"),
-        ("none.jsonl", None, "none.jsonl"),
-        ("none.txt", None, "none.txt"),
-    ],
-)
-def test_a_corpus_that_cannot_be_used_is_one_line_of_error_and_leaves_no_record(
-    tmp_path, capsys, student, teacher, name, content, error
-):
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    options = f"--method minillm --data demo --init {student} --sft-teacher {teacher}".split()
-    options += ["--lm-data", str(tmp_path / name), "--out", str(tmp_path / "out")]
-    with pytest.raises(SystemExit) as exit:
-        run_command_line(lambda: train.main(options))
-    stderr = after_device(capsys.readouterr().err)
-    assert exit.value.code == 2
-    assert stderr.startswith("error: ")
-    assert stderr.count("\n") == 1
-    assert error in stderr
-    assert not list(tmp_path.rglob("run.json"))
-
-
 # ---- pre-training ------------------------------------------------------------------------------
 
 
@@ -1761,39 +1626,9 @@ def test_two_ranks_sample_seqkds_responses_like_one(by_ranks):
 # ---- bad data and failures ---------------------------------------------------------------------
 
 
-def test_teacher_and_student_with_different_tokens_are_refused(tmp_path, student):
-    config = replace(STUDENT, vocab_size=tiny_tokenizer().n_vocab)
-    other = write_checkpoint(tmp_path / "other", config, tiny_tokenizer())
-    with pytest.raises(InputError, match="different tokenizers"):
-        run_stage(tmp_path, promptkd_settings(student, other))
-
-
-def test_an_empty_prompt_text_is_refused(tmp_path, student, teacher):
-    options = f"--data demo --init {student} --sft-teacher {teacher} --prompt-text".split()
-    with pytest.raises(InputError, match="--prompt-text is empty"):
-        main(tmp_path, *options, "")
-
-
 def test_too_little_text_to_pack_is_refused(tmp_path):
     with pytest.raises(InputError, match="too little to train on"):
         run_stage(tmp_path, pretrain_settings(block_size=100_000))
-
-
-def test_a_malformed_training_row_is_named_and_nothing_is_trained(tmp_path, student, steps_seen):
-    rows = [{"instruction": "say one", "output": "one"}, {"instruction": "say two"}]
-    write_rows(tmp_path / "mine" / "train.jsonl", rows)
-    write_rows(tmp_path / "mine" / "dev.jsonl", rows[:1])
-    with pytest.raises(InputError, match=r"train.jsonl, line 2: 'output'"):
-        run_stage(tmp_path, settings(student=str(student), data=str(tmp_path / "mine")))
-    assert steps_seen == []
-
-
-def test_validation_rows_that_are_all_over_the_limit_are_refused(tmp_path, student):
-    write_rows(tmp_path / "mine" / "train.jsonl", [{"instruction": "say one", "output": "one"}])
-    write_rows(tmp_path / "mine" / "dev.jsonl", [{"instruction": "x " * 600, "output": "one"}])
-    s = settings(student=str(student), data=str(tmp_path / "mine"), metric_for_best="loss")
-    with pytest.raises(InputError, match="every validation row"):
-        run_stage(tmp_path, s)
 
 
 def test_a_stage_that_could_not_start_leaves_no_record_and_can_start_later(tmp_path, student):
@@ -1801,10 +1636,3 @@ def test_a_stage_that_could_not_start_leaves_no_record_and_can_start_later(tmp_p
         run_stage(tmp_path, settings(student="nowhere"))
     assert not (tmp_path / "stage" / "run.json").exists()
     run_stage(tmp_path, settings(student=str(student), steps=1, max_dev_rows=2))
-
-
-def test_a_training_that_diverges_is_stopped_and_not_complete(tmp_path, student):
-    values = {"lr": 1e30, "epochs": 3, "max_dev_rows": 2, "metric_for_best": "loss"}
-    with pytest.raises(InputError, match="has diverged: lower --lr"):
-        run_stage(tmp_path, settings(student=str(student), **values))
-    assert "complete" not in record(tmp_path / "stage")
