@@ -156,7 +156,7 @@ def resume(out, s, capsys):
 
 @pytest.mark.parametrize(
     "save_every, stop_step, saved_steps",
-    [(None, 5, [2, 4]), (1, 5, [4, 5]), (3, 5, [3, 4]), (5, 5, [4, 5]), (3, 3, [2, 3])],
+    [(None, 5, [2, 4]), (1, 5, [4, 5]), (3, 3, [2, 3])],
 )
 def test_the_two_newest_states_are_kept(
     tmp_path,
@@ -187,15 +187,11 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-100])
-
-
 def empty(path):
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, truncate, empty])
+@pytest.mark.parametrize("damage", [flip_a_bit, empty])
 def test_a_damaged_newest_state_is_reported_and_the_one_before_is_used(
     tmp_path, student, teacher, uninterrupted, capsys, damage
 ):
@@ -268,8 +264,9 @@ def test_hours_of_all_attempts_are_added(tmp_path, student, no_validation):
 # ---- signals and restarts ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("phase, saved_step", [("step", 3), ("validation", 4)])
+@pytest.mark.parametrize(
+    "number, phase, saved_step", [(signal.SIGTERM, "step", 3), (signal.SIGINT, "validation", 4)]
+)
 def test_a_signal_ends_the_run_after_its_step_with_the_state_saved(
     tmp_path, student, teacher, uninterrupted, capsys, number, phase, saved_step
 ):
@@ -354,15 +351,14 @@ def test_torchrun_restarts_a_run_after_a_rank_died_or_was_terminated(tmp_path, s
     assert whole == stopped and len(whole) > 5
 
 
-@pytest.mark.parametrize("limit", [0, 5000])
 def test_a_state_that_does_not_fit_on_the_disk_is_one_line_and_the_one_before_is_kept(
-    tmp_path, student, teacher, uninterrupted, capsys, limit
+    tmp_path, student, teacher, uninterrupted, capsys
 ):
     s, torch_save = six_steps(student, teacher), torch.save
 
     class Full:
         def __init__(self, file):
-            self.file, self.left = file, limit
+            self.file, self.left = file, 5000
 
         def write(self, content):
             self.left -= len(content)
@@ -386,8 +382,9 @@ def test_a_state_that_does_not_fit_on_the_disk_is_one_line_and_the_one_before_is
 # ---- changed data ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["train.jsonl", "dev.jsonl", "pretrain.jsonl"])
-@pytest.mark.parametrize("complete", [False, True])
+@pytest.mark.parametrize(
+    "name, complete", [("train.jsonl", False), ("dev.jsonl", True), ("pretrain.jsonl", False)]
+)
 def test_data_that_has_changed_is_refused_by_name_and_no_file_is_changed(
     tmp_path, monkeypatch, no_validation, name, complete
 ):
@@ -418,8 +415,7 @@ def test_data_that_has_changed_is_refused_by_name_and_no_file_is_changed(
     train.run_stage("stage", s, tmp_path / "out", 600, CPU)
 
 
-@pytest.mark.parametrize("format", [None, 1, 2, "3"])
-@pytest.mark.parametrize("complete", [False, True])
+@pytest.mark.parametrize("format, complete", [(None, False), (2, True), ("3", False)])
 def test_a_run_of_another_format_is_refused_and_no_file_is_changed(
     tmp_path, student, no_validation, format, complete
 ):
