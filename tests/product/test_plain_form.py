@@ -78,7 +78,7 @@ def use_plain_forms(patch):
     patch.setattr("losses.kl", plain_kl)
     patch.setattr("data.models.sampling.sample", plain_sample)
     patch.setattr("data.models.sampling.packed_weights", lambda models, dtype: nullcontext())
-    fast_forms = ("losses._SumOverTokens", "losses.aligned_logits", "losses.head_logits")
+    fast_forms = ("losses._SumOverTokens", "losses.aligned_logits")
     for name in (*fast_forms, "sample.KVCache", "data.process.packed.packed_linear"):
         patch.setattr(name, None)  # so that any use of it fails
 

@@ -17,7 +17,6 @@ import tiktoken
 import torch
 from helpers import error_of, tiny_tokenizer, write_rows
 
-from data.models import tokenizer as tokenizer_module
 from data.models.tokenizer import (
     END_OF_TEXT,
     check_same_vocabulary,
@@ -149,18 +148,6 @@ def test_vocabulary_is_the_published_one(tokenizer, gpt2):
     check_same_vocabulary("a", "b", tokenizer, gpt2)
 
 
-def test_different_vocabularies_are_an_error(tokenizer):
-    tokenizers = tokenizer, tiny_tokenizer()
-    message = error_of(check_same_vocabulary, "out/teacher", "gpt2", *tokenizers)
-    assert message.startswith("teacher out/teacher and student gpt2 have different tokenizers")
-
-
-def test_paper_s_prompt_text_is_seven_tokens(tokenizer):
-    tokens = tokenizer.encode_ordinary("Suppose you are a student.")
-    texts = [tokenizer.decode([token]) for token in tokens]
-    assert texts == ["Supp", "ose", " you", " are", " a", " student", "."]
-
-
 def test_tokenizer_files_are_the_published_files(gpt2, shared):
     vocab, merges = tokenizer_files(gpt2)
     published = (shared / "gpt2-bpe" / "encoder.json").read_text(encoding="utf-8")
@@ -207,61 +194,9 @@ def test_line_ends_and_the_version_line_do_not_matter(tmp_path, change):
     assert tokenizer_files(read) == (vocab, merges)
 
 
-def broken_tokenizers():
-    """Names and pairs of files that are not a GPT-2 tokenizer."""
-    vocab, merges = tokenizer_files(tiny_tokenizer())
-    ids, lines = json.loads(vocab), merges.split("\n")
-    last = len(ids) - 1
-    without_end = {token: i for token, i in ids.items() if token != END_OF_TEXT}
-
-    def with_token(token):
-        return json.dumps(without_end | {token: last, END_OF_TEXT: last + 1})
-
-    swapped = ids | {"Ġi": ids["Ġa"], "Ġa": ids["Ġi"]}
-    as_strings = {token: str(i) for token, i in ids.items()}
-    swapped_merges = "\n".join([*lines[:3], lines[4], lines[3], *lines[5:]])
-    return {
-        "two ids swapped": (json.dumps(swapped), merges),
-        "a merge left out": (vocab, "\n".join(lines[:5] + lines[6:])),
-        "two merges swapped": (vocab, swapped_merges),
-        "one merge more": (vocab, merges + "q z\n"),
-        "one token more": (json.dumps(ids | {"qz": len(ids)}), merges),
-        "no end-of-text": (json.dumps(without_end), merges),
-        "a character of no byte": (with_token("€a"), merges + "€ a\n"),
-        "the same merge twice": (with_token("Ġa"), merges + "Ġ a\n"),
-        "a merge of unknown parts": (with_token("qzqz"), merges + "qz qz\n"),
-        "a list": ("[]", merges),
-        "no JSON": (vocab[:-20], merges),
-        "ids as strings": (json.dumps(as_strings), merges),
-        "nested": ("[" * 100_000, merges),
-    }
-
-
-@pytest.mark.parametrize("name", broken_tokenizers())
-def test_files_that_contradict_each_other_are_an_error(tmp_path, name):
-    write_tokenizer(tmp_path, *broken_tokenizers()[name])
-    assert "vocab.json" in error_of(load_tokenizer, tmp_path)
-
-
-def test_missing_merges_and_files_that_are_not_utf8_are_an_error(tmp_path):
-    write_tokenizer(tmp_path, *tokenizer_files(tiny_tokenizer()))
-    (tmp_path / "merges.txt").write_bytes(b"#version: 0.2\n\xff\xfe a\n")
-    assert "merges.txt" in error_of(load_tokenizer, tmp_path)
-    (tmp_path / "merges.txt").unlink()
-    assert "merges.txt" in error_of(load_tokenizer, tmp_path)
-
-
 def test_without_files_the_tokenizer_is_gpt2_s(gpt2, tmp_path):
     assert load_tokenizer() is gpt2
     assert load_tokenizer(tmp_path) is gpt2
-
-
-def test_failed_download_of_gpt2_s_tokenizer_is_an_error(monkeypatch):
-    def fail(name):
-        raise ConnectionError("a long\nstory")
-
-    monkeypatch.setattr(tokenizer_module.tiktoken, "get_encoding", fail)
-    assert "TIKTOKEN_CACHE_DIR" in error_of(load_tokenizer)
 
 
 # ---- the template ------------------------------------------------------------------------------
@@ -350,53 +285,10 @@ def test_line_separators_inside_a_text_do_not_end_a_line(tmp_path):
     assert [row.instruction for row in rows] == ["a\u2028b\u2029c\x85d"] * 2
 
 
-@pytest.mark.parametrize(
-    "line, problem",
-    [
-        (b"[1, 2]", "not a JSON object"),
-        (b'"text"', "not a JSON object"),
-        (b"17", "not a JSON object"),
-        (b"null", "not a JSON object"),
-        (b"true", "not a JSON object"),
-        (b'{"a": 1', "not JSON"),
-        (b'{"a": "\xff"}', "UTF-8"),
-        ('{"a": "é"}'.encode("latin-1"), "UTF-8"),
-        ('{"a": 1}'.encode("utf-16"), "UTF-8"),
-        (b"{'a': 1}", "not JSON"),
-        (b'{"a": 1}{"a": 2}', "not JSON"),
-        (b'{"a": "tab\there"}', "not JSON"),
-        (b"[" * 100_000, "not JSON"),
-        (b'{"a": ' * 100_000, "not JSON"),
-        (b'\xef\xbb\xbf{"a": 1}', "JSON"),
-        (b'{"a": 1' + b"0" * 10_000 + b"}", "not JSON"),
-        (b"\0", "not JSON"),
-    ],
-    ids=lambda value: ascii(value)[:30],
-)
-def test_line_that_is_not_an_object_is_an_error_with_file_and_line(tmp_path, line, problem):
-    path = write_bytes(tmp_path / "rows.jsonl", b'{"a": 1}\n{"a": 2}\n' + line + b'\n{"a": 4}\n')
-    message = error_of(read_jsonl, path)
-    assert message.startswith(f"{path}, line 3: ") and problem in message
-    assert len(message) < 400
-
-
-def test_truncated_last_line_is_an_error(tmp_path):
-    path = write_bytes(tmp_path / "x", (json.dumps(GOOD) + "\n") * 4 + json.dumps(GOOD)[:-9])
-    assert f"{path}, line 5: " in error_of(read_rows, path)
-    in_a_character = json.dumps(GOOD | {"output": "é"}, ensure_ascii=False).encode()[:-3]
-    assert f"{path}, line 1: " in error_of(read_rows, write_bytes(path, in_a_character))
-
-
 @pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf", b"\n", b"\n \r\n", BOM + b"\n"])
 def test_file_without_rows_is_an_error(tmp_path, content):
     path = write_bytes(tmp_path / "x", content)
     assert error_of(read_rows, path) == f"{path}: has no rows"
-
-
-def test_missing_file_and_a_directory_are_an_error(tmp_path):
-    missing = tmp_path / "none.jsonl"
-    assert error_of(read_rows, missing) == f"{missing}: no such file"
-    assert error_of(read_rows, tmp_path) == f"{tmp_path}: is a directory, not a file"
 
 
 def test_line_of_ten_megabytes_is_read(tmp_path):
@@ -424,29 +316,9 @@ def test_rows_have_their_fields_and_their_position_in_the_file(tmp_path):
     assert read_rows(path) == expected
     assert read_rows(path, limit=2) == expected[:2]
     assert read_rows(path, limit=99) == expected
-
-
-ABSENT = "absent"
-WRONG_VALUES = {
-    "instruction": [None, 5, 1.5, True, [], ["x"], {}, ABSENT],
-    "input": [0, 5, False, [], ["x"], {}],
-    "output": [None, 5, 0, True, [], {}, {"text": "x"}, ["x", 5], ["x", None], [["x"]], ABSENT],
-    "ids": [5, "1 2", {}, [1.0], ["1"], [None], [True], [-1], [[1]], [1, 2, -3]],
-}
-
-
-@pytest.mark.parametrize(
-    "field, value", [(field, value) for field in WRONG_VALUES for value in WRONG_VALUES[field]]
-)
-def test_field_of_a_wrong_type_is_an_error_with_file_and_line(tmp_path, field, value):
-    bad = GOOD | {field: value}
-    if value == ABSENT:
-        del bad[field]
-    path = write_rows(tmp_path / "rows.jsonl", [GOOD, GOOD, bad, GOOD])
-    message = error_of(read_rows, path)
-    assert message.startswith(f"{path}, line 3: '{field}' must be ")
     # Rows after the limit are checked as well.
-    assert error_of(read_rows, path, 1) == message
+    write_rows(path, [GOOD, GOOD, GOOD | {"input": 5}])
+    assert error_of(read_rows, path, 1).startswith(f"{path}, line 3: 'input' must be ")
 
 
 @pytest.mark.parametrize("value", ["two\nlines" * 50, {"deep": "x" * 1000}], ids=short_id)
@@ -515,27 +387,6 @@ def test_documents_of_a_text_file_are_separated_by_blank_lines(tmp_path, content
 @pytest.mark.parametrize("content", ["", "\n\n\n", BOM])
 def test_empty_text_file_has_no_texts(tmp_path, content):
     assert read_texts(write_bytes(tmp_path / "x.txt", content)) == []
-
-
-@pytest.mark.parametrize("value", [None, 5, True, ["one"], {"text": "one"}, ABSENT])
-def test_text_that_is_not_a_string_is_an_error_with_file_and_line(tmp_path, value):
-    bad = {} if value == ABSENT else {"text": value}
-    path = write_rows(tmp_path / "x.jsonl", [{"text": "a"}, {"text": "b"}, bad, {"text": "c"}])
-    shown = json.dumps(bad.get("text"))
-    assert error_of(read_texts, path) == f"{path}, line 3: 'text' must be a string, not {shown}"
-
-
-@pytest.mark.parametrize(
-    "content, location",
-    [
-        (b'{"text": "a"}\n{"text": "\xff"}\n', ", line 2"),
-        (b'{"text": "a"}\n{"text": \n', ", line 2"),
-        (b"", ""),
-    ],
-)
-def test_malformed_json_lines_of_a_corpus_are_an_error(tmp_path, content, location):
-    path = write_bytes(tmp_path / "x.jsonl", content)
-    assert error_of(read_texts, path).startswith(f"{path}{location}: ")
 
 
 def test_text_file_that_is_not_utf8_is_an_error(tmp_path):
@@ -751,16 +602,6 @@ def test_sampled_tokens_are_used_in_place_of_their_text(monkeypatch):
         assert encode_one(row, tokenizer).response == ids
     monkeypatch.setattr(rows_module, "MAX_LENGTH", request_length("x") + 4)
     assert encode_one(Row(0, "x", "", ("",), (*letters, eos)), tokenizer).response == letters[:4]
-
-
-def test_sampled_tokens_of_another_vocabulary_are_an_error():
-    tokenizer = tiny_tokenizer()
-    good = Row(0, "x", "", ("y",), (tokenizer.n_vocab - 1,))
-    bad = Row(6, "x", "", ("y",), (1, tokenizer.n_vocab, 1), "train.jsonl, line 7")
-    assert encode_one(good, tokenizer).response == [tokenizer.n_vocab - 1]
-    message = error_of(encode_training_rows, [good, bad], tokenizer)
-    assert message.startswith("train.jsonl, line 7: 'ids' has a token beyond the tokenizer's ")
-    assert str(tokenizer.n_vocab) in message
 
 
 # ---- requests ----------------------------------------------------------------------------------
