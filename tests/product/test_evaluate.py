@@ -6,7 +6,6 @@ import io
 import json
 import math
 import re
-import runpy
 import shutil
 import statistics
 import sys
@@ -18,8 +17,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    ROOT,
-    after_device,
     error_of,
     fork_ranks,
     talker_config,
@@ -1097,26 +1094,6 @@ def test_table_2_has_each_runs_peak_memory_and_hours_next_to_the_papers(tmp_path
         table_2(tmp_path, "empty")
 
 
-@pytest.mark.parametrize("option", [["--cost"], []])
-@pytest.mark.parametrize(
-    "text",
-    [
-        "{",
-        "[]",
-        '{"name": "a", "settings": {}, "hours": 1}',
-        f'{{"format": {RUN_FORMAT}, "name": 3, "settings": {{}}}}',
-        f'{{"format": {RUN_FORMAT}, "name": "a"}}',
-        f'{{"format": {RUN_FORMAT}, "name": "a", "settings": {{}}, "hours": "long"}}',
-    ],
-)
-def test_a_damaged_record_is_an_error(tmp_path, text, option):
-    directory = make_run(tmp_path, "sft-a-s10")
-    (directory / "run.json").write_text(text)
-    problem = "(can't be read|was made by another|field|must be)"
-    with pytest.raises(InputError, match=f"sft-a-s10/run.json: {problem}"):
-        call(directory, *option, "--data", tmp_path, "--out", tmp_path / "out")
-
-
 # ---- responses from elsewhere ------------------------------------------------------------------
 
 TEXTS = [{"text": "a b c d", "ids": [1]}, {"text": "running"}, {"text": ""}]
@@ -1145,61 +1122,3 @@ def test_scoring_a_file_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     call("--score", "responses.jsonl", "--references", "test.jsonl")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["responses.jsonl", "test.jsonl"]
-
-
-def assert_one_line_of_error(exit, stderr, message):
-    error = after_device(stderr)
-    assert exit.value.code == 2
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert message in error
-
-
-@pytest.mark.parametrize(
-    "texts, outputs, message",
-    [
-        (TEXTS[:2], OUTPUTS, "2 responses for 3 rows"),
-        (TEXTS, OUTPUTS[:2], "3 responses for 2 rows"),
-        ([*TEXTS[:2], {"txt": "a"}], OUTPUTS, "responses.jsonl, line 3: 'text'"),
-        ([{"text": ["a"]}, *TEXTS[1:]], OUTPUTS, "responses.jsonl, line 1: 'text'"),
-        (TEXTS, [*OUTPUTS[:1], {"output": []}, OUTPUTS[2]], "test.jsonl, line 2: 'output'"),
-        (TEXTS, [*OUTPUTS[:1], {"output": ["a", 3]}, OUTPUTS[2]], "test.jsonl, line 2: 'output'"),
-        (TEXTS, [*OUTPUTS[:2], {"instruction": "a"}], "test.jsonl, line 3: 'output'"),
-        ([], OUTPUTS, "responses.jsonl: has no rows"),
-    ],
-)
-def test_a_file_that_does_not_fit_is_one_line_of_error(tmp_path, capsys, texts, outputs, message):
-    with pytest.raises(SystemExit) as exit:
-        score(tmp_path, texts, outputs)
-    printed = capsys.readouterr()
-    assert_one_line_of_error(exit, printed.err, message)
-    assert printed.out == ""
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ([], "name at least one"),
-        (["--score", "a.jsonl"], "--references"),
-        (["--references", "a.jsonl"], "--references"),
-        (["model", "--score", "a.jsonl", "--references", "b.jsonl"], "without models"),
-        (["--score", "none.jsonl", "--references", "b.jsonl"], "none.jsonl: no such file"),
-        (["model", "--data", "nowhere"], "'nowhere': no such directory"),
-        (["model", "--data", "model"], "test.jsonl: no such file"),
-        (["nonsense", "--data", "near"], "'nonsense': no such directory"),
-        (["near", "--data", "near"], "none of the directories has a model"),
-        (
-            ["model", "--data", "near", "--by", "reg_weight"],
-            "--by reg_weight: no run named has this field; there are no runs",
-        ),
-        (["model", "--data", "near", "--max-new", "280"], "exceed the model's 288 positions"),
-    ],
-)
-def test_a_wrong_command_is_one_line_of_error(world, monkeypatch, capsys, arguments, message):
-    """Run as a script, so that its last lines are tested too."""
-    monkeypatch.chdir(world)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--out", "never"])
-    with pytest.raises(SystemExit) as exit:
-        runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
-    assert_one_line_of_error(exit, capsys.readouterr().err, message)
-    assert not (world / "never").exists()

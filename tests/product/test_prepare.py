@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -171,24 +170,6 @@ def test_raw_release_is_found_in_its_directory_and_split_the_same(small_raw_rele
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"instruction": "x", "response": "y"},
-        {"instruction": "x", "context": None, "response": "y"},
-        {"instruction": "x", "context": "", "response": ["y"]},
-    ],
-)
-def test_wrong_field_in_the_raw_release_is_an_error_with_file_and_line(
-    small_raw_release, tmp_path, row
-):
-    with small_raw_release.open("ab") as file:
-        file.write(encode_rows([row]))
-    message = error_of(prepare, "dolly", small_raw_release.parent, tmp_path / "out")
-    assert message.startswith(f"{small_raw_release}, line 1601: ")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("name, file", [("dolly", "valid.jsonl"), ("sinst", "11_/valid.jsonl")])
 def test_all_references_of_a_row_are_kept(tmp_path, name, file):
     rows = [
@@ -227,24 +208,6 @@ def test_unusual_characters_are_kept(tmp_path):
     assert [(row.instruction, row.input, row.references) for row in prepared] == [
         (text, text, (text,)) for text in texts
     ]
-
-
-@pytest.mark.parametrize(
-    "present", [(), ("raw",), ("valid",), ("train", "dev"), ("train", "valid")]
-)
-def test_missing_files_are_an_error_and_nothing_is_written(tmp_path, present):
-    (tmp_path / "in").mkdir()
-    for name in present:
-        write_rows(tmp_path / "in" / f"{name}.jsonl", small_rows(3))
-    message = error_of(prepare, "dolly", tmp_path / "in", tmp_path / "out")
-    for part in (str(tmp_path / "in"), "raw.jsonl", "databricks-dolly-15k.jsonl"):
-        assert part in message
-    assert not (tmp_path / "out").exists()
-
-
-def test_source_that_is_missing_or_a_file_is_an_error(tmp_path):
-    for source in (tmp_path / "none", write_rows(tmp_path / "file", small_rows(1))):
-        assert str(source) in error_of(prepare, "dolly", source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("count", [1, 1000])
@@ -506,15 +469,6 @@ def test_failed_download_of_a_test_set_is_an_error_and_leaves_no_file(
     assert files_below(tmp_path) == []
 
 
-def test_no_network_is_an_error_and_leaves_no_file(server, tmp_path, test_set):
-    name, path, _ = test_set
-    server.close()
-    message = error_of(prepare, name, None, tmp_path)
-    for part in (f"{server.url}{path}", "refused", "network"):
-        assert part in message
-    assert files_below(tmp_path) == []
-
-
 @pytest.mark.parametrize("name, path", [("vicuna", VICUNA), ("dolly", HUB + "valid.jsonl")])
 def test_download_of_the_wrong_size_is_an_error_and_is_not_kept(server, tmp_path, name, path):
     cut_in_a_row = Short(encode_rows([{"instruction": "x" * 50, "output": "y"}]))
@@ -606,35 +560,6 @@ def test_pretraining_text_is_written_once(data_dir, monkeypatch):
     for _ in range(2):
         prepare_module.write_pretraining_text(data_dir)
     assert (data_dir / "pretrain.jsonl").read_text() == "text\n"
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "",
-        "none",
-        "dolly2",
-        "Dolly",
-        "../dolly",
-        "dolly/..",
-        "demo/../dolly",
-        "/nowhere",
-        "a/b/c",
-        "self_inst/../../x",
-        "https://huggingface.co/datasets/MiniLLM/dolly",
-        "a\0b",
-    ],
-)
-def test_name_that_is_neither_a_set_nor_a_directory_is_an_error(
-    server, data_dir, tmp_path, monkeypatch, name
-):
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path / "empty")
-    message = error_of(find_data_dir, name)
-    assert "dolly" in message and "demo" in message
-    assert server.asked == []
-    assert files_below(tmp_path) == []
-    assert not data_dir.exists()
 
 
 # ---- elsewhere than in data/ -------------------------------------------------------------------
@@ -796,32 +721,6 @@ def test_command_prepares_several_sets_and_stops_at_the_first_error(shared, data
         f"{data_dir / 'self_inst'}: 242 test rows",
     ]
     assert files_below(data_dir) == ["self_inst/test.jsonl", "vicuna/test.jsonl"]
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [[], ["none"], ["../dolly"], ["dolly/.."], ["demo"], ["dolly", "none"], ["dolly", "--source"]],
-)
-def test_command_accepts_only_the_public_sets(data_dir, capsys, arguments):
-    with pytest.raises(SystemExit) as exit:
-        main(arguments)
-    captured = capsys.readouterr()
-    assert exit.value.code == 2
-    assert captured.out == ""
-    assert captured.err.startswith("usage:")
-    assert not data_dir.exists()
-
-
-def test_script_ends_with_status_2_after_an_error(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["data.prepare", "dolly", "--source", str(tmp_path / "none")])
-    monkeypatch.delitem(sys.modules, "data.prepare", raising=False)
-    with pytest.raises(SystemExit) as exit:
-        runpy.run_module("data.prepare", run_name="__main__")
-    captured = capsys.readouterr()
-    assert exit.value.code == 2
-    assert captured.out == ""
-    assert captured.err.startswith(f"error: {tmp_path / 'none'}: ")
-    assert captured.err.count("\n") == 1
 
 
 # ---- a set that the paper does not know ----------------------------------------------------------
