@@ -119,7 +119,8 @@ def minillm_returns(log_p, log_q, gamma=0.95):
 
 
 def whiten(R):
-    """R (M,), the returns of all M tokens of a rollout, shifted to mean 0, scaled to variance 1."""
+    """R (M,), the returns of all M tokens of a rollout, shifted to mean 0, scaled to variance 1.
+    The released code does this to each micro-batch, and counts its padding."""
     return (R - R.mean()) * (R.var(correction=0) + 1e-8).rsqrt()
 
 

@@ -157,7 +157,8 @@ PRESET_OPTIONS = (
     Option("--dropout", "dropout", number_in_range(float, 0, 0.99)),
 )
 
-# The presets are those of Appendix A, read with the released scripts at 8 GPUs.
+# Batch sizes and learning rates of PromptKD are those of Appendix A. That the batches are per card,
+# of eight, and all other settings are from the released scripts; GKD has those of PromptKD.
 ON_POLICY = {"schedule": "constant", "warmup_steps": 100}
 
 # The demo: models of at most a million parameters, rows of a few dozen words. The rates are those

@@ -52,12 +52,13 @@ for line in TABLE_1.strip().splitlines():
 # How the published responses were sampled
 PAPER_SAMPLING = {"max_new_tokens": 256, "temperature": 1, "top_k": 0, "top_p": 1, "greedy": False}
 
-# The authors' own students
-PUBLISHED = {
-    "gmkim/GPT-2-120M-distilled-PromptKD-Dolly-v1.0": "promptkd base",
-    "gmkim/GPT-2-340M-distilled-PromptKD-Dolly-v1.0": "promptkd medium",
-    "gmkim/GPT-2-760M-distilled-PromptKD-Dolly-v1.0": "promptkd large",
-}
+# Published models: the authors' own students; and MiniLLM's teacher, inits and baselines, which the
+# released scripts start from and compare with
+PUBLISHED = {"MiniLLM/teacher-gpt2-1.5B": "teacher xl"}
+for size, n_parameters in {"base": "120M", "medium": "340M", "large": "760M"}.items():
+    PUBLISHED[f"gmkim/GPT-2-{n_parameters}-distilled-PromptKD-Dolly-v1.0"] = f"promptkd {size}"
+    for name in ("init", "SFT", "KD", "SeqKD", "MiniLLM"):
+        PUBLISHED[f"MiniLLM/{name}-gpt2-{n_parameters}"] = f"{name.lower()} {size}"
 
 COSTS = {"memory_allocated_gb": "allocated, GB", "memory_reserved_gb": "reserved, GB"}
 COSTS |= {"hours": "hours", "memory_resident_gb": "resident, GB"}

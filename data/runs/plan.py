@@ -18,7 +18,7 @@ from data.runs.methods import (
     preset,
 )
 from data.runs.options import parse_shape
-from data.runs.paper import paper_row
+from data.runs.paper import PUBLISHED, paper_row
 from data.runs.runs import base_label, override_suffix, read_record
 from data.sets.demo import STUDENT, TEACHER, TOKENIZER_DIR
 
@@ -100,7 +100,7 @@ def named_model(name):
         base=base_label(name),
         origin=name,
         n_parameters=known_parameters(name),
-        paper=read_record(name).get("paper"),
+        paper=read_record(name).get("paper", PUBLISHED.get(name)),
     )
 
 

@@ -243,8 +243,8 @@ def peak_memory(device):
 
 def reset_peak_memory(device):
     """Let the peak memory be that of what follows."""
-    gc.collect()  # an optimizer's first step may leave a cycle of references to its parameters
     if device.type == "cuda":
+        gc.collect()  # an optimizer's first step may leave a cycle of references to its parameters
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 

@@ -46,6 +46,7 @@ PUBLIC_SETS = {
     "dolly": PublicSet(
         "MiniLLM/dolly",
         files={"train": "raw.jsonl", "test": "valid.jsonl"},
+        # Of the released files, after their filter of lengths. The paper writes 14,000 and 500.
         paper_rows={"train": 11_435, "dev": 1_000, "test": PAPER_SETS["dolly"]},
     ),
     "self_inst": paper_test_set("self_inst", "MiniLLM/self-inst"),

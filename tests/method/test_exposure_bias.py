@@ -2,7 +2,6 @@
 command."""
 
 import json
-import runpy
 import sys
 import warnings
 from dataclasses import replace
@@ -12,9 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    ROOT,
     TINY,
-    after_device,
     error_of,
     files_below,
     fork_ranks,
@@ -30,13 +27,10 @@ from safetensors.torch import load_file, save_file
 
 import exposure_bias
 from data.models.checkpoint import load
-from data.models.tokenizer import load_tokenizer
-from data.process.command_line import run_command_line
 from data.process.errors import InputError
 from data.runs import report
 from data.runs.report import last_reliable_step
 from data.runs.runs import RUN_FORMAT, checkpoints, unique_labels
-from data.sets.demo import TOKENIZER_DIR
 from data.sets.rows import fill_template
 from exposure_bias import excess_accumulated_error, exposure_curve, kl_by_step, main
 from sample import row_uniforms, sample
@@ -302,26 +296,6 @@ def test_other_directories_in_kept_are_ignored(tmp_path):
     for name in ("step-", "step-x", "step-000020.partial", ".step-000030"):
         (run / "kept" / name).mkdir()
     assert list(checkpoints(run)) == [10, 50, 100]
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        *("", "{", "[]", "{}", "null", {"best_step": 5}),
-        *(RECORD | {"best_step": value} for value in (None, "5", 0, True)),
-    ],
-)
-def test_run_without_its_best_step_is_an_error(tmp_path, record):
-    message = error_of(checkpoints, make_run(tmp_path / "run", [1], record))
-    assert message.startswith(f"{tmp_path / 'run' / 'run.json'}: ")
-    assert any(fix in message for fix in ("--keep 20", "train it again", "another --out"))
-
-
-def test_run_without_checkpoints_is_an_error(tmp_path):
-    run = make_run(tmp_path / "run", [], RECORD | {"best_step": 5})
-    assert error_of(checkpoints, run).startswith(f"{run / 'kept'}: has no checkpoints")
-    message = error_of(checkpoints, tmp_path / "none")
-    assert message.startswith(f"{tmp_path / 'none' / 'run.json'}: ")
 
 
 def test_students_are_labelled_by_directory_and_hub_models_by_their_whole_name(
@@ -622,63 +596,6 @@ def test_without_matplotlib_the_tables_are_written(world, capsys, monkeypatch):
 # ---- errors ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def broken(world):
-    """Models and data that do not fit the teacher."""
-    tokenizer = load_tokenizer(TOKENIZER_DIR)
-    config = replace(talker_config(), vocab_size=tokenizer.n_vocab)
-    write_checkpoint(world / "other tokenizer", config, tokenizer)
-    (world / "empty").mkdir()
-    make_run(world / "not kept", [], RECORD | {"best_step": 9})
-    write_rows(world / "wrong" / "test.jsonl", [{"instruction": 5}])
-    return world
-
-
-@pytest.mark.parametrize(
-    "arguments, expected",
-    [
-        ([], "--students"),
-        (["--students", "none"], "model 'none': no such directory"),
-        (["--students", "empty"], "config.json: no such file"),
-        (["--students", "student", "other tokenizer"], "different tokenizers"),
-        (["--students", "student", "--data", "nowhere"], "'nowhere': no such directory"),
-        (["--students", "student", "--data", "empty"], "test.jsonl: no such file"),
-        (["--students", "student", "--data", "wrong"], "test.jsonl, line 1: 'instruction'"),
-        (["--students", "student", "--steps", "256"], "exceed the model's 288 positions"),
-        (["--students", "teacher"], "teacher: its distribution is the teacher's own"),
-        (["--along", "student"], "run.json: has no 'best_step'"),
-        (["--along", "not kept"], "has no checkpoints"),
-        (["--students", "student", "--teacher", "none"], "model 'none': no such directory"),
-    ],
-)
-def test_bad_command_is_one_line_of_error_and_writes_nothing(
-    broken, monkeypatch, capsys, arguments, expected
-):
-    monkeypatch.chdir(broken)
-    options = ["--teacher", "teacher", "--data", "set", "--samples", "1", "--rows", "2"]
-    options += ["--steps", "3", "--out", "never", *arguments]
-    monkeypatch.setattr(sys, "argv", ["exposure_bias.py", *options])
-    with pytest.raises(SystemExit) as exit:
-        run_command_line(main)
-    assert exit.value.code == 2
-    [line] = after_device(capsys.readouterr().err).splitlines()
-    assert line.startswith("error: ") and expected in line
-    assert not (broken / "never").exists()
-
-
-def test_script_ends_with_status_2_after_an_error(world, monkeypatch, capsys):
-    models = ["--teacher", str(world / "teacher"), "--students", str(world / "none")]
-    monkeypatch.setattr(sys, "argv", ["exposure_bias.py", *models, "--data", str(world / "set")])
-    with pytest.raises(SystemExit) as exit:
-        runpy.run_path(str(ROOT / "exposure_bias.py"), run_name="__main__")
-    captured = capsys.readouterr()
-    assert exit.value.code == 2
-    assert captured.out == ""
-    [line] = after_device(captured.err).splitlines()
-    assert line.startswith("error: ")
-    assert torch.is_grad_enabled()
-
-
 @pytest.mark.parametrize("function", ["sample_all", "kl_by_step"])
 def test_a_lack_of_memory_is_one_line_that_names_the_options(world, monkeypatch, function):
     def fail(*arguments, **kwargs):
@@ -699,18 +616,3 @@ def test_unusable_student_is_an_error_before_anything_is_sampled(broken, monkeyp
     monkeypatch.setattr(exposure_bias, "sample_all", fail)
     with pytest.raises(InputError):
         main(command_line(broken, out="never", students=("student", student)))
-
-
-@pytest.mark.parametrize(
-    "option",
-    [
-        ["--steps", "0"],
-        ["--steps", "257"],
-        ["--samples", "0"],
-        ["--rows", "0"],
-        ["--seed", "-1"],
-        ["--students"],
-    ],
-)
-def test_option_out_of_range_is_an_error_of_the_parser(option):
-    assert option[0] in error_of(main, ["--teacher", "x", "--students", "y", *option])

@@ -7,14 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from helpers import (
     GOLDEN,
-    TINY,
     Interrupted,
     after_device,
-    call_command,
-    error_of,
     fork_ranks,
     greedy_by_transformers,
     run_command,
@@ -295,60 +291,3 @@ def test_text_that_the_terminal_cannot_show_is_escaped(talker, tmp_path, monkeyp
     arguments = [str(talker), "--file", str(path), "--max-new", "3", *options]
     run_command_line(lambda: main(arguments))
     assert b"Write." in stdout.buffer.getvalue()
-
-
-@pytest.fixture
-def wrong(talker, tmp_path):
-    """Wrong arguments, and a part of the error that they give."""
-    options, file = ["--instruction", "Write."], tmp_path / "rows.jsonl"
-    file.write_text('{"instruction": "Write."}\n{"instruction": 3}\n')
-    wide, damaged, mismatched = (tmp_path / name for name in ("wide", "damaged", "mismatched"))
-    wide.mkdir()
-    save_prompt(torch.ones(3, 48), wide)
-    weights = write_checkpoint(damaged, talker_config(), tiny_tokenizer()) / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    write_checkpoint(mismatched, TINY, tiny_tokenizer())
-    none = tmp_path / "none.jsonl"
-    prompt = [talker, *options, "--prompt"]
-    positions = [talker, *options, "--max-new", 280]
-    return {
-        "no request": ([talker], "--instruction"),
-        "two requests": ([talker, *options, "--file", file], "--instruction"),
-        "no such file": ([talker, "--file", none], "none.jsonl: no such file"),
-        "a bad row": ([talker, "--file", file], "rows.jsonl, line 2: 'instruction'"),
-        "no such model": (["nonsense", *options], "'nonsense': no such directory"),
-        "no checkpoint": ([tmp_path, *options], "config.json: no such file"),
-        "damaged weights": ([damaged, *options], "model.safetensors: is truncated"),
-        "another tokenizer": ([mismatched, *options], "61 tokens and its tokenizer 364"),
-        "no prompt": ([*prompt, tmp_path], "prompt.safetensors: no such file"),
-        "another model's prompt": ([*prompt, wide], "48 wide and the model 32"),
-        "too many positions": (positions, "exceed the model's 288 positions"),
-    }
-
-
-def test_wrong_arguments_give_one_line_and_status_2(wrong):
-    for arguments, message in wrong.values():
-        command = call_command(main, *arguments)
-        assert (command.returncode, command.stdout) == (2, "")
-        error = after_device(command.stderr)
-        assert error.startswith("error: ") and error.count("\n") == 1
-        assert message in error
-
-
-@pytest.mark.parametrize(
-    "option, value",
-    [
-        ("--temperature", "0"),
-        ("--temperature", "nan"),
-        ("--top-p", "0"),
-        ("--top-p", "1.5"),
-        ("--top-k", "-1"),
-        ("--max-new", "0"),
-        ("--max-new", "many"),
-        ("--seed", "-1"),
-        ("--no-repeat-ngram", "-2"),
-    ],
-)
-def test_a_number_out_of_range_is_an_error(talker, option, value):
-    message = error_of(main, [str(talker), "--instruction", "Write.", option, value])
-    assert message.startswith(f"argument {option}: ") and message.endswith("; see --help")

@@ -247,15 +247,20 @@ def write_config(directory, n_layer, n_embd, n_head, vocab_size=50257):
     return directory
 
 
+def write_hub(directory, repository, shape):
+    """A model in a Hugging Face cache, without its weights."""
+    folder = directory / "hub" / f"models--{repository.replace('/', '--')}"
+    (write_config(folder / "snapshots" / "abc", *shape) / "model.safetensors").touch()
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A Hugging Face cache with the configurations of the four official models but no weights:
     enough for planning stages."""
     for name, shape in SHAPES.items():
-        folder = tmp_path / "hub" / f"models--openai-community--{name}"
-        (write_config(folder / "snapshots" / "abc", *shape) / "model.safetensors").touch()
-        (folder / "refs").mkdir()
-        (folder / "refs" / "main").write_text("abc")
+        write_hub(tmp_path, f"openai-community/{name}", shape)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     gpt2 = SimpleNamespace(n_vocab=50257)  # of which only the size counts here
@@ -624,6 +629,15 @@ def test_a_stage_is_the_papers_only_with_its_models_data_and_settings(
 def test_runs_of_the_paper_are_recognized_as_models(plan, options, paper):
     plan("--student gpt2")
     assert plan(options)[-1].paper == paper
+
+
+def test_a_run_from_the_published_teacher_and_init_is_the_papers(plan, tmp_path):
+    """The released scripts start from these models of MiniLLM."""
+    write_hub(tmp_path, "MiniLLM/teacher-gpt2-1.5B", SHAPES["gpt2-xl"])
+    write_hub(tmp_path, "MiniLLM/init-gpt2-120M", SHAPES["gpt2"])
+    models = "--sft-teacher MiniLLM/teacher-gpt2-1.5B --init MiniLLM/init-gpt2-120M"
+    [stage] = plan(models)
+    assert (stage.name, stage.paper) == ("promptkd-init-gpt2-120M-s10", "promptkd base")
 
 
 @pytest.mark.parametrize(

@@ -1066,6 +1066,35 @@ def test_claims_have_the_differences_and_the_papers_numbers(full, blocks):
     assert cells[0].startswith("+2.7, +")  # 22.24 and 19.5 in Table 1 of the paper
     l = results.common_step(r["exposure"] for r in results.table1_results(full, LARGE))
     error = [results.measured(full, LARGE, m, results.exposure_at(l)) for m in ("gkd", "promptkd")]
-    mean = np.mean([error[0][seed] - error[1][seed] for seed in error[0]])
-    cells = rows["PromptKD has less exposure bias than GKD: ExAccErr, points"]
+    mean = np.mean([abs(error[0][seed]) - abs(error[1][seed]) for seed in error[0]])
+    cells = rows["PromptKD has less exposure bias than GKD: fall of the size of ExAccErr, points"]
     assert cells[2].strip("*").startswith(f"{mean:+.1f} (")
+
+
+def test_a_negative_exposure_bias_is_not_less_than_none(full):
+    """ExAccErr should be near 0: of -30 % and 10 %, the second is the smaller bias."""
+    found = deepcopy(full)
+    for seed in miniature.SEEDS:
+        for variant, error in (("gkd", 10), ("promptkd", -30)):
+            for result in (
+                found[f"{LARGE}/{variant}-s{seed}"],
+                *found[f"{LARGE}/{variant}-s{seed}"]["along"][1:],
+            ):
+                result["exposure"]["ex_acc_err"] = [error] * 20
+    rows = rows_of(study.claims_table(found))
+    for claim in (
+        "PromptKD has less exposure bias than GKD: fall of the size of ExAccErr, points",
+        "and less than GKD after a fifth of the training",
+    ):
+        assert rows[claim][2].startswith("**-20.0 (")
+
+
+def test_the_student_is_compared_with_its_teacher(full, blocks):
+    cells = rows_of(blocks["claims"])[
+        "PromptKD's student is better than its teacher: average ROUGE-L"
+    ]
+    difference = scores_of(full, SMALL, "promptkd", "average") - score_of(
+        full["3x128x4/teacher-s10"], "average"
+    )
+    assert cells[1] == interval_cell(difference)
+    assert cells[0].startswith("-1.1, ")  # 22.24 and 23.34 in Table 1 of the paper
