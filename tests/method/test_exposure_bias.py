@@ -479,7 +479,7 @@ def test_sampling_is_plain_and_the_teacher_is_sampled_from_once_with_its_own_ran
     # The teacher, two students, three checkpoints.
     assert [max_new_tokens for _, max_new_tokens, _ in calls] == [STEPS] * 6
     for *_, kwargs in calls:
-        assert set(kwargs) == {"label", "dtype"}  # no ban, no temperature
+        assert set(kwargs) == {"label", "dtype", "cache_share"}  # no ban, no temperature
     teacher, *students = (rng_keys for rng_keys, *_ in calls)
     assert all(rng_keys == students[0] for rng_keys in students)
     assert len({*teacher, *students[0]}) == 2 * 5 * SAMPLES
