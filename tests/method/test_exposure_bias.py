@@ -27,7 +27,6 @@ from safetensors.torch import load_file, save_file
 
 import exposure_bias
 from data.models.checkpoint import load
-from data.process.errors import InputError
 from data.runs import report
 from data.runs.report import last_reliable_step
 from data.runs.runs import RUN_FORMAT, checkpoints, unique_labels
@@ -606,13 +605,3 @@ def test_a_lack_of_memory_is_one_line_that_names_the_options(world, monkeypatch,
     location = f"students of {world / 'teacher'} on {world / 'set'}"
     fix = "lower --batch or --micro-batch-tokens, or use smaller models"
     assert error_of(main, arguments) == f"{location}: out of memory; {fix}"
-
-
-@pytest.mark.parametrize("student", ["none", "empty", "other tokenizer"])
-def test_unusable_student_is_an_error_before_anything_is_sampled(broken, monkeypatch, student):
-    def fail(*args, **kwargs):
-        pytest.fail("sampled")
-
-    monkeypatch.setattr(exposure_bias, "sample_all", fail)
-    with pytest.raises(InputError):
-        main(command_line(broken, out="never", students=("student", student)))

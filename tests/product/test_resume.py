@@ -82,8 +82,8 @@ def no_plots():
 @pytest.mark.parametrize(
     "n_ranks, steps, kills, extra",
     [
-        (1, 4, 3, ["--promptkd-only"]),
-        (2, 4, 3, ["--promptkd-only"]),
+        (1, 4, 2, ["--promptkd-only"]),
+        (2, 4, 2, ["--promptkd-only"]),
         pytest.param(1, 80, 25, [], marks=pytest.mark.slow),
         pytest.param(2, 60, 25, [], marks=pytest.mark.slow),
     ],
