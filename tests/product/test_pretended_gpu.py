@@ -40,16 +40,18 @@ from model import KVCache
 
 CPU = torch.device("cpu")
 # Rows of a cache that a tenth of the card holds: several batches in a rollout
-SMALL_CARD = 10 * 5 * KVCache.row_bytes(talker_config(), rows.MAX_REQUEST + 6, "float32")
+SMALL_CARD = (
+    10 * 5 * KVCache.row_bytes(replace(talker_config(), n_layer=1), rows.MAX_REQUEST + 6, "float32")
+)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Two models, the data of all methods, and the responses of the teacher."""
     directory = tmp_path_factory.mktemp("world")
-    tokenizer, config = tiny_tokenizer(), talker_config()
+    tokenizer, config = tiny_tokenizer(), replace(talker_config(), n_layer=1)
     write_checkpoint(directory / "student", config, tokenizer)
-    write_checkpoint(directory / "teacher", replace(config, n_layer=3, n_embd=48), tokenizer)
+    write_checkpoint(directory / "teacher", replace(config, n_layer=2, n_embd=48), tokenizer)
     words = "a describes further input context task".split()
     for name, n in {"train": 12, "dev": 4, "test": 3, "responses/train": 8}.items():
         found = [{"instruction": f"{words[i % 6]} " * i, "output": words[i % 5]} for i in range(n)]

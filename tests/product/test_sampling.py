@@ -11,9 +11,9 @@ from helpers import (
     GOLDEN,
     Interrupted,
     after_device,
+    call_command,
     fork_ranks,
     greedy_by_transformers,
-    run_command,
     soft_prompt,
     talker_config,
     tiny_model,
@@ -193,7 +193,7 @@ def encode(instruction, input=""):
 
 def test_the_greedy_command_gives_the_golden_tokens(talker):
     options = ("--instruction", "Write a task.", "--greedy", "--max-new", 20, "--json")
-    process = run_command("sample.py", talker, *options)
+    process = call_command(main, talker, *options)
     assert process.returncode == 0
     assert process.stderr.startswith("device: CPU, ")
     assert after_device(process.stderr) == ""

@@ -72,12 +72,11 @@ def test_the_count_is_that_of_pytorchs_memory_tracker():
     assert meter.peak == pytest.approx(peak["Total"], rel=0.02)
 
 
-@pytest.mark.parametrize("kind, dtype", [("minillm", "float32"), ("promptkd", "bfloat16")])
-def test_fake_tensors_take_what_real_ones_take(kind, dtype, monkeypatch):
-    fake = estimate(kind, 2, dtype)
+def test_fake_tensors_take_what_real_ones_take(monkeypatch):
+    fake = estimate("promptkd", 2)
     gc.collect()
     monkeypatch.setattr(memory, "FakeTensorMode", lambda **kwargs: nullcontext())
-    real = estimate(kind, 2, dtype)
+    real = estimate("promptkd", 2)
     assert real.keys() == fake.keys()
     for moment, n_bytes in real.items():
         assert fake[moment] == pytest.approx(n_bytes, rel=0.02), moment
