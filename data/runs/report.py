@@ -2,9 +2,11 @@
 
 import io
 import json
+import os
 import statistics
 import textwrap
 import warnings
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -119,12 +121,25 @@ def write_prompt(directory, content):
 
 
 # ---- plots -----------------------------------------------------------------------------------
+@contextmanager
+def without_variable(name):
+    """In this context the environment has no such variable."""
+    value = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[name] = value
+
+
 def save_plot(path, draw):
     """Write what draw(figure) draws, in a matplotlib Figure, as a PNG. Returns the path, or a line
     that says why there is no plot: hours of work must not end with an error in one."""
     try:
-        import matplotlib
-        from matplotlib.figure import Figure
+        # A notebook's back end may be missing here, and a file needs none.
+        with without_variable("MPLBACKEND"):
+            import matplotlib
+            from matplotlib.figure import Figure
 
         # Names are drawn as they are: a `$` in one begins no formula.
         plain = {"text.parse_math": False, "text.usetex": False}
@@ -132,7 +147,7 @@ def save_plot(path, draw):
             warnings.simplefilter("ignore")  # one for each character that the font lacks
             figure, image = Figure(layout="constrained"), io.BytesIO()
             draw(figure)
-            figure.savefig(image, dpi=150)
+            figure.savefig(image, dpi=150, format="png")
         write_atomic(path, image.getvalue())
     except Exception as error:
         return f"no plot ({type(error).__name__}: {textwrap.shorten(str(error), 200)})"

@@ -170,21 +170,33 @@ def finish_run(directory, record):
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl. Lines after the step from which a run resumes are removed."""
+    """Appends to metrics.jsonl. Lines after the step from which a run resumes are removed, and
+    those that a loss of power has damaged: the run itself does not need them."""
 
     def __init__(self, path, start_step):
         self.path = path
         if dist.rank() == 0:
-            text = path.read_text(encoding="utf-8") if start_step and path.is_file() else ""
-            # The last line may have been cut short.
-            whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in whole if json.loads(line)["step"] <= start_step]
-            write_atomic(path, "".join(kept))
+            content = path.read_bytes() if start_step and path.is_file() else b""
+            *lines, _ = content.decode("utf-8", "replace").split("\n")  # the last may be cut short
+            steps = [(line, line_step(line)) for line in lines]
+            kept = [line for line, step in steps if step is not None and step <= start_step]
+            if n := sum(step is None for _, step in steps):
+                print0(f"{path}: {n} of {len(steps)} lines can't be read and are dropped")
+            write_atomic(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, metrics):
         if dist.rank() == 0:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
+
+
+def line_step(line):
+    """The step of a line of metrics.jsonl, None if the line is damaged."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def format_metrics(metrics):

@@ -113,15 +113,17 @@ def test_matplotlib_that_fails_on_import(tmp_path, monkeypatch, error, module):
 
 
 def test_plot_where_matplotlib_has_no_directory_for_its_own_files(tmp_path):
-    """And where a setting asks for LaTeX."""
+    """And where settings ask for LaTeX and for PDF, and the back end is a notebook's."""
     (tmp_path / "file").write_text("")
-    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nsavefig.format: pdf\n")
     code = "import sys; from data.runs.report import plot_bars; print(plot_bars(sys.argv[1], "
     code += "{'a_$': [1.0]}, {}, 'x_^'))"
     places = {"MPLCONFIGDIR": str(tmp_path / "file" / "x"), "HOME": str(tmp_path / "file")}
     places["MATPLOTLIBRC"] = str(tmp_path / "matplotlibrc")
+    places["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     process = run_command("-c", code, tmp_path / "x.png", **places)
     assert process.stdout == f"{tmp_path / 'x.png'}\n", process.stderr
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_plot_that_can_not_be_written(tmp_path):

@@ -439,6 +439,21 @@ def test_a_run_of_another_format_is_refused_and_no_file_is_changed(
     assert files(tmp_path) == before
 
 
+@pytest.mark.parametrize("damage", [b"\0" * 40, b"\xff\xfe", b"[1]", b'{"step": "x"}'])
+def test_a_damaged_line_of_metrics_is_dropped_and_reported_and_the_run_goes_on(
+    tmp_path, student, no_validation, capsys, damage
+):
+    """A loss of power can leave zeros in a file."""
+    s = settings(student=str(student), steps=4)
+    directory = interrupt(tmp_path, s, stop_step=3, save_every=1)
+    path = directory / "metrics.jsonl"
+    first, second, third = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([first, damage, third, b""]))
+    train.run_stage("stage", s, tmp_path, 380, CPU)
+    assert [line["step"] for line in metrics(directory)] == [1, 3, 4]
+    assert f"{path}: 1 of 3 lines can't be read and are dropped\n" in capsys.readouterr().out
+
+
 def test_a_state_left_by_an_interrupted_end_is_removed(
     tmp_path, student, no_validation, monkeypatch, capsys
 ):
