@@ -124,7 +124,7 @@ def load_data(s):
 def read_examples(s, tokenizer, train_path, text_path=None):
     """A function from an epoch's number to its training examples in their order. text_path: a
     corpus, for pretrain in place of the rows."""
-    rows = read_rows(train_path, s.max_train_rows)
+    rows = read_rows(train_path, s.max_train_rows, sampled=s.responses is not None)
     examples = [] if text_path else encode_training_rows(rows, tokenizer)
     documents = [e.request + e.response for e in examples]
     if text_path:

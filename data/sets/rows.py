@@ -137,12 +137,16 @@ class Row:
     location: str = field(default="data", repr=False, compare=False)
 
 
-def read_rows(path, limit=None, needs_output=True):
-    """The first `limit` rows of a file. Raises InputError if a field of any row is malformed."""
+def read_rows(path, limit=None, needs_output=True, sampled=False):
+    """The first `limit` rows of a file. Raises InputError if a field of any row is malformed.
+
+    sampled: whether it has responses that SeqKD's teacher sampled, with their tokens in `ids`. In
+    a user's own rows a field of that name means something else, and is ignored as all others are.
+    """
     rows = []
     for index, (location, value) in enumerate(read_jsonl(path)):
         instruction = text_field(value, "instruction", location)
-        input, ids = value.get("input"), value.get("ids")
+        input, ids = value.get("input"), value.get("ids") if sampled else None
         check_field(isinstance(input, str | None), location, "input", input, "a string or absent")
         references = references_field(value, location, needs_output)
         if ids is not None:

@@ -491,7 +491,6 @@ FIELDS = {
     "instruction": ([..., None, 5, ["a"], {"a": 1}, True, NAN], "train, sample"),
     "input": ([5, ["a"], {"a": 1}, False], "train, sample"),
     "output": ([..., None, 5, [], [None], ["a", 5]], "train, dev, evaluate, prepare, references"),
-    "ids": (["1 2", 5, [1.5], [-1], [None], [True], ["1"], {}, NAN], "train, dev"),
     "text": ([..., None, 5, ["a"]], "score, corpus, pretrain"),
     "response": ([..., 5], "prepare raw dolly"),
     "context": ([..., 5], "prepare raw dolly"),
@@ -507,14 +506,6 @@ def test_a_field_of_the_wrong_type(refused, field):
             row = {name: v for name, v in row.items() if v is not ...}
             path, command = put_in(place, GOOD + as_line(row))
             refused(command, f"{path}, line 2: |'{field}'|must be")
-
-
-def test_tokens_beyond_the_vocabulary(refused):
-    for place in ("train", "dev"):
-        for token in (CONFIG.vocab_size, 10**30):
-            path, command = put_in(place, GOOD + as_line(ROW | {"ids": [1, token]}))
-            part = f"'ids' has a token beyond the tokenizer's {CONFIG.vocab_size}|leave 'ids' out"
-            refused(command, f"{path}, line 2: {part}")
 
 
 def test_rows_that_do_not_match_or_are_too_long(refused):

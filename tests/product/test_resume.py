@@ -604,18 +604,34 @@ def test_a_single_validation_row_whose_request_is_over_the_limit_is_refused(
         run_on_rows(tmp_path, "sft", student, teacher, ROWS, [LONG, *ROWS], max_dev_rows=1)
 
 
-@pytest.mark.parametrize("method", ["sft", "kd"])
-def test_rows_whose_responses_are_empty_or_at_the_limit(tmp_path, student, teacher, method):
-    """Rows with tokens, as SeqKD's: the mean is over all response tokens, and not 0 / 0."""
+def test_sampled_rows_whose_responses_are_empty_or_at_the_limit(tmp_path, student, teacher):
+    """SeqKD's: the mean is over all response tokens, and not 0 / 0."""
+
+    def run_on_responses(name, rows):
+        directory = tmp_path / name
+        write_rows(directory / "responses" / "train.jsonl", rows)
+        responses = str(directory / "responses")
+        return run_on_rows(
+            directory, "seqkd", student, teacher, ROWS, ROWS[:1], responses=responses
+        )
+
     request_length = len(TOKENIZER.encode(fill_template("say one")))
     rows = [ROWS[0] | {"ids": []}, ROWS[0] | {"ids": [5] * 600}]
-    lines = run_on_rows(tmp_path / "both", method, student, teacher, rows, ROWS[:1])
+    lines = run_on_responses("both", rows)
     assert [line["response_tokens"] for line in lines] == [512 - request_length] * 2
     assert lines[0]["loss"] > 1
-    lines = run_on_rows(tmp_path / "none", method, student, teacher, [rows[0]] * 2, ROWS[:1])
+    lines = run_on_responses("none", [rows[0]] * 2)
     for line in lines:  # without a token, the mean is divided by 1
         assert (line["response_tokens"], line["loss"], line["grad_norm"]) == (1, 0, 0)
     assert len(lines) == 2
+
+
+def test_a_users_rows_with_a_field_ids_are_trained_on_as_text(tmp_path, student, teacher):
+    """They may be a database's ids."""
+    plain = run_on_rows(tmp_path / "plain", "sft", student, teacher, ROWS, ROWS[:1])
+    with_ids = [row | {"ids": [number]} for number, row in enumerate(ROWS)]
+    lines = run_on_rows(tmp_path / "ids", "sft", student, teacher, with_ids, with_ids[:1])
+    assert [line["loss"] for line in lines] == [line["loss"] for line in plain]
 
 
 @pytest.mark.parametrize("method", ["gkd", "minillm", "promptkd"])

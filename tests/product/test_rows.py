@@ -10,6 +10,7 @@ import random
 import shutil
 import zipfile
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -311,7 +312,7 @@ def test_rows_have_their_fields_and_their_position_in_the_file(tmp_path):
         Row(0, "Add.", "1 2", ("3",)),
         Row(1, "x", "", ("a", "b", "a")),
         Row(2, "x", "", ("",)),
-        Row(3, "x", "", ("y",), (3, 0, 7)),
+        Row(3, "x", "", ("y",)),
     ]
     assert read_rows(path) == expected
     assert read_rows(path, limit=2) == expected[:2]
@@ -323,8 +324,34 @@ def test_rows_have_their_fields_and_their_position_in_the_file(tmp_path):
 
 @pytest.mark.parametrize("value", ["two\nlines" * 50, {"deep": "x" * 1000}], ids=short_id)
 def test_wrong_value_is_shown_in_short_and_on_one_line(tmp_path, value):
-    path = write_rows(tmp_path / "x", [GOOD | {"ids": [value]}])
+    path = write_rows(tmp_path / "x", [GOOD | {"input": [value]}])
     assert len(error_of(read_rows, path).removeprefix(str(path))) < 120
+
+
+def test_ids_are_tokens_in_sampled_responses_only(tmp_path):
+    """A user's rows may have a database's ids, of any type."""
+    for ids in ([3, 0, 7], 5, "a7", [-1], None):
+        path = write_rows(tmp_path / "x", [GOOD | {"ids": ids}])
+        assert read_rows(path)[0].ids is None
+    assert read_rows(write_rows(path, [GOOD | {"ids": [3, 0, 7]}]), sampled=True)[0].ids == (
+        3,
+        0,
+        7,
+    )
+    for ids in (5, "1 2", {}, [1.0], ["1"], [None], [True], [-1], [1, 2, -3]):
+        write_rows(path, [GOOD, GOOD | {"ids": ids}])
+        message = error_of(partial(read_rows, sampled=True), path)
+        assert message.startswith(f"{path}, line 2: 'ids' must be a list of token ids, not ")
+
+
+def test_sampled_tokens_of_another_vocabulary_are_an_error():
+    tokenizer = tiny_tokenizer()
+    good = Row(0, "x", "", ("y",), (tokenizer.n_vocab - 1,))
+    bad = Row(6, "x", "", ("y",), (1, tokenizer.n_vocab, 1), "train.jsonl, line 7")
+    assert encode_one(good, tokenizer).response == [tokenizer.n_vocab - 1]
+    message = error_of(encode_training_rows, [good, bad], tokenizer)
+    expected = f"'ids' has a token beyond the tokenizer's {tokenizer.n_vocab}; leave 'ids' out"
+    assert message == f"train.jsonl, line 7: {expected}"
 
 
 def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path, tokenizer):
