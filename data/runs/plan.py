@@ -6,6 +6,7 @@ from pathlib import Path
 
 from data.models.named import config_parameters, known_parameters
 from data.models.tokenizer import GPT2_VOCAB_SIZE, load_tokenizer
+from data.process.dist import print_once
 from data.runs.methods import (
     METHODS,
     SIZES,
@@ -95,12 +96,17 @@ def named_models(args):
 
 
 def named_model(name):
+    """The Model of a run, a directory or a hub id. Warns if it is a run that is not complete."""
+    record = read_record(name)
+    if record and not record.get("complete"):
+        problem = "its training is not complete; what it has saved so far is taken"
+        print_once(f"warning: {name}: {problem}")
     return Model(
         name=name,
         base=base_label(name),
         origin=name,
         n_parameters=known_parameters(name),
-        paper=read_record(name).get("paper", PUBLISHED.get(name)),
+        paper=record.get("paper", PUBLISHED.get(name)),
     )
 
 

@@ -632,6 +632,21 @@ def test_runs_of_the_paper_are_recognized_as_models(plan, options, paper):
     assert plan(options)[-1].paper == paper
 
 
+@pytest.mark.parametrize("model", ["out/init-gpt2", "out/init-gpt2/best"])
+def test_a_run_that_is_not_complete_is_taken_with_a_warning(plan, tmp_path, capsys, model):
+    plan("--student gpt2")
+    options = f"--sft-teacher out/teacher-gpt2-xl --init {model}"
+    path = tmp_path / "out" / "init-gpt2" / "run.json"
+    found = json.loads(path.read_text())
+    for complete in (True, False):
+        path.write_text(json.dumps(found | {"complete": complete}))
+        dist.print_once.cache_clear()
+        capsys.readouterr()
+        plan(options)
+        warning = f"warning: {model}: its training is not complete; "
+        assert capsys.readouterr().err.count(warning) == (not complete)
+
+
 def test_a_run_from_the_published_teacher_and_init_is_the_papers(monkeypatch):
     """The released scripts start from these models of MiniLLM."""
     models = "--sft-teacher MiniLLM/teacher-gpt2-1.5B --init MiniLLM/init-gpt2-120M".split()
