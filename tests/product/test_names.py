@@ -4,6 +4,7 @@ And texts with half a surrogate pair, which JSON can hold."""
 import importlib
 import json
 import os
+import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -75,6 +76,15 @@ def test_any_name_is_drawn(tmp_path, monkeypatch, recwarn, name):
         assert name in shown  # in the title and in the legend
     assert format_table([["name"], [label]]).count("\n") == 1
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("n_bars", [1, 30])
+def test_bars_lie_one_below_the_other(tmp_path, n_bars):
+    """The more there are, the higher the plot is, at the same width of 8 inches."""
+    bars = {f"run {n}": [float(n)] for n in range(n_bars)}
+    plot_bars(tmp_path / "bars.png", bars, {}, "title")
+    size = struct.unpack(">II", (tmp_path / "bars.png").read_bytes()[16:24])
+    assert size == (1200, 150 * (1.5 + 0.3 * n_bars))
 
 
 def test_name_that_begins_with_an_underscore_is_in_the_legend(tmp_path, monkeypatch):
