@@ -176,7 +176,7 @@ def main(argv=None):
     model, tokenizer = load_model(args.model, device)
     P = None if args.prompt is None else load_prompt(args.prompt, model.config.n_embd).to(device)
     requests, shortened = zip(*(encode_request(row, tokenizer) for row in rows))
-    if any(shortened):
+    if any(shortened) and dist.rank() == 0:
         print(f"{sum(shortened)} of {len(rows)} requests were shortened to fit", file=sys.stderr)
     rng_keys = [(args.seed, "sample", row.index) for row in rows]
     names = ("max_new_tokens", "greedy", "temperature", "top_k", "top_p", "no_repeat_ngram")
@@ -189,6 +189,6 @@ def main(argv=None):
             record = {"instruction": row.instruction, "input": row.input, "text": text}
             record |= {"ids": response, "log_probs": log_p}
             record["finished"] = response[-1] == tokenizer.eot_token
-            print(json.dumps(record))
+            dist.print0(json.dumps(record))
         else:
-            print(text if len(rows) == 1 else f"### {row.instruction}\n{text}\n")
+            dist.print0(text if len(rows) == 1 else f"### {row.instruction}\n{text}\n")

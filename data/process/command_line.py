@@ -27,8 +27,22 @@ def is_launched():
     return is_one_of_several or torch.distributed.is_torchelastic_launched()
 
 
+TEXT_OPTIONS = ("--instruction", "--input", "--prompt-text")
+
+
+def expand_home(argument):
+    """`--out=~/x` with the home directory. A shell expands a `~` at the start of a word only."""
+    option, equals, value = argument.partition("=")
+    is_path = option.startswith("--") and equals and option not in TEXT_OPTIONS
+    return f"{option}={os.path.expanduser(value)}" if is_path else argument
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """Reports a mistake in one line, and by one of several ranks (see `run_command_line`)."""
+
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_args(list(map(expand_home, args)), namespace)
 
     def error(self, message):
         raise InputError(f"{message}; see --help")

@@ -7,6 +7,7 @@ from pathlib import Path
 from data.models.named import config_parameters, known_parameters
 from data.models.tokenizer import GPT2_VOCAB_SIZE, load_tokenizer
 from data.process.dist import print_once
+from data.process.errors import InputError
 from data.runs.methods import (
     METHODS,
     SIZES,
@@ -22,6 +23,8 @@ from data.runs.options import parse_shape
 from data.runs.paper import PUBLISHED, paper_row
 from data.runs.runs import base_label, override_suffix, read_record
 from data.sets.demo import STUDENT, TEACHER, TOKENIZER_DIR
+
+MAX_NAME_BYTES = 255  # of a file or directory, on the usual file systems
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,18 @@ def plan_stages(args, dtype):
     if method.teacher_responses:
         planned.append(plan_responses(args, dtype, teacher))
         responses = str(planned[-1].directory)
-    return [*planned, plan_stage(args, dtype, args.method, student, teacher, responses)]
+    planned.append(plan_stage(args, dtype, args.method, student, teacher, responses))
+    for stage in planned:
+        check_name(stage.directory.name)
+    return planned
+
+
+def check_name(name):
+    """Raise InputError, before the first stage is trained, if a run's name is too long."""
+    if (n := len(os.fsencode(name))) > MAX_NAME_BYTES:
+        problem = f"has {n} bytes, and a file's name at most {MAX_NAME_BYTES}"
+        fix = "rename the directories of data and models, or give fewer options"
+        raise InputError(f"the run's name {name[:40]}... {problem}; {fix}")
 
 
 def named_models(args):

@@ -53,6 +53,9 @@ def read_record(model):
     if not path.is_file():
         return {}
     record = read_json(path, fix)
+    if not {"name", "settings"} & record.keys():
+        problem = "was not made by this project"
+        raise InputError(f"{path}: {problem}; move it out of {directory} to use the model there")
     if record.get("format") != RUN_FORMAT:
         problem = "was made by another version of this project"
         raise InputError(f"{path}: {problem}; choose another --out, or remove {directory}")

@@ -100,4 +100,5 @@ def main(argv=None):
     by_model = dict(zip(("bare teacher", "prompted teacher", "student"), probabilities))
     response = {"row": row, "tokens": list(map(show, response)), "probabilities": by_model}
     means = dict(zip(MEASURES, means.tolist()))
-    report.write_prompt(directory, {"vectors": vectors, "references": means, "response": response})
+    content = {"vectors": vectors, "references": means, "response": response}
+    dist.run_on_rank0(report.write_prompt, directory, content)

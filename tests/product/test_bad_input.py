@@ -817,7 +817,6 @@ NOT_A_RECORD = {
     b"[" * 200_000: UNREADABLE,
     b"[]": NOT_AN_OBJECT,
     b"null": NOT_AN_OBJECT,
-    b"{}": OTHER_VERSION,
     b'{"settings": null}': OTHER_VERSION,
     b'{"format": 1, "name": "sft-a-s10", "settings": {}}': OTHER_VERSION,
 }
@@ -845,6 +844,15 @@ def test_a_damaged_run_json(refused):
             refused(RUN_READERS["cost"], f"run/run.json|'{field}' is wrong|train it again")
     for command in RUN_READERS.values():
         refused(command, "run/run.json|'inputs' is wrong")
+
+
+@pytest.mark.parametrize("content", [b"{}", b'{"model": "mine", "epochs": 3}'])
+def test_the_run_json_of_another_tool_is_not_called_ours(refused, content):
+    """The model beside it is the user's, so no line says to remove it."""
+    put("run/run.json", content)
+    for command in RUN_READERS.values():
+        line = refused(command, "run/run.json: was not made by this project; move it out of")
+        assert "remove" not in line
 
 
 def test_strange_but_harmless_values_in_run_json():

@@ -11,7 +11,7 @@ from helpers import error_of, files_below, soft_prompt
 
 from data.models.tensors import save_tensors
 from data.process import files
-from data.process.command_line import STOP_SIGNALS, run_command_line
+from data.process.command_line import STOP_SIGNALS, ArgumentParser, run_command_line
 from data.process.errors import InputError
 from data.process.files import atomic_path, read_json, write_atomic
 
@@ -31,6 +31,15 @@ def test_an_expected_error_ends_a_command_with_one_line_and_status_2(capsys):
         with pytest.raises(SystemExit) as exit:
             run_command_line(main)
         assert exit.value.code == 2 and capsys.readouterr() == ("started\n", f"error: {line}\n")
+
+
+def test_a_home_directory_is_expanded_where_the_shell_leaves_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = ArgumentParser()
+    for name in ("--out", "--data", "--instruction"):
+        parser.add_argument(name)
+    args = parser.parse_args(["--out=~/ev", "--data", "a~b", "--instruction=~ or -?"])
+    assert (args.out, args.data, args.instruction) == ("/home/me/ev", "a~b", "~ or -?")
 
 
 def test_other_exceptions_and_success_pass_through(capsys):

@@ -221,6 +221,15 @@ def test_the_greedy_command_gives_the_tokens_of_transformers(talker, tmp_path, c
         assert record["ids"] == greedy_by_transformers(hf, request, 15, eos_token_id)
 
 
+def test_of_two_ranks_one_prints(talker, tmp_path):
+    arguments = [str(talker), "--instruction", "Write.", "--max-new", "5", "--input", "many " * 200]
+    ranks = fork_ranks(lambda: main(arguments), 2, tmp_path / "log")
+    assert wait_for(ranks, 60) == [0, 0]
+    first, second = ((tmp_path / f"log{rank}").read_text() for rank in range(2))
+    assert "1 of 1 requests were shortened to fit\n" in first and first.count("\n") >= 3
+    assert second == ""
+
+
 def test_an_instruction_prints_its_text_and_a_file_prints_headings(talker, tmp_path, capsys):
     options = ["--max-new", 12, "--seed", 3]
     instruction = ["--instruction", "Write.", "--input", "abc"]

@@ -632,6 +632,17 @@ def test_runs_of_the_paper_are_recognized_as_models(plan, options, paper):
     assert plan(options)[-1].paper == paper
 
 
+def test_a_run_whose_name_no_file_may_have_is_refused_before_the_first_stage(plan, tmp_path):
+    """The teacher's name fits, that of the method with its options does not."""
+    data_dir = tmp_path / ("d" * 225)
+    data_dir.mkdir()
+    with pytest.raises(
+        InputError, match=r"name promptkd-gpt2-d+\.\.\. has \d+ bytes, and a file's"
+    ):
+        plan(f"--student gpt2 --data {data_dir.name} --lr 0.0001 --epochs 12")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("model", ["out/init-gpt2", "out/init-gpt2/best"])
 def test_a_run_that_is_not_complete_is_taken_with_a_warning(plan, tmp_path, capsys, model):
     plan("--student gpt2")
