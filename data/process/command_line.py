@@ -48,15 +48,16 @@ class ArgumentParser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
-def number_in_range(kind, low, high, low_open=False):
-    """An argparse type: an int or float from `low` (above it, if low_open) to `high`."""
+def number_in_range(kind, low, high, low_open=False, advice=""):
+    """An argparse type: an int or float from `low` (above it, if low_open) to `high`. advice: ends
+    the message about another number."""
 
     def parse(text):
         value = kind(text)
         if not low <= value <= high or (low_open and value == low):
             least = "above" if low_open else "at least"
             expected = f"{least} {low} and at most {high}"
-            raise argparse.ArgumentTypeError(f"must be {expected}, not {text!r}")
+            raise argparse.ArgumentTypeError(f"must be {expected}, not {text!r}{advice}")
         return value
 
     # argparse's own message uses the name.

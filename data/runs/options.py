@@ -18,11 +18,13 @@ def add_decoding_options(parser):
     help = f"maximum number of tokens of a response (default {MAX_NEW_TOKENS})"
     length = number_in_range(int, 1, 100_000)
     option("--max-new", dest="max_new_tokens", type=length, default=MAX_NEW_TOKENS, help=help)
-    option("--temperature", type=number_in_range(float, 0, 100, low_open=True), default=1.0)
+    # Below these limits float32 has no numbers for the result.
+    greedy = "; --greedy takes the most likely tokens"
+    option("--temperature", type=number_in_range(float, 1e-4, 100, advice=greedy), default=1.0)
     help = "sample from the K most likely tokens (0: all)"
     option("--top-k", type=number_in_range(int, 0, 10**6), default=0, help=help)
     help = "sample from the most likely tokens with this total probability"
-    option("--top-p", type=number_in_range(float, 0, 1, low_open=True), default=1.0, help=help)
+    option("--top-p", type=number_in_range(float, 1e-6, 1), default=1.0, help=help)
     option("--greedy", action="store_true", help="take the most likely token each time")
     help = "no N-gram twice in request and response (default: off; in evaluate.py 6 on public sets)"
     option("--no-repeat-ngram", type=number_in_range(int, 0, 100), metavar="N", help=help)

@@ -261,8 +261,8 @@ NUMBERS = [
     ("evaluate.py sample.py", "--no-repeat-ngram", 0, 100),
     ("evaluate.py sample.py", "--max-new", 1, 100_000),
     ("evaluate.py sample.py", "--top-k", 0, 10**6),
-    ("evaluate.py sample.py", "--temperature", ABOVE, 100),
-    ("evaluate.py sample.py", "--top-p", ABOVE, 1),
+    ("evaluate.py sample.py", "--temperature", 1e-4, 100),
+    ("evaluate.py sample.py", "--top-p", 1e-6, 1),
 ]
 
 
@@ -299,6 +299,7 @@ def test_every_option_that_takes_a_number_is_tested(monkeypatch, program):
 OPTIONS = {
     "train.py --lr '11\n'": "--lr|must be above 0 and at most 10, not '11\\n'",
     "train.py --keep -1": "--keep|must be at least 0 and at most 1000000, not '-1'",
+    "sample.py x --temperature 0": "--temperature|must be at least 0.0001|--greedy",
     "sample.py x --top-k many": "--top-k|whole number|many",
     "train.py --method sgd": "--method|invalid choice: 'sgd'|promptkd",
     "train.py --method": "--method|expected one argument",

@@ -221,6 +221,15 @@ def test_the_greedy_command_gives_the_tokens_of_transformers(talker, tmp_path, c
         assert record["ids"] == greedy_by_transformers(hf, request, 15, eos_token_id)
 
 
+@pytest.mark.parametrize("extreme", [["--temperature", "0.0001"], ["--top-p", "0.000001"]])
+def test_at_the_limits_the_most_likely_tokens_are_sampled(talker, capsys, extreme):
+    options = ["--instruction", "Write.", "--max-new", 8]
+    [greedy] = records(capsys, talker, *options, "--greedy")
+    [record] = records(capsys, talker, *options, *extreme)
+    assert record["ids"] == greedy["ids"]
+    assert record["log_probs"] == pytest.approx([0.0] * len(record["ids"]), abs=1e-3)
+
+
 def test_of_two_ranks_one_prints(talker, tmp_path):
     arguments = [str(talker), "--instruction", "Write.", "--max-new", "5", "--input", "many " * 200]
     ranks = fork_ranks(lambda: main(arguments), 2, tmp_path / "log")
