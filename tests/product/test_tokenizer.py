@@ -502,7 +502,10 @@ def test_ids_and_end_survive_loading_and_saving_in_ours_and_in_transformers(
     else:
         sources = [second]
     for source in sources:
-        for cls in (transformers.AutoTokenizer, transformers.GPT2Tokenizer):
+        classes = [transformers.AutoTokenizer, transformers.GPT2Tokenizer]
+        if transformers.__version__ < "5" and not (source / "vocab.json").exists():
+            classes.pop()  # it reads vocab.json only
+        for cls in classes:
             theirs = cls.from_pretrained(source)
             assert theirs.eos_token_id == ids[END_OF_TEXT]
             for text in TEXTS[:4] + TEXTS[5:]:
@@ -628,7 +631,9 @@ def test_a_checkpoint_of_ours_loads_after_transformers_has_saved_it(tmp_path, pl
     hf.save_pretrained(theirs)
     hf_tokenizer.save_pretrained(theirs)
     if place == "another directory":
-        assert not (theirs / "vocab.json").exists() and (theirs / "tokenizer.json").exists()
+        assert (theirs / "tokenizer.json").exists()
+        if transformers.__version__ >= "5":
+            assert not (theirs / "vocab.json").exists()
     model, again = load_model(theirs, CPU)
     assert same_tokenizer(again, tokenizer) and again.eot_token == 0
     assert model.config == expected.config
