@@ -316,8 +316,8 @@ def table_2(names, out):
         for field in ours.keys() & run["paper"].keys():
             ours[field] += f" ({run['paper'][field]:.2f})"
         table.append([label, *(ours.get(field, "-") for field in paper.COSTS)])
-    note = "memory: the peak on one rank; in brackets: the paper's, of a run that is one of its own"
-    report.write_table(out, "table2", "Table 2: memory and time", table, [note], {"costs": costs})
+    notes = [paper.COSTS_NOTE]
+    report.write_table(out, "table2", "Table 2: memory and time", table, notes, {"costs": costs})
 
 
 def group_runs(models, fields):

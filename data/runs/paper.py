@@ -62,6 +62,8 @@ for size, n_parameters in {"base": "120M", "medium": "340M", "large": "760M"}.it
 
 COSTS = {"memory_allocated_gb": "allocated, GB", "memory_reserved_gb": "reserved, GB"}
 COSTS |= {"hours": "hours", "memory_resident_gb": "resident, GB"}
+COSTS_NOTE = """memory: the peak on one rank, in 10^9 bytes; in brackets: the paper's, of a run that
+is one of its own, as DeepSpeed prints it: in use at that moment, in 2^30 bytes"""
 # Table 2: GB allocated, GB reserved and hours, from GPT-2 XL to base on 8 RTX 3090
 PAPER_COSTS = {
     "sft base": (2.36, 2.75, 0.43),
