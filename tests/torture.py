@@ -67,10 +67,10 @@ def plan_commands(data_dir, steps, promptkd_only=False):
     pretrain = ["--method", "pretrain", *options]
     student = "out/pretrain-1x16x2-demo"
     if promptkd_only:
-        RUNS[:] = [run.replace("24", "16") for run in (RUNS[1], RUNS[2], RUNS[5], RUNS[7])]
+        RUNS[:] = [RUNS[1], RUNS[7]]
         return [
             [*pretrain, "--shape", "1x16x2"],
-            ["--method", "promptkd", *options, "--teacher", student, "--student", student],
+            ["--method", "promptkd", *options, "--sft-teacher", student, "--init", student],
         ]
     options += ["--teacher", "out/pretrain-1x24x2-demo", "--student", student]
     return [
@@ -165,7 +165,7 @@ def kill_repeatedly(commands, n_kills, n_ranks, rng, seconds):
     return kills
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser()
     parser.add_argument("data_dir", type=Path)
     parser.add_argument("out", type=Path)
@@ -173,7 +173,7 @@ def main():
     parser.add_argument("--kills", type=int)
     parser.add_argument("--ranks", type=int)
     parser.add_argument("--promptkd-only", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     commands = plan_commands(args.data_dir.resolve(), args.steps, args.promptkd_only)
     for name in ("whole", "killed"):
         (args.out / name).mkdir(parents=True)

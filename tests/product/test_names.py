@@ -122,6 +122,7 @@ def test_matplotlib_that_fails_on_import(tmp_path, monkeypatch, error, module):
         del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_plot_where_matplotlib_has_no_directory_for_its_own_files(tmp_path):
     """And where settings ask for LaTeX and for PDF, and the back end is a notebook's."""
     (tmp_path / "file").write_text("")

@@ -656,6 +656,7 @@ for line in json.loads(sys.argv[2]):
 """
 
 
+@pytest.mark.slow
 def test_commands_in_a_read_only_checkout(checkout, tmp_path):
     """Sets that lie in data/ are found. Others go where PROMPTKD_DATA_DIR says."""
     for name, width in (("model", 32), ("student", 16)):

@@ -10,14 +10,17 @@ import signal
 
 import pytest
 import torch
+import torture
 from helpers import (
     METHODS_WITH_STEPS,
     ROOT,
     Interrupted,
     error_of,
+    fork_ranks,
     interrupted_in_step,
     run_command,
     torchrun,
+    wait_for,
     write_rows,
 )
 from test_train import (  # noqa: F401
@@ -93,11 +96,11 @@ def test_torture_a_run_killed_at_random_ends_with_the_same_bits(
     tmp_path, n_ranks, steps, kills, extra
 ):
     options = ("--steps", steps, "--kills", kills, "--ranks", n_ranks, *extra)
-    process = run_command(
-        "tests/torture.py", data.sets.prepare.DATA_DIR, tmp_path, *options, timeout=3000
-    )
-    assert process.returncode == 0, process.stderr
-    result = json.loads(process.stdout)
+    command = [str(part) for part in (data.sets.prepare.DATA_DIR, tmp_path, *options)]
+    statuses = wait_for(fork_ranks(lambda: torture.main(command), 1, tmp_path / "log"), 3000)
+    log = (tmp_path / "log0").read_text()
+    assert statuses == [0], log
+    result = json.loads(log)
     killed = result["kills"]
     n_saving = sum(kill["saving"] for kill in killed)
     print(f"{n_ranks} ranks, {result['seconds']:.0f} s, {n_saving} kills while saving: {killed}")

@@ -112,6 +112,7 @@ evaluate.main([run, "--cost"])
 """
 
 
+@pytest.mark.slow
 def test_without_what_windows_lacks_a_stage_trains_resumes_and_is_sampled_from(tmp_path):
     world, site = tmp_path / "world", tmp_path / "site"
     config = replace(talker_config(), n_positions=400)

@@ -250,6 +250,7 @@ def test_bound_is_positive_and_grows_along_every_axis(axis):
 # ---- one process per side ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_side_in_a_process_answers_with_losses_seconds_of_all_phases_and_memory(capfd):
     with bench.start_processes({"ours": bench.job_command("step", "ours", TINY, 1)}) as processes:
         initial_memory = bench.ask(processes, "ours")

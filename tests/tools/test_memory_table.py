@@ -244,6 +244,7 @@ def cells_of(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+@pytest.mark.slow
 def test_the_tables_have_every_stage_and_moment(capsys):
     memory.main(["--tokens", "128", "--ranks", "2", "--stages", "promptkd-base", "responses"])
     lines, peaks = capsys.readouterr().out.splitlines(), []

@@ -512,6 +512,7 @@ def test_the_miniatures_page_has_every_block_but_those_of_the_readme():
     assert sorted(names) == sorted(set(study.make_blocks({})) - {"demo-table", "picture"})
 
 
+@pytest.mark.slow
 def test_plots_are_drawn_from_all_results(full, tmp_path):
     for name, plot in plots.PLOTS.items():
         assert plot.has_data(full) and not plot.has_data({})
@@ -749,6 +750,7 @@ def small_study(directory):
         for name, value in values.items():
             monkeypatch.setattr(miniature, name, value)
         monkeypatch.setattr(measure, "MAX_NEW_TOKENS", 6)
+        monkeypatch.setattr(measure, "SAMPLING_SEEDS", (10, 20))
         monkeypatch.setattr(measure, "SAMPLING", measure.SAMPLING | {"max_new_tokens": 6})
         monkeypatch.setattr(data.sets.prepare, "DATA_DIR", directory / "data")
         monkeypatch.setattr(report, "plot_curves", lambda directory: "no plot")
