@@ -4,6 +4,7 @@ Checkpoints are written here without the project's own code."""
 
 import contextlib
 import functools
+import importlib
 import io
 import json
 import os
@@ -261,9 +262,10 @@ def fork_ranks(command, n_ranks, log):
     seconds of starting Python. Each rank's output is appended to `log` plus its number. Returns the
     process ids."""
     sys.stdout.flush()
-    # PyTorch imports a thousand modules for the first tensor without storage and the first
-    # optimizer. Now, or each rank would spend seconds on that.
+    # PyTorch imports a thousand modules for the first tensor without storage, the first optimizer
+    # and the first one that is sharded. Now, or each rank would spend seconds on that.
     torch.optim.AdamW([torch.empty(1, device="meta").normal_()])
+    importlib.import_module("torch.distributed.optim")
     port, processes = free_port(), []
     for rank in range(n_ranks):
         process = os.fork()

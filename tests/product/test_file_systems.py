@@ -70,6 +70,7 @@ sampling.main([run, "--instruction", "x", "--max-new", "4"])
 """
 
 
+@pytest.mark.slow
 def test_a_run_on_a_file_system_that_can_do_little(shim, tmp_path):
     options = "--method pretrain --data demo --shape 1x16x2 --steps 2 --save-every 1 --dev-rows 4"
     (tmp_path / "file").write_text("text")

@@ -1,6 +1,7 @@
 """`python prompt.py RUN`: every number against a direct computation, the files, and the errors."""
 
 import json
+import runpy
 import sys
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    ROOT,
     after_device,
     error_of,
-    run_command,
     talker_config,
     tiny_model,
     tiny_tokenizer,
@@ -272,11 +273,12 @@ def test_without_matplotlib_the_numbers_are_written(out, monkeypatch, capsys):
 # ---- the command and its errors ------------------------------------------------------------------
 
 
-def test_runs_as_a_script(run):
-    finished = run_command("prompt.py", run / "best")
-    assert finished.returncode == 0, finished.stderr
-    assert after_device(finished.stderr) == ""
-    assert "also in " in finished.stdout
+def test_runs_as_a_script(run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prompt.py", str(run / "best")])
+    runpy.run_path(str(ROOT / "prompt.py"), run_name="__main__")
+    printed = capsys.readouterr()
+    assert after_device(printed.err) == ""
+    assert "also in " in printed.out
 
 
 def test_directory_that_is_no_complete_promptkd_run_is_an_error(out):

@@ -711,7 +711,7 @@ def write_world(directory):
 
 
 # All of Table 1, and one of each kind: other settings, another init, a tuned prompt, a patch.
-TRAINED = {*miniature.GROUPS["table1"], "reg0", "late-init", "gkd-late-init", "fixed-tuned"}
+TRAINED = {*miniature.GROUPS["table1"], "reg0", "late-init", "fixed-tuned"}
 TRAINED |= {"stale-prompt"}
 LENGTHS = ("steps", "epochs", "eval_interval")
 
