@@ -21,7 +21,7 @@ from rouge_score.tokenize import tokenize
 from tqdm import tqdm
 
 from data.models.hub import file_hash, model_hash
-from data.models.named import load_model, open_models, table_sort_key
+from data.models.named import load_model, open_models, own_sets, table_sort_key
 from data.models.sampling import (
     CACHE_SHARE,
     CACHE_SHARE_ALONE,
@@ -252,8 +252,7 @@ def table_1(args, device):
     """Evaluate models. Print, write and plot Table 1 and what else is asked for."""
     out, models = Path(args.out), open_models(args.models)
     groups = group_runs(models, args.by) if args.by else {}
-    data = {model.record["settings"].get("data") for model in models.values() if model.record}
-    sets = args.data or (["demo"] if data == {"demo"} else paper.PAPER_SETS)
+    sets = args.data or own_sets(models) or paper.PAPER_SETS
     columns = open_columns(sets, args.rows, args.no_repeat_ngram)
     sampling = {name: getattr(args, name) for name in (*paper.PAPER_SAMPLING, "dtype")}
     names, kept = {label: model.name for label, model in models.items()}, out / "responses"
@@ -348,7 +347,7 @@ def print_file_score(args):
     references = [references_field(row, place) for place, row in read_jsonl(args.references)]
     scores = rouge_l(responses, references)
     print_unscorable(args.references, references)
-    print(f"ROUGE-L {statistics.fmean(scores):.4f} over {len(scores)} rows")
+    print0(f"ROUGE-L {statistics.fmean(scores):.4f} over {len(scores)} rows")
 
 
 def parse_args(argv):
@@ -357,8 +356,8 @@ def parse_args(argv):
     parser = command_line.ArgumentParser("evaluate.py", description=description)
     add, positive = parser.add_argument, number_in_range(int, 1, 10**6)
     add("models", nargs="*", metavar="RUN|MODEL", help="directories, official names or hub ids")
-    help = f"{', '.join(PUBLIC_SETS)}, demo or directories (default: demo for its runs, else the"
-    help += " paper's five)"
+    help = f"{', '.join(PUBLIC_SETS)}, demo or directories (default: demo for its runs, their own"
+    help += " data where all runs share it, else the paper's five)"
     add("--data", nargs="+", metavar="SET|DIR", help=help)
     add("--seeds", nargs="+", type=number_in_range(int, 0, 2**32), default=[10, 20, 30, 40, 50])
     add("--rows", type=number_in_range(int, 1, 10**9), help="only the first N rows of each set")
@@ -367,7 +366,8 @@ def parse_args(argv):
     add("--samples", type=positive, metavar="N", help="Table 6: all responses to N requests")
     add("--by", nargs="+", metavar="FIELD", help="also by settings, as in reg_weight")
     add("--cost", action="store_true", help="Table 2: memory and hours of runs; runs no model")
-    add("--score", metavar="RESPONSES", help="score these responses (JSON lines with 'text')")
+    help = "score these responses (JSON lines with 'text'); - is standard input"
+    add("--score", metavar="RESPONSES", help=help)
     add("--references", metavar="TEST", help="with --score: the data file with their 'output'")
     add_decoding_options(parser)
     add_precision_option(parser)

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -18,7 +19,8 @@ from data.process.dist import print0
 from data.process.errors import InputError, explain_out_of_memory
 from data.runs.methods import METHODS, SIZES, STAGES
 from data.runs.paper import PUBLISHED
-from data.runs.runs import read_record, run_kind, run_labels
+from data.runs.runs import read_record, run_dir, run_kind, run_labels
+from data.sets.prepare import PUBLIC_SETS
 from model import GPT
 
 MAX_PADDING = 1024  # rows after the tokenizer's tokens; with more, it is another model's
@@ -113,3 +115,23 @@ def open_models(names):
         kind = run_kind(record) if record else ""
         models[label] = Model(name, size, kind, record.get("paper", PUBLISHED.get(name)), record)
     return dict(sorted(models.items(), key=lambda item: table_sort_key(item[1].kind, item[1].size)))
+
+
+def resolve_input(directory, name):
+    """The name from here of a model or data set that `directory`, a run, has recorded: a path is
+    relative to the folder of the run."""
+    path = directory.parent / name
+    is_path = path.exists() and name not in ("demo", *PUBLIC_SETS)
+    return str(path) if is_path else name
+
+
+def own_sets(models):
+    """The data set that all runs among models were trained on, a list of one name, if it can be
+    evaluated on: the demo's, or the user's own with a test.jsonl. Else an empty list."""
+    runs = [(model.name, model.record["settings"]) for model in models.values() if model.record]
+    sets = {resolve_input(run_dir(name), settings["data"]) for name, settings in runs}
+    if len(sets) == 1 and not sets & {*PUBLIC_SETS}:
+        [name] = sets
+        if name == "demo" or (Path(name) / "test.jsonl").is_file():
+            return [name]
+    return []

@@ -155,7 +155,8 @@ def parse_args(argv):
     option("model", help=help)
     option("--instruction", help="one instruction")
     option("--input", default="", help="the context of the instruction")
-    option("--file", help="JSON lines with 'instruction' and optionally 'input'")
+    help = "JSON lines with 'instruction' and optionally 'input'; - is standard input"
+    option("--file", help=help)
     option("--prompt", metavar="FILE", help="a soft prompt: prompt.safetensors or its directory")
     option("--json", action="store_true", help="JSON lines with tokens and log-probabilities")
     option("--seed", type=number_in_range(int, 0, 2**32), default=10)
@@ -172,7 +173,8 @@ def main(argv=None):
     device, dtype = dist.init_process(args.dtype)
     rows = [Row(0, args.instruction, args.input, ())]
     if args.file is not None:
-        rows = read_rows(args.file, needs_output=False)
+        # On one rank: what comes through a pipe can be read only once.
+        rows = dist.run_on_rank0(lambda: read_rows(args.file, needs_output=False))
     model, tokenizer = load_model(args.model, device)
     P = None if args.prompt is None else load_prompt(args.prompt, model.config.n_embd).to(device)
     requests, shortened = zip(*(encode_request(row, tokenizer) for row in rows))

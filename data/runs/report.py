@@ -109,8 +109,8 @@ def write_prompt(directory, content):
     vectors = [["began as", "moved", "cosine", *(f"nearest {n}" for n in range(1, 6))]]
     for vector in content["vectors"]:
         nearest = [f"{text} {cosine:.2f}" for text, cosine in vector["nearest"]]
-        distances = [f"{vector[name]:.3f}" for name in ("moved", "cosine")]
-        vectors.append([vector["began_as"], *distances, *nearest])
+        moved = "-" if vector["moved"] is None else f"{vector['moved']:.3f}"
+        vectors.append([vector["began_as"], moved, f"{vector['cosine']:.3f}", *nearest])
     means = [["validation references", "nats per token"]]
     means += [[name, f"{value:.3f}"] for name, value in content["references"].items()]
     print(format_table(vectors), format_table(means), sep="\n\n")

@@ -1,8 +1,11 @@
 """What the tuned soft prompt of a run does: the body of prompt.py's command."""
 
-import torch
+import math
 
-from data.models.named import load_model
+import torch
+from torch.nn.functional import normalize
+
+from data.models.named import load_model, resolve_input
 from data.models.sampling import sample_all
 from data.models.tensors import load_prompt
 from data.process import dist
@@ -38,10 +41,12 @@ def describe_vectors(P, P_0, wte):
     """How far each vector of P (prompt_length, C) has moved from P_0, ‖P_i - P_0i‖ / ‖P_0i‖, and
     its cosine with P_0i; the cosines of the five nearest embeddings of wte (V, C), and which they
     are: four lists. Nearest by angle: a tuned vector may be longer than all embeddings."""
+    # A vector of zeros has no direction: its cosines are 0, and no distance is relative to it.
     moved = (P - P_0).norm(dim=1) / P_0.norm(dim=1)  # (prompt_length,)
-    cosines = P @ wte.T / P.norm(dim=1, keepdim=True) / wte.norm(dim=1)  # (prompt_length, V)
-    columns = moved, torch.cosine_similarity(P, P_0), *cosines.topk(5)
-    return [column.tolist() for column in columns]
+    cosines = normalize(P) @ normalize(wte).T  # (prompt_length, V)
+    moved = [value if math.isfinite(value) else None for value in moved.tolist()]
+    columns = torch.cosine_similarity(P, P_0), *cosines.topk(5)
+    return [moved, *(column.tolist() for column in columns)]
 
 
 MEASURES = ("KL(p || q)", "KL(p_P || q)", "KL(p_P || p)", "loss of p", "loss of p_P", "loss of q")
@@ -68,8 +73,7 @@ def main(argv=None):
     s = DEFAULTS | record.get("settings", {})
     if s.get("method") != "promptkd" or not record.get("complete"):
         raise InputError(f"{directory}: is not a complete run of train.py --method promptkd")
-    paths = {field: directory.parent / s[field] for field in ("teacher", "data")}
-    teacher, data = (str(path) if path.exists() else s[field] for field, path in paths.items())
+    teacher, data = (resolve_input(directory, s[field]) for field in ("teacher", "data"))
     device, dtype = dist.init_process(s["dtype"])
     rows = read_rows(prepare.find_data_dir(data) / "dev.jsonl", s["max_dev_rows"])
     q, tokenizer = load_model(directory, device)

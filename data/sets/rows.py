@@ -27,20 +27,27 @@ NOT_TEXT = {
 JSON_START = re.compile(r'\s*(\{\s*("|$)|\[\s*([{"]|$))')
 
 
-def check_text_file(path):
-    """Return a path as a Path. Raises InputError if it is not a file, or if its first bytes show
-    that it holds no UTF-8 text."""
-    path = Path(path)
-    if not path.is_file():
-        problem = "is a directory, not a file" if path.is_dir() else "no such file"
-        raise InputError(f"{path}: {problem}")
-    check_lfs_pointer(path)
-    with path.open("rb") as file:
-        start = file.read(64)
+def open_text(path):
+    """Open a file in bytes; also what the shell gives in place of one: "-", /dev/stdin, <(COMMAND).
+    Raises InputError if there is none, or if its first bytes show that it holds no UTF-8 text."""
+    source = Path("/dev/stdin" if str(path) == "-" else path)
+    if source.parts[:2] != ("/", "dev"):
+        if not source.is_file():
+            problem = "is a directory, not a file" if source.is_dir() else "no such file"
+            raise InputError(f"{path}: {problem}")
+        check_lfs_pointer(source)
+    file = source.open("rb")
+    start = file.peek(64)  # what comes through a pipe can be read only once
     for signature, problem in NOT_TEXT.items():
         if re.match(signature, start):
             raise InputError(f"{path}: {problem}")
-    return path
+    return file
+
+
+def check_text_file(path):
+    """Return a path as a Path. Raises InputError if `open_text` does."""
+    open_text(path).close()
+    return Path(path)
 
 
 def read_jsonl(path):
@@ -49,8 +56,8 @@ def read_jsonl(path):
     Blank lines are skipped and counted, so that N is the file's own number. Raises InputError with
     file and line if a line is not an object, and if there is none.
     """
-    path, rows = check_text_file(path), []
-    with path.open("rb") as file:  # bytes, so that a line that is not UTF-8 has its number
+    rows = []
+    with open_text(path) as file:  # in bytes, so that a line that is not UTF-8 has its number
         for number, line in enumerate(file, start=1):
             location = f"{path}, line {number}"
             try:

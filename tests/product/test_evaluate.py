@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import evaluate as evaluate_module
-from data.models.named import load_model
+from data.models.named import load_model, open_models, own_sets
 from data.models.sampling import decode_response
 from data.process import dist
 from data.process.command_line import run_command_line
@@ -444,6 +444,31 @@ def test_a_public_set_that_the_paper_does_not_know_is_evaluated_as_any_data(
     printed = call(world / "model", "--data", "haiku", "--seeds", 10, "--out", out, "--max-new", 20)
     assert table_1(out)["no_repeat_ngram"] == {"haiku": 0}
     assert "banned: haiku no" in printed
+
+
+def test_runs_are_evaluated_on_the_data_that_they_share(tmp_path, world):
+    """If it is the user's own and has a test set; the demo's runs on the demo."""
+    near, far = str(world / "near"), str(world / "far")
+    write_rows(tmp_path / "out" / "responses-x" / "train.jsonl", [{}])
+    inside = write_rows(tmp_path / "out" / "own" / "test.jsonl", [{}]).parent
+    cases = [
+        ([near], [near]),
+        ([near, near], [near]),
+        (["own"], [str(inside)]),
+        (["demo", "demo"], ["demo"]),
+        (["dolly"], []),
+        ([near, far], []),
+        ([near, "dolly"], []),
+        (["responses-x"], []),
+        (["gone"], []),
+        ([], []),
+    ]
+    for number, (data, expected) in enumerate(cases):
+        parent = tmp_path / "out"
+        runs = [make_run(parent, f"sft-{number}-{i}", data=name) for i, name in enumerate(data)]
+        assert own_sets(open_models([world / "model", *runs])) == expected
+    options = ["--seeds", 10, "--max-new", 2, "--out", tmp_path / "tables"]
+    assert "ROUGE-L  near" in call(tmp_path / "out" / "sft-0-0", *options)
 
 
 def test_shortened_requests_are_counted_of_kept_responses_too(world, tmp_path):

@@ -158,6 +158,15 @@ def test_nearest_does_not_depend_on_length():
     assert moved[0] > 5 * moved[1]
 
 
+def test_vectors_of_zeros_have_no_direction():
+    wte = torch.cat([torch.zeros(1, WTE.shape[1]), WTE[1:]])
+    P, P_0 = wte[[9, 9, 0]], wte[[9, 0, 0]]
+    moved, cosine, cosines, nearest = describe_vectors(P, P_0, wte)
+    assert moved == [0, None, None] and cosine == pytest.approx([1, 0, 0])
+    assert [tokens[0] for tokens in nearest[:2]] == [9, 9]
+    assert cosines[2] == [0] * 5
+
+
 @pytest.mark.parametrize(
     "init, length, texts",
     [

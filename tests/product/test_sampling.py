@@ -281,6 +281,24 @@ def test_a_soft_prompt_is_prepended(talker, talker_model, tmp_path, capsys):
     assert records(capsys, *arguments, "--prompt", tmp_path / "prompt.safetensors") == [prompted]
 
 
+@pytest.mark.parametrize("name", ["-", "/dev/stdin", "/dev/fd/PIPE"])
+def test_instructions_come_through_a_pipe(talker, tmp_path, capsys, name):
+    """Standard input, or what the shell gives for <(COMMAND)."""
+    file = write_rows(
+        tmp_path / "rows.jsonl", [{"instruction": "Write."}, {"instruction": "Read."}]
+    )
+    expected = run(capsys, talker, "--file", file, "--max-new", 5)
+    stdin, (read, write) = os.dup(0), os.pipe()
+    os.write(write, file.read_bytes())
+    os.close(write)
+    os.dup2(read, 0)
+    printed = run(capsys, talker, "--file", name.replace("PIPE", str(read)), "--max-new", 5)
+    os.dup2(stdin, 0)
+    for descriptor in (read, stdin):
+        os.close(descriptor)
+    assert printed == expected
+
+
 def test_a_response_reports_whether_it_finished(talker, tmp_path, capsys):
     file = write_rows(tmp_path / "rows.jsonl", [{"instruction": "Write."}] * 12)
     found = records(capsys, talker, "--file", file, "--max-new", 100)
