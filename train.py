@@ -462,6 +462,7 @@ def run_stage(name, s, out, micro_batch_tokens, device, paper=None, keep=0, save
             run = build(s, steps, data.tokenizer, micro_batch_tokens, device)
             blocks = run.lm_blocks or []
             stages.check_positions(run, [*examples, *data.dev_examples, *blocks])
+            record["keep"] = keep
             dist.run_on_rank0(runs.write_record, directory, record)
             progress = load_state(run, directory)
             if progress["step"] and progress["best_step"] == progress["step"]:

@@ -71,7 +71,7 @@ def parse_train_args(argv):
         add_method_option(group, preset_option, preset_option.help)
     help = "keep N evenly spaced checkpoints of the method's run (Figure 3b)"
     keep = number_in_range(int, 0, 10**6)
-    group.add_argument("--keep", type=keep, default=0, metavar="N", help=help)
+    group.add_argument("--keep", type=keep, metavar="N", help=help)
 
     every_stage = parser.add_argument_group("for every stage")
     option = every_stage.add_argument

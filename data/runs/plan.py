@@ -180,8 +180,27 @@ def plan_stage(args, dtype, kind, student, teacher=None, responses=None):
         student=student,
         inputs=inputs,
         paper=paper,
-        keep=args.keep if is_own else 0,
+        keep=plan_keep(Path(args.out) / name, args.keep) if is_own else 0,
     )
+
+
+def plan_keep(directory, asked):
+    """How many checkpoints a run keeps: `asked`, of --keep, or what it was started with if that is
+    None. Prints a difference, which is never a reason to refuse the run."""
+    record = read_record(directory)
+    found, is_complete = record.get("keep"), record.get("complete")
+    if is_complete and found is None:  # the run is older than the field
+        found = len(list(directory.glob("kept/step-*")))
+    if asked is None and found and not is_complete:
+        print(f"{directory}: was started with --keep {found} and resumes with it", flush=True)
+    if asked is not None and found not in (None, asked):
+        problem = f"was started with --keep {found}, and from here on --keep {asked} counts"
+        fix = f"for evenly spaced checkpoints give --keep {found}, or move it elsewhere first"
+        if is_complete:
+            problem = f"is complete, with the checkpoints of --keep {found}, and gets no others"
+            fix = f"for those of --keep {asked}, move it elsewhere and give this command again"
+        print(f"warning: {directory}: {problem}; {fix}", flush=True)
+    return (found if asked is None else asked) or 0
 
 
 def data_label(args):

@@ -33,7 +33,7 @@ RUN_FORMAT = 3  # of run.json and the files beside it; raise it when their meani
 # The fields of run.json that are read. An optional one may be null or missing.
 RECORD_FIELDS = {"name": str, "settings": dict, "inputs": dict | None}
 RECORD_FIELDS |= {"base": str | None, "paper": str | None, "parameters": int | None}
-RECORD_FIELDS |= {"hours": float | int | None, "complete": bool | None}
+RECORD_FIELDS |= {"hours": float | int | None, "complete": bool | None, "keep": int | None}
 LOCATIONS = {"data", "responses"}  # settings that say where inputs are, besides `file_fields`
 WAY_OUT = "choose another --out, or remove it"
 UNFINISHED = " (unfinished)"  # appended to the label of a run that is not complete
@@ -290,10 +290,13 @@ def checkpoints(run):
         raise InputError(f"{run / 'run.json'}: has no 'best_step'; {fix}")
     paths = [path for path in run.glob("kept/step-*") if path.name[5:].isdecimal()]
     if not paths:
-        raise InputError(f"{run / 'kept'}: has no checkpoints; train the run with --keep 20")
+        fix = f"move {run} elsewhere and train it again with --keep 20"
+        raise InputError(f"{run / 'kept'}: has no checkpoints; {fix}")
     by_step = {int(path.name[5:]): path for path in paths} | {best_step: run / "best"}
     steps = sorted(by_step)
     nearest = {min(steps, key=lambda s: abs(s - best_step * n / 10)) for n in range(1, 11)}
+    if len(nearest) < 10:
+        print(f"{run}: checkpoints up to its best step: {len(nearest)}, not 10", flush=True)
     return {step: by_step[step] for step in sorted(nearest)}
 
 

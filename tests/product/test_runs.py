@@ -9,15 +9,25 @@ import time
 
 import pytest
 import torch
-from helpers import PROMPT, error_of, fork_ranks, wait_for, write_checkpoint, write_rows
-from test_resume import interrupt, settings_of
+from helpers import (
+    PROMPT,
+    error_of,
+    fork_ranks,
+    interrupted_in_step,
+    wait_for,
+    write_checkpoint,
+    write_rows,
+)
+from test_resume import interrupt, settings_of, without
 from test_train import (  # noqa: F401
     CPU,
     STUDENT,
     TOKENIZER,
     change_weights,
+    main,
     metrics,
     minillm_settings,
+    no_demo_table,
     no_validation,
     promptkd_settings,
     record,
@@ -264,6 +274,74 @@ def test_without_locks_there_is_a_warning(
         in capsys.readouterr().out
     )
     assert record(tmp_path / "stage")["complete"]
+
+
+# ---- --keep: recorded, never a reason to refuse a run ------------------------------------------
+
+
+def train_briefly(out, student, *keep):
+    """Six steps of SFT, with a state after each. Returns what was printed of --keep."""
+    options = f"--method sft --data demo --student {student} --steps 6 --save-every 1"
+    printed = main(out, *options.split(), *keep).splitlines()
+    return [line for line in printed if "--keep" in line]
+
+
+def kept_steps(directory):
+    return [int(path.name[5:]) for path in sorted(directory.glob("kept/*"))]
+
+
+@pytest.mark.parametrize(
+    "keep, steps, printed",
+    [
+        ("", [2, 3, 5, 6], "{}: was started with --keep 4 and resumes with it"),
+        ("--keep 4", [2, 3, 5, 6], None),
+        (
+            "--keep 6",
+            [2, 3, 4, 5, 6],
+            "warning: {}: was started with --keep 4, and from here on --keep 6 counts; "
+            "for evenly spaced checkpoints give --keep 4, or move it elsewhere first",
+        ),
+    ],
+)
+def test_a_run_resumes_with_its_keep_unless_another_is_given(
+    tmp_path, student, no_validation, no_demo_table, keep, steps, printed
+):
+    with interrupted_in_step("sft", 3):
+        train_briefly(tmp_path, student, "--keep", 4)
+    [directory] = tmp_path.iterdir()
+    expected = [printed.format(directory)] if printed else []
+    assert train_briefly(tmp_path, student, *keep.split(), "--plan")[-1:] == expected
+    assert train_briefly(tmp_path, student, *keep.split()) == expected
+    assert kept_steps(directory) == steps
+    assert record(directory)["keep"] == int(keep[-1:] or 4)
+
+
+@pytest.mark.parametrize("is_older", [False, True], ids=["", "run.json without the field"])
+def test_a_complete_run_says_that_it_gets_no_other_checkpoints_and_how_to_get_them(
+    tmp_path, student, no_validation, no_demo_table, capsys, is_older
+):
+    train_briefly(tmp_path / "out", student)
+    [directory] = (tmp_path / "out").iterdir()
+    if is_older:
+        runs.write_record(directory, without(record(directory), ["keep"]))
+    assert train_briefly(tmp_path / "out", student) == []
+    [line] = train_briefly(tmp_path / "out", student, "--keep", 2)
+    problem = "is complete, with the checkpoints of --keep 0, and gets no others"
+    fix = "for those of --keep 2, move it elsewhere and give this command again"
+    assert line == f"warning: {directory}: {problem}; {fix}"
+    message = error_of(runs.checkpoints, directory)
+    fix = f"move {directory} elsewhere and train it again with --keep 20"
+    assert message == f"{directory / 'kept'}: has no checkpoints; {fix}"
+
+    weights = (directory / "best" / "model.safetensors").read_bytes()
+    directory.rename(tmp_path / "elsewhere")
+    assert train_briefly(tmp_path / "out", student, "--keep", 2) == []
+    assert train_briefly(tmp_path / "out", student, "--keep", 2) == []
+    assert kept_steps(directory) == [3, 6]
+    assert (directory / "best" / "model.safetensors").read_bytes() == weights
+    capsys.readouterr()
+    assert list(runs.checkpoints(directory).values()) == [directory / "best"]
+    assert f"{directory}: checkpoints up to its best step: 1, not 10" in capsys.readouterr().out
 
 
 # ---- a model with exactly as many positions as a row needs ---------------------------------------
