@@ -356,13 +356,16 @@ class Redirect(str):
 class Server:
     """A web server on loopback.
 
-    answers: {path: bytes, Cut, CutChunks, Short, Redirect, an error's status, or a list of these,
-    one per request (the last one is repeated)}. Any other path is a 404. asked: the paths requested
-    so far. authorizations: the Authorization header of each request, None without one.
+    answers: {path: bytes, Cut, CutChunks, Short, Redirect, an error's status, perhaps with headers,
+    or a list of these, one per request (the last one is repeated)}. Any other path is a 404. etags:
+    {path: ETag}, or a list of these, as of answers; a file with one may be asked for in ranges.
+    asked: the paths requested so far. authorizations, ranges: the Authorization and Range headers
+    of each request, None without one.
     """
 
     def __init__(self):
-        self.answers, self.asked, self.authorizations = {}, [], []
+        self.answers, self.etags, self.asked = {}, {}, []
+        self.authorizations, self.ranges = [], []
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -371,11 +374,21 @@ class Server:
             def do_GET(self):
                 server.asked.append(self.path)
                 server.authorizations.append(self.headers["Authorization"])
-                answer = server.answers.get(self.path, 404)
+                server.ranges.append(self.headers["Range"])
+                answer, etag = server.answers.get(self.path, 404), server.etags.get(self.path)
                 if isinstance(answer, list):
                     answer = answer.pop(0) if len(answer) > 1 else answer[0]
+                if isinstance(etag, list):
+                    etag = etag.pop(0) if len(etag) > 1 else etag[0]
                 if isinstance(answer, int):
                     self.send_error(answer)
+                    return
+                if isinstance(answer, tuple):
+                    status, headers = answer
+                    self.send_response(status)
+                    for name, value in {"Content-Length": "0", **headers}.items():
+                        self.send_header(name, value)
+                    self.end_headers()
                     return
                 if isinstance(answer, Redirect):
                     self.send_response(302)
@@ -383,9 +396,22 @@ class Server:
                     self.send_header("Content-Length", "0")
                     self.end_headers()
                     return
+                start, size = 0, len(answer)
+                if etag and self.headers["If-Range"] == etag:
+                    start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
                 broken = isinstance(answer, Cut | CutChunks)
+                if start and start >= size:
+                    self.send_response(416)
+                    answer = type(answer)()
+                    self.send_header("Content-Range", f"bytes */{size}")
+                else:
+                    self.send_response(206 if start else 200)
+                    answer = type(answer)(answer[start:])
+                    if start:
+                        self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
                 body = answer[: len(answer) // 2] if broken else answer
-                self.send_response(200)
+                if etag:
+                    self.send_header("ETag", etag)
                 if isinstance(answer, CutChunks):
                     self.send_header("Transfer-Encoding", "chunked")
                     body = b"%x\r\n%s\r\n" % (len(body), body)

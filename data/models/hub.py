@@ -7,17 +7,18 @@ import hashlib
 import http.client
 import os
 import re
-import shutil
+import ssl
+import sys
 import time
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
 from tqdm import tqdm
 
 from data.models.tokenizer import TOKENIZER_FILES
+from data.models.transfer import fetch, open_partial, requested_wait, resumable_size
 from data.process import dist
 from data.process.errors import InputError
 from data.process.files import atomic_path, read_json
@@ -29,6 +30,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII
 NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 NETWORK_ERRORS += (EOFError, ValueError)  # cut off; a wrong address
 TRUE = ("1", "ON", "YES", "TRUE")  # values of the hub library's variables
+MAX_WAIT = 1800  # seconds in all, for a server that is asked too often
 NO_ACCESS = "check the name; if it is private or gated, set HF_TOKEN to a token that may read it"
 
 
@@ -101,56 +103,59 @@ def hub_url(repository, file):
 
 
 def download(url, path):
-    """Download a `hub_url` to `path` atomically, from the start again if the transfer breaks off.
-    Returns False if the server has no such file (404). Raises InputError if it fails."""
+    """Download a `hub_url` to `path` atomically. A transfer that broke off, also because its
+    process was killed, is resumed if the server still has the same file. Returns False if it has no
+    such file (404). Raises InputError if the download fails."""
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if (value := os.environ.get(name, "")).upper() in TRUE:
             problem = f"is not downloaded yet, and {name}={value} forbids that"
             raise InputError(f"{url}: {problem}; unset it, or put the file at {path} yourself")
-    for delay in (0, 1, 2):
-        time.sleep(delay)
-        try:
-            with atomic_path(path) as temporary:
-                _fetch(url, temporary)
-            return True
-        except urllib.error.HTTPError as error:
-            if error.code == 404:
-                return False
-            problem = f"the server answers {error.code} {error.reason}"
-            # 401 is also the hub's answer to an unknown name, and to a token that has expired.
-            if error.code in (400, 401, 403):
-                raise InputError(f"{url}: {problem}; {NO_ACCESS}") from error
-        except NETWORK_ERRORS as error:
-            problem = getattr(error, "reason", error)
-    fix = "check the network, or set HF_ENDPOINT to a mirror"
+    failures, waited = 0, 0  # attempts since the last progress; seconds
+    with open_partial(Path(path)) as partial:
+        while failures < 3:
+            time.sleep(failures)
+            size = resumable_size(partial)
+            try:
+                with atomic_path(path) as temporary:
+                    fetch(url, partial, _find_token())
+                    os.replace(partial, temporary)
+                return True
+            except NETWORK_ERRORS as error:
+                if getattr(error, "code", None) == 404:
+                    return False
+                problem, wait = _explain(url, error)
+            if wait is not None:
+                wait = max(wait, waited, 1)  # so that all of it doubles at least
+                waited += wait
+                if waited > MAX_WAIT:
+                    raise InputError(f"{url}: {problem} and asks to wait; try again later")
+                print(f"{url}: {problem}; waiting {wait:,} s", file=sys.stderr, flush=True)
+                time.sleep(wait)
+            else:
+                failures = 1 if resumable_size(partial) > size else failures + 1
+        fix = "check the network, or set HF_ENDPOINT to a mirror"
+        if size := resumable_size(partial):
+            fix += f"; the {size:,} bytes that arrived are kept for the next attempt"
     raise InputError(f"{url}: download failed 3 times ({problem}); {fix}")
 
 
-class _RedirectHandler(urllib.request.HTTPRedirectHandler):
-    """Sends the token again to the host that it was meant for, as when a repository was renamed,
-    and never to another: the hub keeps large files elsewhere."""
-
-    def redirect_request(self, request, *arguments):
-        redirected = super().redirect_request(request, *arguments)
-        token = request.get_header("Authorization")
-        if token and urlsplit(redirected.full_url)[:2] == urlsplit(request.full_url)[:2]:
-            redirected.add_unredirected_header("Authorization", token)
-        return redirected
-
-
-def _fetch(url, path):
-    request = urllib.request.Request(url)
-    if token := _find_token():
-        # In bytes, so that the server judges a token with characters that no token has.
-        request.add_unredirected_header("Authorization", f"Bearer {token}".encode(errors="replace"))
-    opener = urllib.request.build_opener(_RedirectHandler)
-    with opener.open(request, timeout=60) as response, open(path, "wb") as file:
-        size = getattr(response, "length", None)  # None: the server does not say
-        name = url.rsplit("/", 1)[-1]
-        with tqdm.wrapattr(response, "read", total=size, desc=name, disable=None) as reader:
-            shutil.copyfileobj(reader, file)
-        if size is not None and file.tell() != size:
-            raise EOFError(f"cut off after {file.tell():,} of {size:,} bytes")
+def _explain(url, error):
+    """What went wrong in a transfer, and how many seconds the server asks to wait, None if it does
+    not. Raises InputError if another attempt would not help."""
+    if not isinstance(error, urllib.error.HTTPError):
+        problem = getattr(error, "reason", error)
+        if isinstance(problem, ssl.SSLCertVerificationError):
+            problem = f"its certificate can't be verified ({problem.verify_message})"
+            fix = "set SSL_CERT_FILE to the file with the certificates of your network"
+            raise InputError(f"{url}: {problem}; {fix}") from error
+        return problem, None
+    problem = f"the server answers {error.code} {error.reason}"
+    # 401 is also the hub's answer to an unknown name, and to a token that has expired.
+    if error.code in (400, 401, 403):
+        raise InputError(f"{url}: {problem}; {NO_ACCESS}") from error
+    if error.code not in (429, 503):
+        return problem, None
+    return problem, requested_wait(error.headers)
 
 
 def find_model_dir(name):

@@ -56,6 +56,8 @@ def read_tokenizer(directory=None):
         except Exception as error:  # tiktoken lets its HTTP client's errors through
             problem = f"tokenizer 'gpt2': can't be downloaded ({type(error).__name__})"
             fix = "set TIKTOKEN_CACHE_DIR to a directory that has it"
+            if "SSL" in type(error).__name__:
+                fix += ", or REQUESTS_CA_BUNDLE to the certificates of your network"
             raise InputError(f"{problem}; {fix}") from error
     paths = {name: Path(directory) / name for name in names}
     if path := paths.get("tokenizer_config.json"):

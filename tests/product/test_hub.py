@@ -1,13 +1,17 @@
 """Downloads, finding a model by name, its files and hashes. The network is a server on loopback."""
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
+from http import HTTPStatus
 
 import pytest
 import torch
@@ -24,11 +28,12 @@ from helpers import (
     talker_config,
     tiny_model,
     tiny_tokenizer,
+    wait_for,
     write_checkpoint,
 )
 from safetensors.torch import load_file, save_file
 
-from data.models import hub, sampling
+from data.models import hub, sampling, transfer
 from data.models.checkpoint import save
 from data.models.hub import download, file_hash, find_model_dir, hub_url, model_hash, weights_files
 from data.models.named import load_model
@@ -86,6 +91,167 @@ def test_a_transfer_that_always_fails_is_one_line_and_leaves_no_file(
     message = error_of(download, f"{server.url}/file", tmp_path / "file")
     assert f"{server.url}/file" in message and problem in message and "HF_ENDPOINT" in message
     assert files_below(tmp_path) == [] and len(server.asked) == 3
+
+
+@pytest.mark.parametrize("broken", [Cut, CutChunks])
+@pytest.mark.parametrize(
+    "etags, is_range",
+    [
+        (['"one"'], True),
+        (['"one"', '"two"'], True),  # the server answers with all of it
+        (['W/"one"'], False),  # the same meaning, perhaps in other bytes
+    ],
+)
+def test_a_transfer_is_resumed_where_the_etag_is_the_same(
+    server, tmp_path, broken, etags, is_range
+):
+    other = BODY[::-1]
+    server.answers["/file"] = [broken(BODY), BODY if len(etags) == 1 else other]
+    server.etags["/file"] = list(etags)
+    assert download(f"{server.url}/file", tmp_path / "file") is True
+    assert (tmp_path / "file").read_bytes() == (BODY if len(etags) == 1 else other)
+    assert files_below(tmp_path) == ["file"]
+    first, second = server.ranges
+    assert first is None and (second is not None) == is_range
+    if is_range:  # http.client drops the last part of a chunk that is cut off
+        start = int(second.removeprefix("bytes=").removesuffix("-"))
+        assert 1_200_000 < start <= 1_280_000 and (broken is CutChunks or start == 1_280_000)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"ETag": '"two"', "Content-Range": f"bytes 1280000-{len(BODY) - 1}/{len(BODY)}"},
+        {"ETag": '"one"', "Content-Range": f"bytes 1280001-{len(BODY) - 1}/{len(BODY)}"},
+        {"Content-Range": f"bytes 1280000-{len(BODY) - 1}/{len(BODY)}"},
+        {},
+    ],
+)
+def test_a_part_that_does_not_fit_is_never_appended(server, tmp_path, headers):
+    server.answers["/file"], server.etags["/file"] = [Cut(BODY), (206, headers), BODY], '"one"'
+    assert download(f"{server.url}/file", tmp_path / "file") is True
+    assert (tmp_path / "file").read_bytes() == BODY and files_below(tmp_path) == ["file"]
+    assert server.ranges == [None, "bytes=1280000-", None]
+
+
+@pytest.mark.parametrize("share, expected", [(0.5, "bytes=1280000-"), (1, "bytes=2560000-")])
+def test_a_transfer_is_resumed_after_its_process_was_killed(
+    server, tmp_path, monkeypatch, share, expected
+):
+    """Also if all of it had arrived."""
+    server.answers["/file"], server.etags["/file"] = BODY, '"one"'
+
+    def copy_and_die(response, file, name):
+        file.write(response.read(int(share * len(BODY))))
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = os.fork()
+    if process == 0:
+        monkeypatch.setattr(transfer, "_copy", copy_and_die)
+        download(f"{server.url}/file", tmp_path / "file")
+    assert wait_for([process], timeout=20) == [-signal.SIGKILL]
+    assert not (tmp_path / "file").exists()
+    assert download(f"{server.url}/file", tmp_path / "file") is True
+    assert (tmp_path / "file").read_bytes() == BODY and files_below(tmp_path) == ["file"]
+    assert server.ranges == [None, expected]
+
+
+def test_what_arrived_is_kept_for_the_next_command(server, tmp_path):
+    """An attempt with progress counts as the first of three."""
+    server.answers["/file"] = [Cut(BODY)] * 4 + [500]
+    server.etags["/file"] = '"one"'
+    message = error_of(download, f"{server.url}/file", tmp_path / "file")
+    assert "(the server answers 500 Internal Server Error)" in message
+    assert message.endswith("; the 2,400,000 bytes that arrived are kept for the next attempt")
+    assert len(server.asked) == 6
+    assert not (tmp_path / "file").exists()
+    server.answers["/file"] = BODY
+    assert download(f"{server.url}/file", tmp_path / "file") is True
+    assert (tmp_path / "file").read_bytes() == BODY and files_below(tmp_path) == ["file"]
+    assert server.ranges[-1] == "bytes=2400000-"
+
+
+def test_two_processes_never_write_to_the_same_file(server, tmp_path):
+    server.answers["/file"], server.etags["/file"] = [Cut(BODY), BODY], '"one"'
+    with open(tmp_path / ".file.partial", "wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write(b"of the other process")
+        other.flush()
+        assert download(f"{server.url}/file", tmp_path / "file") is True
+        assert (tmp_path / ".file.partial").read_bytes() == b"of the other process"
+    assert (tmp_path / "file").read_bytes() == BODY
+    assert files_below(tmp_path) == [".file.partial", "file"]
+
+
+def test_without_locks_nothing_is_left_and_an_attempt_is_resumed(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "fcntl", None)
+    server.answers["/file"], server.etags["/file"] = [Cut(BODY), BODY], '"one"'
+    assert download(f"{server.url}/file", tmp_path / "file") is True
+    assert (tmp_path / "file").read_bytes() == BODY and files_below(tmp_path) == ["file"]
+    assert server.ranges == [None, "bytes=1280000-"]
+
+
+BUSY = {"Retry-After": "7"}
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize(
+    "headers, waits",
+    [
+        (BUSY, [7]),
+        ({"RateLimit": '"resolvers";r=0;t=55'}, [55]),  # the hub's own
+        ({"Retry-After": "Fri, 01 Jan 1999 00:00:00 GMT"}, [1]),  # over already
+    ],
+)
+def test_a_server_that_asks_to_wait_is_asked_again_then(
+    server, tmp_path, monkeypatch, capsys, status, headers, waits
+):
+    slept = []
+    monkeypatch.setattr(hub.time, "sleep", slept.append)
+    server.answers["/file"] = [(status, headers), BODY]
+    assert download(f"{server.url}/file", tmp_path / "file") is True
+    assert [seconds for seconds in slept if seconds] == waits
+    assert f"answers {status} {HTTPStatus(status).phrase}; waiting {waits[0]} s" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("headers, n", [(BUSY, 10), ({"Retry-After": "86400"}, 1)])
+def test_a_server_is_not_waited_for_without_end(server, tmp_path, headers, n):
+    server.answers["/file"] = (429, headers)
+    message = error_of(download, f"{server.url}/file", tmp_path / "file")
+    assert "429 Too Many Requests and asks to wait" in message and len(server.asked) == n
+    assert files_below(tmp_path) == []
+
+
+def test_a_certificate_that_is_not_trusted_names_the_variable_and_counts_in_it(
+    server, tmp_path, monkeypatch
+):
+    certificate, key = tmp_path / "network.pem", tmp_path / "key.pem"
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl")
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    names = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*command.split(), *names, *files], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.http.socket = context.wrap_socket(server.http.socket, server_side=True)
+    server.answers["/file"] = b"content"
+    url, path = f"https://{server.url.removeprefix('http://')}/file", tmp_path / "file"
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    problem = "its certificate can't be verified (self-signed certificate)"
+    fix = "set SSL_CERT_FILE to the file with the certificates of your network"
+    assert error_of(download, url, path) == f"{url}: {problem}; {fix}"
+    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, str(certificate))
+            assert download(url, path) is True
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(key))
+    message = error_of(download, url, path)
+    assert message.startswith(f"REQUESTS_CA_BUNDLE={key}: has no certificates that can be read (")
 
 
 def test_a_failed_download_keeps_the_old_file(server, tmp_path):
