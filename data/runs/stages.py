@@ -25,6 +25,7 @@ from data.sets.rows import (
     corpus_format,
     encode_training_rows,
     epoch_order,
+    iter_texts,
     packed_examples,
     read_rows,
     read_texts,
@@ -145,8 +146,12 @@ def read_examples(s, tokenizer, train_path, text_path=None):
 def read_corpus(path, limit=None):
     """The first texts of a corpus. Reports how many there are and how they were read."""
     texts = read_texts(path, limit)
-    print0(f"{path}: {len(texts):,} documents, read as {corpus_format(path)}")
+    print_corpus(path, len(texts))
     return texts
+
+
+def print_corpus(path, n):
+    print0(f"{path}: {n:,} documents, read as {corpus_format(path)}")
 
 
 def encode_texts(texts, tokenizer):
@@ -156,7 +161,8 @@ def encode_texts(texts, tokenizer):
 def read_lm_blocks(s, tokenizer, n_rows):
     """Blocks of MiniLLM's plain text: at least `n_rows`, or as many as the text gives."""
     documents, n_tokens = [], 0
-    for text in read_corpus(s.lm_data):
+    # Every rank reads only what it needs: `fetch_inputs` has checked all of the corpus.
+    for text in iter_texts(s.lm_data):
         documents += encode_texts([text], tokenizer)
         n_tokens += len(documents[-1])
         if n_tokens > n_rows * s.block_size:
@@ -164,6 +170,7 @@ def read_lm_blocks(s, tokenizer, n_rows):
     if n_tokens <= s.block_size:
         problem = f"has {n_tokens} tokens, and a block has {s.block_size}; give a longer text"
         raise InputError(f"{s.lm_data}: {problem}")
+    print0(f"{s.lm_data}: its first {len(documents):,} documents are trained on")
     return packed_examples(documents, s.block_size, s.seed)
 
 
@@ -232,7 +239,8 @@ def fetch_inputs(args, teacher, student):
         return
     read_rows(data_dir / "dev.jsonl", args.dev_rows)
     if args.lm_data is not None:
-        dist.run_on_rank0(lambda: len(read_texts(args.lm_data)))
+        n = dist.run_on_rank0(lambda: sum(1 for _ in iter_texts(args.lm_data)))
+        print_corpus(args.lm_data, n)
     tokenizers = [find_model(name)[1] for name in (teacher, student) if name]
     if teacher is not None:
         check_same_vocabulary(teacher, student, *tokenizers)

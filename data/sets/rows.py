@@ -51,12 +51,17 @@ def check_text_file(path):
 
 
 def read_jsonl(path):
-    """The objects of a JSON-lines file, each with its location: [("PATH, line N", object)].
+    """All of `iter_jsonl`, as a list."""
+    return list(iter_jsonl(path))
+
+
+def iter_jsonl(path):
+    """Yield the objects of a JSON-lines file, each with its location: ("PATH, line N", object).
 
     Blank lines are skipped and counted, so that N is the file's own number. Raises InputError with
     file and line if a line is not an object, and if there is none.
     """
-    rows = []
+    is_empty = True
     with open_text(path) as file:  # in bytes, so that a line that is not UTF-8 has its number
         for number, line in enumerate(file, start=1):
             location = f"{path}, line {number}"
@@ -65,10 +70,10 @@ def read_jsonl(path):
             except UnicodeDecodeError as error:
                 raise InputError(f"{location}: is not UTF-8; convert the file to UTF-8") from error
             if text.strip():
-                rows.append((location, _parse_object(text, location)))
-    if not rows:
+                yield location, _parse_object(text, location)
+                is_empty = False
+    if is_empty:
         raise InputError(f"{path}: has no rows")
-    return rows
 
 
 def to_jsonl(objects):
@@ -119,16 +124,36 @@ def corpus_format(path):
 
 
 def read_texts(path, limit=None):
-    """The first texts of a corpus: the field `text` of JSON lines, or what blank lines separate in
-    plain text (see `corpus_format`)."""
+    """The first texts of `iter_texts`. The others are checked."""
+    return [text for i, text in enumerate(iter_texts(path)) if limit is None or i < limit]
+
+
+def iter_texts(path):
+    """Yield the texts of a corpus: the field `text` of JSON lines, or what blank lines separate in
+    plain text (see `corpus_format`). Reads no more of the file than is asked for."""
     if corpus_format(path) == "JSON lines":
-        rows = read_jsonl(path)[:limit]
-        return [text_field(value, "text", location) for location, value in rows]
+        for location, value in iter_jsonl(path):
+            yield text_field(value, "text", location)
+        return
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        with open(path, encoding="utf-8-sig") as file:
+            yield from filter(str.strip, _split_at_blank_lines(file))
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not UTF-8; convert the file to UTF-8") from error
-    return [part for part in re.split(r"\n\s*\n", text) if part.strip()][:limit]
+
+
+def _split_at_blank_lines(lines):
+    """Yield the items of re.split(r"\\n\\s*\\n", text). lines: of the text, with their ends."""
+    part, after_blank = [], False
+    for line in lines:
+        is_blank = line.isspace() and line.endswith("\n")
+        if is_blank and (part or after_blank):
+            yield "".join(part)[:-1]
+            part, after_blank = [], True
+        else:  # also a blank line at the start of the file
+            part.append(line)
+            after_blank = False
+    yield "".join(part)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,13 @@ loops."""
 import bz2
 import gzip
 import io
+import itertools
 import json
 import lzma
 import random
+import re
 import shutil
+import tracemalloc
 import zipfile
 from collections import Counter
 from functools import partial
@@ -34,6 +37,7 @@ from data.sets.rows import (
     encode_training_rows,
     epoch_order,
     fill_template,
+    iter_texts,
     make_batch,
     micro_batches,
     packed_examples,
@@ -536,6 +540,39 @@ def test_large_corpus_is_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(json, "loads", lambda text: parsed.append(text) or loads(text))
     assert len(read_texts(path)) == 2000
     assert len(parsed) <= 2001
+
+
+def test_a_corpus_is_read_only_as_far_as_it_is_asked_for(tmp_path):
+    """So what can't be read after that is no error."""
+    lines = [json.dumps({"text": f"text {n}"}) + "\n" for n in range(5)]
+    for name, content in (
+        ("x.jsonl", "".join(lines).encode() + b"no JSON\n"),
+        ("x.txt", b"text 0\n\ntext 1\n\n" + b"a long line\n\n" * 10_000 + b"no UTF-8: \xff\n"),
+    ):
+        path = write_bytes(tmp_path / name, content)
+        assert list(itertools.islice(iter_texts(path), 2)) == ["text 0", "text 1"]
+        error_of(read_texts, path, 2)  # which checks all of it
+
+
+def test_a_corpus_is_checked_in_little_memory(tmp_path):
+    line = json.dumps({"text": "word " * 200}) + "\n"
+    for name, text in (("x.jsonl", line), ("x.txt", "word " * 200 + "\n\n")):
+        path = write_bytes(tmp_path / name, text * 5_000)  # 5 MB
+        tracemalloc.start()
+        assert sum(1 for _ in iter_texts(path)) == 5_000
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 2e5
+
+
+def test_plain_text_is_split_at_the_same_places_whether_by_lines_or_at_once(tmp_path):
+    rng = random.Random(1)
+    pieces = ["a", " b", "\n", "\n", "\r\n", " ", "\t", "\x0b", "\x85"]
+    for _ in range(300):
+        text = "".join(rng.choices(pieces, k=14))
+        path = write_bytes(tmp_path / "x.txt", text)
+        expected = re.split(r"\n\s*\n", text.replace("\r\n", "\n").replace("\r", "\n"))
+        assert read_texts(path) == [part for part in expected if part.strip()]
 
 
 # ---- training examples -------------------------------------------------------------------------

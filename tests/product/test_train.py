@@ -1405,6 +1405,15 @@ def test_the_shortest_plain_text_is_one_block_and_the_token_before_it(tmp_path):
         read_lm_blocks(path, n)
 
 
+def test_every_rank_reads_only_what_is_needed_of_plain_text(tmp_path, capsys):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"text": "the small dog sees"}\n' * 9 + "can't be read\n")
+    assert len(read_lm_blocks(path, 4, n_rows=2)) >= 2
+    assert "/corpus.jsonl: its first 2 documents are trained on" in capsys.readouterr().out
+    with pytest.raises(InputError, match="corpus.jsonl, line 10: is not JSON"):
+        read_lm_blocks(path, 4, n_rows=1000)
+
+
 # ---- pre-training ------------------------------------------------------------------------------
 
 
