@@ -1,5 +1,5 @@
-"""How a process waits and how it keeps memory. The import configures it, before that of torch:
-OpenMP reads its environment once, when it is loaded."""
+"""How a process waits, how it keeps memory, and that it has a home directory. The import configures
+it, before that of torch: OpenMP reads its environment once, when it is loaded."""
 
 import ctypes
 import os
@@ -29,4 +29,16 @@ def configure_threads():
         os.environ[names[0]] = "expandable_segments:True"
 
 
+def provide_home():
+    """Set HOME where there is no home directory, as for a container's user who has no entry in
+    /etc/passwd. Without one, libraries fail to load or take `~` for a folder's name."""
+    if os.name == "posix" and os.path.expanduser("~") == "~":
+        directory = os.environ.get("TMPDIR") or "/tmp"
+        os.environ["HOME"] = os.path.join(directory, f"promptkd-{os.getuid()}")
+        note = f"this user has no home directory, and {os.environ['HOME']} is taken for it"
+        if os.environ.get("RANK", "0") == "0":
+            print(f"warning: {note}; set HOME to a directory for downloads", file=sys.stderr)
+
+
 configure_threads()
+provide_home()

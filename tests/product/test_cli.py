@@ -4,13 +4,16 @@ import errno
 import os
 import signal
 import stat
+import sys
 import threading
 
+import nltk.downloader
 import pytest
 from helpers import error_of, files_below, soft_prompt
 
+from data.models import hub
 from data.models.tensors import save_tensors
-from data.process import files
+from data.process import files, threads
 from data.process.command_line import STOP_SIGNALS, ArgumentParser, run_command_line
 from data.process.errors import InputError
 from data.process.files import atomic_path, read_json, write_atomic
@@ -40,6 +43,27 @@ def test_a_home_directory_is_expanded_where_the_shell_leaves_it(monkeypatch):
         parser.add_argument(name)
     args = parser.parse_args(["--out=~/ev", "--data", "a~b", "--instruction=~ or -?"])
     assert (args.out, args.data, args.instruction) == ("/home/me/ev", "a~b", "~ or -?")
+
+
+def test_a_user_without_a_home_directory_gets_one(tmp_path, monkeypatch, capsys):
+    """As a container's user whose number is not in /etc/passwd. nltk, which rouge-score imports,
+    can't be imported without, and caches would be in a folder called `~`."""
+    variables = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "TORCH_HOME", "XDG_CACHE_HOME")
+    for name in ("HOME", "RANK", *variables):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(sys.modules, "pwd", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("nltk.data.path", [])
+    threads.provide_home()
+    home = tmp_path / f"promptkd-{os.getuid()}"
+    assert os.environ["HOME"] == str(home)
+    assert nltk.downloader.Downloader().download_dir == str(home / "nltk_data")
+    for path in (hub.hub_path("hub"), hub.hub_path("token"), hub.download_dir("a/b")):
+        assert path.is_relative_to(home)
+    problem = f"this user has no home directory, and {home} is taken for it"
+    warning = f"warning: {problem}; set HOME to a directory for downloads\n"
+    threads.provide_home()  # as a process that this one starts
+    assert capsys.readouterr() == ("", warning)
 
 
 def test_other_exceptions_and_success_pass_through(capsys):
