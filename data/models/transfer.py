@@ -9,6 +9,7 @@ import time
 import urllib.request
 from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
+from functools import cache
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
@@ -140,15 +141,19 @@ def _https_handlers():
     """What urllib needs to trust the certificates of REQUESTS_CA_BUNDLE as well. SSL_CERT_FILE and
     SSL_CERT_DIR count without that."""
     path = os.environ.get("REQUESTS_CA_BUNDLE")
-    if not path:
-        return []
+    return [urllib.request.HTTPSHandler(context=_context(path))] if path else []
+
+
+@cache  # it takes 50 ms, as often as a file is asked for
+def _context(path):
+    """The usual certificates, and those of a file or directory."""
     context = ssl.create_default_context()
     try:
         context.load_verify_locations(**{"capath" if os.path.isdir(path) else "cafile": path})
     except OSError as error:
         problem = f"has no certificates that can be read ({error.strerror or error})"
         raise InputError(f"REQUESTS_CA_BUNDLE={path}: {problem}; correct or unset it") from error
-    return [urllib.request.HTTPSHandler(context=context)]
+    return context
 
 
 def requested_wait(headers):
