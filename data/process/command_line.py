@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -27,14 +27,22 @@ def is_launched():
     return is_one_of_several or torch.distributed.is_torchelastic_launched()
 
 
+LAUNCH_FIX = "start one process per rank with torchrun --nproc_per_node=N"
 TEXT_OPTIONS = ("--instruction", "--input", "--prompt-text")
 
 
-def expand_home(argument):
-    """`--out=~/x` with the home directory. A shell expands a `~` at the start of a word only."""
+def normalize(argument):
+    """An argument of the command line with hyphens in its option's name, as in `--top_k`, and with
+    the home directory in `--out=~/x`: a shell expands a `~` at the start of a word only."""
+    if not argument.startswith("--"):
+        return argument
     option, equals, value = argument.partition("=")
-    is_path = option.startswith("--") and equals and option not in TEXT_OPTIONS
-    return f"{option}={os.path.expanduser(value)}" if is_path else argument
+    option = option.replace("_", "-")
+    if option == "--local-rank":
+        problem = "is what deepspeed and torch.distributed.launch add for each process"
+        raise InputError(f"{argument} {problem}; {LAUNCH_FIX}, which adds none")
+    value = value if option in TEXT_OPTIONS else os.path.expanduser(value)
+    return f"{option}{equals}{value}"
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -42,7 +50,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
-        return super().parse_args(list(map(expand_home, args)), namespace)
+        return super().parse_args(list(map(normalize, args)), namespace)
 
     def error(self, message):
         raise InputError(f"{message}; see --help")
@@ -72,7 +80,8 @@ def run_command_line(main):
     def interrupt(number, frame):
         raise KeyboardInterrupt(number)
 
-    sys.stdout, sys.stderr = _open_stream(sys.stdout), _open_stream(sys.stderr)
+    sys.stdout = _open_stream(sys.stdout, "standard output")
+    sys.stderr = _open_stream(sys.stderr, "standard error")
     status, launched = 0, is_launched()
     # The signals raise, so that temporary files are removed. Not under a launcher: a rank that
     # waits for a peer inside a collective would never return to Python and run the handler.
@@ -87,23 +96,29 @@ def run_command_line(main):
         # first, which ends the others. A rank that is still here later has an error of its own.
         if launched and os.environ.get("RANK", "").strip() not in ("", "0"):
             time.sleep(5)
-        # One write, so that lines of several ranks don't mix.
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        _print_error(f"error: {' '.join(str(error).split())}")
         status = 2
     except KeyboardInterrupt as error:
-        sys.stderr.write("interrupted\n")
+        _print_error("interrupted")
         status = 128 + (error.args or (signal.SIGINT,))[0]
     except SystemExit as error:
         status = error.code
-    try:
-        sys.stdout.flush()
-    except OSError:
-        sys.stdout = None  # or Python flushes again at exit and prints a second error
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except OSError:
+            setattr(sys, name, None)  # or Python flushes again at exit and reports a second error
     if launched:
         # Don't wait for a peer, nor for gloo's threads, whose destruction can abort the process.
         os._exit(status or 0)
     if status:
         sys.exit(status)
+
+
+def _print_error(line):
+    """Print a line to standard error, if that can be written to."""
+    with suppress(OSError):
+        sys.stderr.write(f"{line}\n")  # at once, so that lines of several ranks don't mix
 
 
 @contextmanager
@@ -121,26 +136,36 @@ def handle_signals(handler):
 
 
 class _Output(io.FileIO):
-    """A terminal or a pipe. Once nobody reads it any more, what is written to it is dropped."""
+    """Standard output or error. Once nobody reads a terminal or a pipe any more, what is written to
+    it is dropped. Other errors, such as that of a full disk, name the stream."""
+
+    def __init__(self, descriptor, label):
+        super().__init__(descriptor, "w")
+        self.label = label
 
     def write(self, content):
         try:
             return super().write(content)
         except OSError as error:
-            if error.errno not in (errno.EIO, errno.EPIPE):
-                raise
-            return len(content)
+            if error.errno in (errno.EIO, errno.EPIPE) and not self.seekable():
+                return len(content)
+            error.filename = self.label
+            raise
 
 
-def _open_stream(stream):
-    """Standard output or error in a form that outlives its reader. A notebook's stays as it is."""
+def _open_stream(stream, label):
+    """Standard output or error as an _Output. A notebook's stays as it is."""
     if stream is None:  # closed before the start
         return open(os.devnull, "w", encoding="utf-8")
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     # A model's text may contain characters that the terminal can't show.
     stream.reconfigure(errors="backslashreplace")
-    if os.name != "posix" or stream.seekable():
+    if os.name != "posix":
         return stream
-    buffer = io.BufferedWriter(_Output(os.dup(stream.fileno()), "w"))
+    try:
+        descriptor = os.dup(stream.fileno())
+    except io.UnsupportedOperation:  # it is in memory
+        return stream
+    buffer = io.BufferedWriter(_Output(descriptor, label))
     return io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=True)

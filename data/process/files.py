@@ -18,6 +18,17 @@ def check_output_dir(path, option="--out", fix="choose another"):
 
 
 @contextmanager
+def name_errors(path):
+    """Let the system's errors name the file, which that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def atomic_path(path):
     """Yield a temporary path next to `path`. The file written there replaces `path` if the block
     ends without an error and is removed otherwise. `path` never holds partial content."""
@@ -27,19 +38,16 @@ def atomic_path(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            try:
-                os.fsync(file.fileno())
-            except OSError as error:
-                # Some network file systems have no fsync. Other errors: the data may be lost.
-                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-                    raise
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno and not error.filename:  # as with "No space left on device"
-            error.filename = str(path)
-        raise
+        with name_errors(path):
+            yield temporary
+            with open(temporary, "rb+") as file:
+                try:
+                    os.fsync(file.fileno())
+                except OSError as error:
+                    # Some network file systems have no fsync. Other errors: the data may be lost.
+                    if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+                        raise
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

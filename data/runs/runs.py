@@ -26,7 +26,7 @@ from data.models.tokenizer import tokenizer_files
 from data.process import dist
 from data.process.dist import print0
 from data.process.errors import InputError
-from data.process.files import read_json, write_atomic
+from data.process.files import name_errors, read_json, write_atomic
 from data.runs.methods import DEFAULTS, file_fields
 
 RUN_FORMAT = 3  # of run.json and the files beside it; raise it when their meaning changes
@@ -189,7 +189,7 @@ class MetricsLog:
 
     def write(self, metrics):
         if dist.rank() == 0:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with name_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
 
 

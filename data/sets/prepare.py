@@ -3,7 +3,6 @@
 python -m data.prepare dolly self_inst vicuna sinst uinst [--source DIR]
 """
 
-import argparse
 import os
 import random
 import shutil
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.models.hub import download, hub_url
+from data.process.command_line import ArgumentParser
 from data.process.errors import InputError
 from data.process.files import check_output_dir, write_atomic
 from data.runs.paper import PAPER_SETS
@@ -199,7 +199,7 @@ def find_data_dir(name):
 
 def main(argv=None):
     description = f"Prepare data sets in data/ or $PROMPTKD_DATA_DIR: {', '.join(PUBLIC_SETS)}."
-    parser = argparse.ArgumentParser(prog="python -m data.prepare", description=description)
+    parser = ArgumentParser("python -m data.prepare", description=description)
     parser.add_argument("sets", nargs="+", choices=PUBLIC_SETS, metavar="SET")
     parser.add_argument("--source", metavar="DIR", help="read the files here, not from the hub")
     args = parser.parse_args(argv)

@@ -2,21 +2,29 @@
 
 import errno
 import os
+import re
 import signal
 import stat
 import sys
 import threading
+from pathlib import Path
 
 import nltk.downloader
 import pytest
 from helpers import error_of, files_below, soft_prompt
 
-from data.models import hub
+import evaluate
+import exposure_bias
+import train
+from data.models import hub, sampling
 from data.models.tensors import save_tensors
 from data.process import files, threads
 from data.process.command_line import STOP_SIGNALS, ArgumentParser, run_command_line
 from data.process.errors import InputError
 from data.process.files import atomic_path, read_json, write_atomic
+from data.runs import tuned_prompt
+from data.runs.runs import MetricsLog
+from data.sets import prepare
 
 # ---- run_command_line --------------------------------------------------------------------------
 
@@ -64,6 +72,57 @@ def test_a_user_without_a_home_directory_gets_one(tmp_path, monkeypatch, capsys)
     warning = f"warning: {problem}; set HOME to a directory for downloads\n"
     threads.provide_home()  # as a process that this one starts
     assert capsys.readouterr() == ("", warning)
+
+
+FULL = Path("/dev/full")  # a file on a full disk
+FULL_DISK = "[Errno 28] No space left on device"
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
+def test_a_log_on_a_full_disk_is_named(tmp_path, monkeypatch, capsys):
+    for text in ("a line\n", "the start of one"):
+        monkeypatch.setattr(sys, "stdout", FULL.open("w"))
+        with pytest.raises(SystemExit) as exit:
+            run_command_line(lambda text=text: sys.stdout.write(text))
+        error = f"error: {FULL_DISK}: 'standard output'\n"
+        assert exit.value.code == 2 and capsys.readouterr().err == error
+    metrics = MetricsLog(tmp_path / "metrics.jsonl", start_step=0)
+    metrics.path = FULL
+    with pytest.raises(OSError) as caught:
+        metrics.write({"step": 1})
+    assert str(caught.value) == f"{FULL_DISK}: '{FULL}'"
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
+def test_an_error_that_can_not_be_shown_has_its_status(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", FULL.open("w"))
+    with pytest.raises(SystemExit) as exit:
+        run_command_line(lambda: read_json("no such file", "fix"))
+    assert exit.value.code == 2
+
+
+UNDERSCORES = {
+    train.options.parse_train_args: "--dev_rows=3 --prompt_text=a_b --reg_kl forward --out o_1",
+    evaluate.parse_args: "m_1 --max_new_tokens=9 --top_k 5 --by reg_weight --no_repeat_ngram=2",
+    exposure_bias.parse_args: "--teacher t_1 --students s_1 --micro_batch_tokens=7",
+    sampling.parse_args: "m_1 --instruction=--a_b --max_new 9 --top_p=0.5",
+}
+
+
+@pytest.mark.parametrize("parse, underscores", UNDERSCORES.items())
+def test_options_may_have_underscores_in_place_of_hyphens(parse, underscores):
+    hyphens = re.sub(r"(?<!\S)--\w+", lambda option: option[0].replace("_", "-"), underscores)
+    assert hyphens != underscores and "_" in hyphens
+    assert vars(parse(underscores.split())) == vars(parse(hyphens.split()))
+
+
+@pytest.mark.parametrize("option", ["--local_rank=0", "--local-rank=3", "--local_rank 1"])
+def test_what_other_launchers_add_is_refused_with_the_launcher_to_use(option):
+    fix = "start one process per rank with torchrun --nproc_per_node=N, which adds none"
+    problem = "is what deepspeed and torch.distributed.launch add for each process"
+    for command in (train, evaluate, exposure_bias, sampling, tuned_prompt, prepare):
+        line = error_of(command.main, [*option.split(), "gpt2"])
+        assert line == f"{option.split()[0]} {problem}; {fix}"
 
 
 def test_other_exceptions_and_success_pass_through(capsys):
