@@ -25,6 +25,7 @@ from data.process.errors import InputError
 from data.process.files import write_atomic
 
 PAUSED, GO = "paused", "go"  # files by which a run and its test wait for each other
+STOPPING = "stopping after this step; once more, after ten seconds, ends at once\n"
 
 
 def pause(directory):
@@ -34,12 +35,16 @@ def pause(directory):
         time.sleep(0.005)
 
 
-def wait_for_file(path):
+def wait_until(condition):
     for _ in range(12_000):
-        if path.exists():
+        if condition():
             return
         time.sleep(0.005)
-    raise TimeoutError(path)
+    raise TimeoutError
+
+
+def wait_for_file(path):
+    wait_until(path.exists)
 
 
 def train_with_a_pause(out, s, phase, device=CPU):
@@ -184,9 +189,61 @@ def test_torchrun_passes_a_signal_on_and_both_ranks_save(
     output = (tmp_path / "log of torchrun 0").read_text()
     stopped = f"stage: stopped by {number.name}, saved at step 3; the same command resumes it"
     assert status != 0 and output.count(stopped) == 1, output
+    assert 0 < output.find(STOPPING) < output.find(stopped) and output.count(STOPPING) == 1
     assert saved_steps(tmp_path / "stage")[-1] == 3
     assert wait_for(fork_ranks(train_stage, 2, tmp_path / "log"), 60) == [0, 0]
     assert "resuming after step 3\n" in (tmp_path / "log0").read_text()
+
+
+def wait_for_a_peer(directory, pause):
+    """A step of two ranks. The last one pauses, and the first waits for it in a collective."""
+    dist.init_process()
+    with dist.defer_signals():
+        dist.all_gather_list([])  # now both defer them
+        if dist.rank() == 1:
+            pause(directory)
+        dist.all_gather_list([])
+
+
+@pytest.mark.parametrize("signaled", [[0], [1], [0, 1]])
+def test_one_rank_says_at_once_that_the_run_stops(tmp_path, signaled):
+    """Whichever ranks have the signal, also while Python runs no handler there."""
+    ranks = fork_ranks(lambda: wait_for_a_peer(tmp_path, pause), 2, tmp_path / "log")
+    wait_for_file(tmp_path / PAUSED)
+    for rank in signaled:
+        os.kill(ranks[rank], signal.SIGINT)
+
+    def logs():
+        return "".join((tmp_path / f"log{rank}").read_text() for rank in range(2))
+
+    wait_until(lambda: STOPPING in logs())
+    (tmp_path / GO).touch()
+    assert wait_for(ranks, 60) == [-signal.SIGINT if n in signaled else 0 for n in range(2)]
+    assert logs().count(STOPPING) == 1
+
+
+def test_a_signal_ten_seconds_after_the_first_ends_a_rank_whose_peer_is_frozen(
+    tmp_path, monkeypatch
+):
+    def freeze(directory):
+        (directory / PAUSED).touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    monkeypatch.setattr(dist, "PATIENCE", dist.PATIENCE / 50)
+    waiting, frozen = fork_ranks(lambda: wait_for_a_peer(tmp_path, freeze), 2, tmp_path / "log")
+    wait_for_file(tmp_path / PAUSED)
+    for _ in range(2):  # as from torchrun or a terminal
+        os.kill(waiting, signal.SIGINT)
+    time.sleep(11 / 50)
+    os.kill(waiting, signal.SIGTERM)
+    assert wait_for([waiting], 60) == [128 + signal.SIGTERM]
+    os.kill(frozen, signal.SIGKILL)
+    assert wait_for([frozen], 60) == [-signal.SIGKILL]
+    ended = "ended by SIGTERM before the step was complete"
+    ended += "; the same command resumes from the last saved state\n"
+    log = (tmp_path / "log0").read_text()
+    assert log.endswith(f"\n{STOPPING}{ended}") and log.count(STOPPING) == 1
+    assert (tmp_path / "log1").read_text() == ""
 
 
 # ---- other commands ----------------------------------------------------------------------------
