@@ -20,6 +20,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenize import tokenize
 from tqdm import tqdm
 
+from data.models.copies import check_same_files
 from data.models.hub import file_hash, model_hash
 from data.models.named import load_model, open_models, own_sets, table_sort_key
 from data.models.sampling import (
@@ -147,6 +148,7 @@ def open_columns(names, limit=None, ban=None):
         for part, path in found.items():
             if paths.setdefault(part, path).resolve() != path.resolve():
                 raise InputError(f"--data: two sets are called {part!r}; evaluate them separately")
+    check_same_files(path / "test.jsonl" for path in paths.values())
     for name, path in paths.items():
         rows = read_rows(path / "test.jsonl", limit)
         print_unscorable(name, [row.references for row in rows])

@@ -16,12 +16,12 @@ legitimate. The mean at a step is over the responses that have not ended before 
 
 import data.process.threads  # noqa: F401  (must precede torch: it sets how threads wait)
 
-import itertools
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from data.models.copies import check_same_files
 from data.models.named import find_model, load_model
 from data.models.sampling import CACHE_SHARE_ALONE, sample_all
 from data.models.tokenizer import check_same_vocabulary
@@ -244,13 +244,15 @@ def main(argv=None):
     files.check_output_dir(args.out)
     device, args.dtype = dist.init_process(args.dtype or "float32")
     path = dist.run_on_rank0(find_data_dir, args.data) / "test.jsonl"
+    kept = [dist.run_on_rank0(checkpoints, run) for run in args.along]
+    models = [*args.students, *(checkpoint for steps in kept for checkpoint in steps.values())]
+    check_same_files([path], [args.teacher, *models])
     rows = read_rows(path, args.rows, needs_output=False)
     students = dict(zip(unique_labels(args.students), args.students))
-    kept = [dist.run_on_rank0(checkpoints, run) for run in args.along]
     runs = dict(zip(unique_labels(args.along), kept))
     p, tokenizer = load_model(args.teacher, device)
     # Check every student before anything is sampled, which can take hours.
-    for student in itertools.chain(args.students, *(steps.values() for steps in kept)):
+    for student in models:
         check_same_vocabulary(args.teacher, student, tokenizer, find_model(student)[1])
     settings = vars(args) | {"requests": len(rows)}
     fix = "lower --batch or --micro-batch-tokens, or use smaller models"

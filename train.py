@@ -477,6 +477,7 @@ def run_stage(name, s, out, micro_batch_tokens, device, paper=None, keep=0, save
 
 def run_stages(planned, args, device):
     """Run the stages of a plan (see `data.runs.plan.plan_stages`), each unless it is complete."""
+    stages.check_out(planned, args.out)
     for stage in planned:
         if stage.kind == "responses":
             stages.sample_responses(stage.directory, stage.settings, device)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from data.models.checkpoint import load, read_config
+from data.models.copies import check_same_files
 from data.models.hub import OFFICIAL_MODELS, find_local_model, find_model_dir
 from data.models.tokenizer import (
     GPT2_VOCAB_SIZE,
@@ -102,6 +103,9 @@ def table_sort_key(kind, size):
 def open_models(names):
     """Models by name, {label: Model}, in a table's order. Directories without a model are skipped.
     Raises InputError if no model is left."""
+    paths = [Path(name) for name in names]
+    runs = [path.parent if path.name == "best" else path for path in paths]
+    check_same_files([run / "run.json" for run in runs], names)
     found, models = [], {}
     for name in names:
         if os.path.isdir(name) and not (find_model_dir(name) / "config.json").is_file():

@@ -7,11 +7,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data.models.copies import check_same_files
 from data.models.named import load_model
 from data.models.tensors import load_prompt
 from data.process import dist
 from data.process.command_line import ArgumentParser, number_in_range
 from data.process.errors import InputError
+from data.process.files import name_errors
 from data.process.packed import packed_weights
 from data.runs.options import add_decoding_options, add_precision_option
 from data.sets.rows import (
@@ -132,7 +134,7 @@ def sample_to_file(model, tokenizer, rows, key, path, max_new_tokens, dtype="flo
             )
             sampled = dist.all_gather_list([(e.index, y) for e, y in zip(mine, responses)])
             if dist.rank() == 0:
-                with open(partial, "a", encoding="utf-8") as file:
+                with name_errors(partial), open(partial, "a", encoding="utf-8") as file:
                     for index, response in sorted(sampled):
                         row, text = rows[index], decode_response(response, tokenizer)
                         line = {"instruction": row.instruction, "input": row.input, "output": text}
@@ -171,6 +173,7 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     device, dtype = dist.init_process(args.dtype)
+    check_same_files([path for path in (args.file, args.prompt) if path], [args.model])
     rows = [Row(0, args.instruction, args.input, ())]
     if args.file is not None:
         # On one rank: what comes through a pipe can be read only once.

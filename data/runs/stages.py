@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from data.models.copies import check_same_files, check_shared_out
 from data.models.hub import file_hash, find_model_dir, model_hash
 from data.models.named import count_parameters, find_model, load_model
 from data.models.sampling import sample_to_file
@@ -84,13 +85,14 @@ def open_stage(directory, settings, files, paper=None):
     """Open a stage's run (see `runs.open_run`). settings: a dict. files: the paths of its data
     files. paper: which of the paper's runs it is."""
 
+    fields = () if settings["method"] == "pretrain" else ("student", "teacher")
+    models = {field: settings[field] for field in fields if settings.get(field)}
+    texts = {field: settings[field] for field in file_fields() if settings.get(field)}
+    check_same_files([*files, *texts.values()], models.values())
+
     def hash_inputs():
         hashes = {path.name: file_hash(path) for path in files if path.is_file()}
-        for field in file_fields():
-            if settings.get(field):
-                hashes[field] = file_hash(settings[field])
-        fields = () if settings["method"] == "pretrain" else ("student", "teacher")
-        models = {field: settings[field] for field in fields if settings.get(field)}
+        hashes |= {field: file_hash(path) for field, path in texts.items()}
         return hashes | {field: model_hash(model) for field, model in models.items()}
 
     inputs = dist.run_on_rank0(hash_inputs)
@@ -237,13 +239,23 @@ def fetch_inputs(args, teacher, student):
     data_dir = dist.run_on_rank0(find_data_dir, args.data)  # before a model is downloaded
     if student is None:
         return
+    texts = [args.lm_data] if args.lm_data is not None else []
+    check_same_files([data_dir / "train.jsonl", data_dir / "dev.jsonl", *texts])
     read_rows(data_dir / "dev.jsonl", args.dev_rows)
     if args.lm_data is not None:
         n = dist.run_on_rank0(lambda: sum(1 for _ in iter_texts(args.lm_data)))
         print_corpus(args.lm_data, n)
+    check_same_files([], [name for name in (teacher, student) if name])
     tokenizers = [find_model(name)[1] for name in (teacher, student) if name]
     if teacher is not None:
         check_same_vocabulary(teacher, student, *tokenizers)
+
+
+def check_out(planned, out):
+    """Raise InputError if a stage of a plan would not find what an earlier one leaves in `out`."""
+    made = {str(stage.directory) for stage in planned}
+    if any(made.intersection(stage.inputs.values()) for stage in planned):
+        check_shared_out(out)
 
 
 def sample_responses(directory, s, device):

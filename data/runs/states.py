@@ -7,6 +7,7 @@ from pickle import PickleError
 
 import torch
 
+from data.models.copies import check_same_files
 from data.process import dist
 from data.process.dist import print0
 from data.process.errors import InputError
@@ -80,6 +81,7 @@ def load_state(run, directory):
     path = dist.run_on_rank0(find_newest_state, directory)
     if path is None:
         return {"step": 0, "best": None, "best_step": None, "hours": 0.0}
+    check_same_files([path])
     try:
         # For a GPU the file is mapped into memory that the ranks share, and copied by tensor.
         mmap = run.device.type == "cuda"
