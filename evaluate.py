@@ -6,6 +6,11 @@ python evaluate.py RUN|MODEL... --samples N    # and Table 6
 python evaluate.py RUN... --cost               # Table 2
 """
 
+import os.path
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # before others' `data`, `evaluate`
+
 import data.process.threads  # noqa: F401  (must precede torch: it sets how threads wait)
 
 import hashlib
@@ -22,10 +27,11 @@ from tqdm import tqdm
 
 from data.models.copies import check_same_files
 from data.models.hub import file_hash, model_hash
-from data.models.named import load_model, open_models, own_sets, table_sort_key
+from data.models.named import check_weights, load_model, open_models, own_sets, table_sort_key
 from data.models.sampling import (
     CACHE_SHARE,
     CACHE_SHARE_ALONE,
+    check_requests,
     common_batch_size,
     decode_response,
     sample_all,
@@ -37,8 +43,9 @@ from data.process.errors import InputError
 from data.process.files import read_json, write_atomic
 from data.runs import paper, report
 from data.runs.methods import DEFAULTS, METHODS
+from data.runs.names import UNFINISHED, run_kind, run_labels, unique_labels
 from data.runs.options import add_decoding_options, add_precision_option
-from data.runs.runs import UNFINISHED, read_record, run_dir, run_kind, run_labels, unique_labels
+from data.runs.runs import read_record, run_dir
 from data.sets.prepare import PUBLIC_SETS, find_data_dir
 from data.sets.rows import (
     encode_request,
@@ -256,6 +263,10 @@ def table_1(args, device):
     groups = group_runs(models, args.by) if args.by else {}
     sets = args.data or own_sets(models) or paper.PAPER_SETS
     columns = open_columns(sets, args.rows, args.no_repeat_ngram)
+    for m in models.values():  # before the first one is evaluated, which takes long
+        check_weights(m.name)
+        for label, column in columns.items():
+            check_requests(m.name, column.rows, args.max_new_tokens, label, "--max-new")
     sampling = {name: getattr(args, name) for name in (*paper.PAPER_SAMPLING, "dtype")}
     names, kept = {label: model.name for label, model in models.items()}, out / "responses"
     scores, paths = evaluate_models(

@@ -14,6 +14,11 @@ legitimate. The mean at a step is over the responses that have not ended before 
     python exposure_bias.py --teacher MODEL --along RUN... --data dolly             # Figure 3b
 """
 
+import os.path
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # before others' `data`, `evaluate`
+
 import data.process.threads  # noqa: F401  (must precede torch: it sets how threads wait)
 
 from pathlib import Path
@@ -22,16 +27,17 @@ import numpy as np
 import torch
 
 from data.models.copies import check_same_files
-from data.models.named import find_model, load_model
-from data.models.sampling import CACHE_SHARE_ALONE, sample_all
+from data.models.named import check_weights, find_model, load_model
+from data.models.sampling import CACHE_SHARE_ALONE, check_requests, sample_all
 from data.models.tokenizer import check_same_vocabulary
 from data.process import command_line, dist, errors, files
 from data.process.command_line import number_in_range
 from data.process.dist import print0
 from data.process.errors import InputError
+from data.runs.names import unique_labels
 from data.runs.options import add_precision_option
 from data.runs.report import MIN_ALIVE, last_reliable_step, write_figure
-from data.runs.runs import checkpoints, unique_labels
+from data.runs.runs import checkpoints
 from data.sets.prepare import find_data_dir
 from data.sets.rows import MAX_NEW_TOKENS, Example, encode_request, micro_batches, read_rows
 from losses import kl
@@ -251,9 +257,12 @@ def main(argv=None):
     students = dict(zip(unique_labels(args.students), args.students))
     runs = dict(zip(unique_labels(args.along), kept))
     p, tokenizer = load_model(args.teacher, device)
-    # Check every student before anything is sampled, which can take hours.
+    # Check every model before anything is sampled, which can take hours.
     for student in models:
         check_same_vocabulary(args.teacher, student, tokenizer, find_model(student)[1])
+        check_weights(student)
+    for model in [args.teacher, *models]:
+        check_requests(model, rows, args.steps, path, "--steps")
     settings = vars(args) | {"requests": len(rows)}
     fix = "lower --batch or --micro-batch-tokens, or use smaller models"
     with errors.explain_out_of_memory(f"students of {args.teacher} on {args.data}", fix):

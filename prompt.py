@@ -2,6 +2,10 @@
 `python prompt.py RUN` shows what the tuned prompt of a run does."""
 
 if __name__ == "__main__":
+    import os.path
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # before another `data`
     import data.process.threads  # noqa: F401  (must precede torch: it sets how threads wait)
 
 import torch

@@ -2,6 +2,10 @@
 `python sample.py MODEL` lets a model respond."""
 
 if __name__ == "__main__":
+    import os.path
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # before another `data`
     import data.process.threads  # noqa: F401  (must precede torch: it sets how threads wait)
 
 import zlib

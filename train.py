@@ -4,6 +4,11 @@ python train.py                                        the demo: offline, CPU or
 torchrun --nproc_per_node=8 train.py --student gpt2    the paper's main result, all its stages
 """
 
+import os.path
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # before others' `data`, `evaluate`
+
 import data.process.threads  # noqa: F401  (must precede torch: it sets how threads wait)
 
 import time
@@ -25,6 +30,7 @@ from data.process.files import check_output_dir
 from data.runs import options, plan, preview, runs, stages
 from data.runs.methods import Settings
 from data.runs.optim import adamw, clip_and_step, set_learning_rates
+from data.runs.preflight import check_plan
 from data.runs.runs import format_time
 from data.runs.states import load_state, save_state
 from data.runs.tuned_prompt import untuned_prompt
@@ -54,6 +60,8 @@ class Run:
     ddp_student: torch.nn.Module  # in `dist.DDP` under torchrun, else the student; for training
     optimizer: torch.optim.Optimizer
     teacher: GPT | None = None  # frozen
+    teacher_name: str | None = None  # as run.json has it
+    teacher_hash: str | None = None  # SHA-256
     P: torch.Tensor | None = None  # (prompt_length, C of the teacher)
     prompt_optimizer: torch.optim.Optimizer | None = None
     steps_per_epoch: int | None = None
@@ -463,6 +471,8 @@ def run_stage(name, s, out, micro_batch_tokens, device, paper=None, keep=0, save
             blocks = run.lm_blocks or []
             stages.check_positions(run, [*examples, *data.dev_examples, *blocks])
             record["keep"] = keep
+            run.teacher_name = record["settings"]["teacher"]
+            run.teacher_hash = record["inputs"].get("teacher")
             dist.run_on_rank0(runs.write_record, directory, record)
             progress = load_state(run, directory)
             if progress["step"] and progress["best_step"] == progress["step"]:
@@ -477,7 +487,7 @@ def run_stage(name, s, out, micro_batch_tokens, device, paper=None, keep=0, save
 
 def run_stages(planned, args, device):
     """Run the stages of a plan (see `data.runs.plan.plan_stages`), each unless it is complete."""
-    stages.check_out(planned, args.out)
+    check_plan(planned, args.out)
     for stage in planned:
         if stage.kind == "responses":
             stages.sample_responses(stage.directory, stage.settings, device)

@@ -152,7 +152,7 @@ def tiny_tokenizer():
 
 def talker_config():
     """The sizes of a tiny model for tiny_tokenizer, with enough positions for a request."""
-    return replace(TINY, vocab_size=tiny_tokenizer().n_vocab, n_positions=288)
+    return replace(TINY, vocab_size=tiny_tokenizer().n_vocab, n_positions=384)
 
 
 def transformers_model(config=TINY):

@@ -19,9 +19,10 @@ from data.process import dist
 from data.process.dist import print0
 from data.process.errors import InputError, explain_out_of_memory
 from data.runs.methods import METHODS, SIZES, STAGES
+from data.runs.names import run_kind, run_labels
 from data.runs.paper import PUBLISHED
-from data.runs.runs import read_record, run_dir, run_kind, run_labels
-from data.sets.prepare import PUBLIC_SETS
+from data.runs.runs import read_record, run_dir
+from data.sets.prepare import NAMED_SETS, PUBLIC_SETS
 from model import GPT
 
 MAX_PADDING = 1024  # rows after the tokenizer's tokens; with more, it is another model's
@@ -55,6 +56,17 @@ def load_model(name, device, dropout=None):
         rows = f"embedding rows after the tokenizer's {tokenizer.n_vocab:,} tokens are dropped"
         dist.print_once(f"{directory}: {rows}: {', '.join(dropped)}")
     return model, tokenizer
+
+
+def check_weights(name):
+    """Raise InputError if the weights of a model can't be loaded. One rank loads them, on the CPU,
+    and keeps nothing."""
+    directory, tokenizer, _ = find_model(name)
+
+    def check():
+        load(directory, vocab_size=tokenizer.n_vocab)
+
+    dist.run_on_rank0(check)
 
 
 def count_parameters(name):
@@ -125,7 +137,7 @@ def resolve_input(directory, name):
     """The name from here of a model or data set that `directory`, a run, has recorded: a path is
     relative to the folder of the run."""
     path = directory.parent / name
-    is_path = path.exists() and name not in ("demo", *PUBLIC_SETS)
+    is_path = path.exists() and name not in NAMED_SETS
     return str(path) if is_path else name
 
 

@@ -7,9 +7,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data.models.checkpoint import read_config
 from data.models.copies import check_same_files
-from data.models.named import load_model
-from data.models.tensors import load_prompt
+from data.models.hub import model_hash
+from data.models.named import find_model, load_model
+from data.models.tensors import load_prompt, prompt_metadata, prompt_path
 from data.process import dist
 from data.process.command_line import ArgumentParser, number_in_range
 from data.process.errors import InputError
@@ -88,7 +90,25 @@ def check_positions(models, longest, max_new_tokens):
     n_positions = min(model.config.n_positions for model in models)
     if longest + max_new_tokens - 1 > n_positions:  # the last new token is never read
         problem = f"{longest} tokens of prompt and request and {max_new_tokens} new ones exceed"
-        raise InputError(f"{problem} the model's {n_positions} positions; shorten them")
+        fix = "use a shorter request, fewer new tokens, or a model with more"
+        raise InputError(f"{problem} the model's {n_positions} positions; {fix}")
+
+
+def check_requests(name, rows, max_new_tokens, source, option):
+    """Raise InputError if a model has too few positions for a request and its response.
+
+    name: of the model. source: where the rows are from. option: that which sets max_new_tokens.
+    """
+    directory, tokenizer, _ = find_model(name)
+    n_positions = read_config(directory).n_positions
+    if n_positions >= MAX_REQUEST + max_new_tokens - 1:
+        return
+    lengths = [len(encode_request(row, tokenizer)[0]) for row in rows]
+    if max(lengths) + max_new_tokens - 1 > n_positions:
+        row = f"row {1 + lengths.index(max(lengths))} of {source}"
+        problem = f"{row} has a request of {max(lengths)} tokens, and {max_new_tokens} new ones"
+        fix = f"lower {option}, or use a model with more"
+        raise InputError(f"{problem} exceed the {n_positions} positions of {name}; {fix}")
 
 
 def sampling_batch_size(
@@ -149,6 +169,19 @@ def decode_response(response, tokenizer):
     return tokenizer.decode([token for token in response if token != tokenizer.eot_token])
 
 
+def warn_of_other_teacher(prompt, model):
+    """Print a warning if a soft prompt was tuned for another model, or does not say for which."""
+    path, metadata = prompt_path(prompt), prompt_metadata(prompt)
+    problem = ""
+    if "teacher_sha256" not in metadata:
+        problem = "does not say which teacher it was tuned for"
+    elif metadata["teacher_sha256"] != model_hash(model):
+        teacher = metadata.get("teacher")
+        problem = f"was tuned for the teacher {teacher}, and {model} is another model"
+    if problem:
+        print(f"warning: {path}: {problem}", file=sys.stderr, flush=True)
+
+
 def parse_args(argv):
     help = "Let a model respond to an instruction, or to a file of them."
     parser = ArgumentParser("sample.py", description=help)
@@ -173,13 +206,16 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     device, dtype = dist.init_process(args.dtype)
-    check_same_files([path for path in (args.file, args.prompt) if path], [args.model])
+    check_same_files([prompt_path(args.prompt)] if args.prompt else [], [args.model])
     rows = [Row(0, args.instruction, args.input, ())]
     if args.file is not None:
         # On one rank: what comes through a pipe can be read only once.
         rows = dist.run_on_rank0(lambda: read_rows(args.file, needs_output=False))
     model, tokenizer = load_model(args.model, device)
-    P = None if args.prompt is None else load_prompt(args.prompt, model.config.n_embd).to(device)
+    P = None
+    if args.prompt is not None:
+        P = load_prompt(args.prompt, model.config.n_embd).to(device)
+        dist.run_on_rank0(warn_of_other_teacher, args.prompt, args.model)
     requests, shortened = zip(*(encode_request(row, tokenizer) for row in rows))
     if any(shortened) and dist.rank() == 0:
         print(f"{sum(shortened)} of {len(rows)} requests were shortened to fit", file=sys.stderr)

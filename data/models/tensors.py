@@ -50,12 +50,14 @@ def load_tensors(path):
     return safetensors.torch.load_file(path)
 
 
-def save_tensors(tensors, path):
+def save_tensors(tensors, path, metadata=None):
     """Write float32 tensors to a safetensors file atomically. Raises OSError, as for a full disk.
+    metadata: strings by name, which the file also holds.
 
     safetensors' own save_file gives the same bytes, but asks more of a file system.
     """
-    tensors, header, end = sorted(tensors.items()), {"__metadata__": {"format": "pt"}}, 0
+    header = {"__metadata__": {"format": "pt"} | (metadata or {})}
+    tensors, end = sorted(tensors.items()), 0
     for name, tensor in tensors:
         start, end = end, end + tensor.nbytes
         header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [start, end]}
@@ -67,19 +69,35 @@ def save_tensors(tensors, path):
             file.write(tensor.numpy())
 
 
-def save_prompt(P, directory):
-    """Write P (prompt_length, C) to `prompt.safetensors` in a checkpoint directory."""
+def save_prompt(P, directory, teacher=None, teacher_hash=None):
+    """Write P (prompt_length, C) to `prompt.safetensors` in a checkpoint directory, with the name
+    and the hash (see `hub.model_hash`) of the teacher that it is tuned for."""
+    metadata = {"kind": "soft prompt: embeddings in front of the request"}
+    if teacher_hash is not None:
+        name = teacher.encode("utf-8", "backslashreplace").decode()  # it may have lone surrogates
+        metadata |= {"teacher": name, "teacher_sha256": teacher_hash}
     tensor = P.detach().float().cpu().contiguous()
-    save_tensors({"prompt": tensor}, Path(directory) / "prompt.safetensors")
+    save_tensors({"prompt": tensor}, Path(directory) / "prompt.safetensors", metadata)
+
+
+def prompt_path(path):
+    """Where a soft prompt is: in a file, or in `prompt.safetensors` of a directory."""
+    path = Path(path)
+    return path / "prompt.safetensors" if path.is_dir() else path
+
+
+def prompt_metadata(path):
+    """What a readable file of a soft prompt says of itself: strings by name (see `save_prompt`)."""
+    with open(prompt_path(path), "rb") as file:
+        n = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(n)).get("__metadata__", {})
 
 
 def load_prompt(path, width):
-    """Read a soft prompt, float32 (prompt_length, C), from a file or from `prompt.safetensors` in a
-    directory. width: the C of the model that it will be prepended to. Raises InputError if it does
-    not fit or the file can't be read."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / "prompt.safetensors"
+    """Read a soft prompt, float32 (prompt_length, C), from its `prompt_path`. width: the C of the
+    model that it will be prepended to. Raises InputError if it does not fit or the file can't be
+    read."""
+    path = prompt_path(path)
     hint = "a PromptKD run keeps its prompt in best/prompt.safetensors"
     try:
         P = load_tensors(path).get("prompt")

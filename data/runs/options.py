@@ -109,6 +109,15 @@ def check_options(args):
         if getattr(args, name) is not None and name not in used:
             problem = f"has no effect here (method {args.method})"
             raise InputError(f"--{name.replace('_', '-')} {problem}; leave it out")
+    prompt_is_of_text = args.prompt_init in (None, "text") or args.prompt_length is None
+    for name, cause, has_effect in (
+        ("epochs", "--steps", args.steps is None),
+        ("reg_kl", "--reg 0", args.reg != 0),
+        ("prompt_text", f"--prompt-init {args.prompt_init} --prompt-length", prompt_is_of_text),
+    ):
+        if getattr(args, name) is not None and not has_effect:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} has no effect with {cause}; leave it out")
     if method.start == "shape":
         parse_shape(args.shape)
     has_model = args.student or args.teacher or args.init or args.sft_teacher

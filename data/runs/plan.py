@@ -19,9 +19,10 @@ from data.runs.methods import (
     nearest_size,
     preset,
 )
+from data.runs.names import base_label, override_suffix
 from data.runs.options import parse_shape
 from data.runs.paper import PUBLISHED, paper_row
-from data.runs.runs import base_label, override_suffix, read_record
+from data.runs.runs import read_record
 from data.sets.demo import STUDENT, TEACHER, TOKENIZER_DIR
 
 MAX_NAME_BYTES = 255  # of a file or directory, on the usual file systems
@@ -32,7 +33,7 @@ class Model:
     """What is known of a model that a stage starts from. It may be one that is still to be made."""
 
     name: str  # as settings have it
-    base: str  # the short name of what it was trained from (see `data.runs.runs.base_label`)
+    base: str  # the short name of what it was trained from (see `data.runs.names.base_label`)
     origin: str  # a named model with the same tokenizer
     n_parameters: int | None  # None: not known before it is downloaded
     paper: str | None  # which of the paper's runs it is
@@ -206,6 +207,7 @@ def plan_keep(directory, asked):
 def data_label(args):
     """What a run's name says of its data: nothing for all of dolly."""
     label = "" if args.data == "dolly" else f"-{Path(os.path.abspath(args.data)).name}"
+    label += "-dir" if label == "-demo" and args.data != "demo" else ""  # not our demo
     return f"{label}-{args.train_rows}rows" if args.train_rows else label
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from data.process.files import write_atomic
-from data.runs.runs import printable, unique_labels
+from data.runs.names import printable, unique_labels
 from data.sets.rows import read_jsonl
 
 # Lowest share of responses alive at which a generation step is reliable (Figures 3a and 3b)

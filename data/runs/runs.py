@@ -1,4 +1,4 @@
-"""A run's directory: run.json, metrics.jsonl, checkpoints, and the names of runs."""
+"""A run's directory: run.json, metrics.jsonl and checkpoints."""
 
 import gc
 import json
@@ -8,7 +8,6 @@ import platform
 import shutil
 import sys
 import time
-import zlib
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -34,9 +33,9 @@ RUN_FORMAT = 3  # of run.json and the files beside it; raise it when their meani
 RECORD_FIELDS = {"name": str, "settings": dict, "inputs": dict | None}
 RECORD_FIELDS |= {"base": str | None, "paper": str | None, "parameters": int | None}
 RECORD_FIELDS |= {"hours": float | int | None, "complete": bool | None, "keep": int | None}
+RECORD_FIELDS |= {"later_versions": list | None}
 LOCATIONS = {"data", "responses"}  # settings that say where inputs are, besides `file_fields`
-WAY_OUT = "choose another --out, or remove it"
-UNFINISHED = " (unfinished)"  # appended to the label of a run that is not complete
+WAY_OUT = "choose another --out, or move it elsewhere"
 
 
 def run_dir(model):
@@ -49,7 +48,7 @@ def read_record(model):
     """The run.json of a run, {} for any other model. model: a run's directory or its `best/`.
     Raises InputError if the file is damaged or of another version of this project."""
     directory = run_dir(model)
-    path, fix = directory / "run.json", f"remove {directory} and train it again"
+    path, fix = directory / "run.json", f"restore it, or move {directory} elsewhere"
     if not path.is_file():
         return {}
     record = read_json(path, fix)
@@ -58,7 +57,7 @@ def read_record(model):
         raise InputError(f"{path}: {problem}; move it out of {directory} to use the model there")
     if record.get("format") != RUN_FORMAT:
         problem = "was made by another version of this project"
-        raise InputError(f"{path}: {problem}; choose another --out, or remove {directory}")
+        raise InputError(f"{path}: {problem}; choose another --out, or move {directory} elsewhere")
     for field, kind in RECORD_FIELDS.items():
         if not isinstance(record.get(field), kind):
             raise InputError(f"{path}: field '{field}' is wrong; {fix}")
@@ -81,18 +80,26 @@ def open_run(directory, description, inputs):
 
 def _check_run(directory, description, inputs):
     record = read_record(directory)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
     if not record:
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
         return {"format": RUN_FORMAT, **description, "inputs": inputs, "versions": versions}
     check_settings(directory, record, description["settings"], set(inputs))
-    for name, value in inputs.items():
-        if record.get("inputs", {}).get(name) != value:
-            source = description["settings"].get(name) or description["settings"]["data"]
-            problem = f"{name} ({source}) is not what it was made with"
-            raise InputError(f"{directory}: {problem}: its content has changed; {WAY_OUT}")
+    check_inputs(directory, record, inputs, WAY_OUT)
+    later = record.get("later_versions", [])
     if record.get("complete"):
         shutil.rmtree(directory / "state", ignore_errors=True)  # if finish_run was interrupted
+    elif versions not in [record.get("versions"), *later]:
+        record["later_versions"] = [*later, versions]
     return description | record
+
+
+def check_inputs(directory, record, inputs, fix):
+    """Raise InputError if a run was made with other inputs. inputs: {name: SHA-256}."""
+    for name, value in inputs.items():
+        if record.get("inputs", {}).get(name) != value:
+            source = record["settings"].get(name) or record["settings"]["data"]
+            problem = f"{name} ({source}) is not what it was made with"
+            raise InputError(f"{directory}: {problem}: its content has changed; {fix}")
 
 
 def check_settings(directory, record, settings, inputs):
@@ -148,14 +155,6 @@ def _lock(directory):
                 with suppress(OSError):
                     remove()
             lock.close()
-
-
-def recorded_name(name, out):
-    """How run.json names a model or a data set: inside --out relative to it, else as given."""
-    if not name or not os.path.exists(name):
-        return name
-    path, out = run_dir(name), Path(out).resolve()
-    return path.relative_to(out).as_posix() if path.is_relative_to(out) else name
 
 
 def write_record(directory, record):
@@ -272,7 +271,7 @@ def save_checkpoint(run, directory):
         for file, text in zip(("vocab.json", "merges.txt"), tokenizer_files(run.tokenizer)):
             write_atomic(directory / file, text)
         if run.P is not None:
-            save_prompt(run.P, directory)
+            save_prompt(run.P, directory, run.teacher_name, run.teacher_hash)
 
     dist.run_on_rank0(write)
 
@@ -298,51 +297,3 @@ def checkpoints(run):
     if len(nearest) < 10:
         print(f"{run}: checkpoints up to its best step: {len(nearest)}, not 10", flush=True)
     return {step: by_step[step] for step in sorted(nearest)}
-
-
-def base_label(model):
-    """The short name of the model that a run starts from, for naming stages: gpt2-xl for gpt2-xl
-    itself and for every stage (pretrain, init, teacher) that was trained from it."""
-    record, name = read_record(model), run_dir(model).name
-    is_base = record and run_kind(record) in ("pretrain", "init", "teacher")
-    return record.get("base", name) if is_base else name
-
-
-def override_suffix(option, value):
-    """What an override adds to a run's name: -lr0.001. A file adds its name without the suffix, any
-    other text its checksum. option: of data.runs.methods."""
-    if option.metavar == "FILE":
-        value = Path(value).stem
-    elif isinstance(value, float):
-        value = f"{value:g}"
-    elif isinstance(value, str) and not option.choices:
-        value = f"{zlib.crc32(value.encode('utf-8', 'surrogatepass')):08x}"
-    return f"-{option.name.replace('_', '')}{value}"
-
-
-def unique_labels(names):
-    """A short label for each model or data set: its directory's name, with as many parent
-    directories as it takes to tell it from the others."""
-    parts = [run_dir(name).parts if os.path.exists(name) else (name,) for name in names]
-    depth = 1
-    while len({p[-depth:] for p in parts}) < len(set(parts)):
-        depth += 1
-    return [printable("/".join(p[-depth:])) for p in parts]
-
-
-def printable(name):
-    """A name on one line of valid text. A file's name may have newlines, and bytes that are not
-    UTF-8, which Python reads as lone surrogates."""
-    return " ".join(name.splitlines()).encode("utf-8", "backslashreplace").decode()
-
-
-def run_labels(names):
-    """Labels of models as in `unique_labels`, with a mark on runs that are not complete."""
-    records = [read_record(name) if os.path.exists(name) else {} for name in names]
-    marks = [UNFINISHED if record and not record.get("complete") else "" for record in records]
-    return [label + mark for label, mark in zip(unique_labels(names), marks)]
-
-
-def run_kind(record):
-    """The kind of stage that a run is: "teacher", "init", "promptkd", ..."""
-    return record["name"].split("-")[0]

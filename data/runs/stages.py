@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from data.models.copies import check_same_files, check_shared_out
+from data.models.copies import check_same_files
 from data.models.hub import file_hash, find_model_dir, model_hash
 from data.models.named import count_parameters, find_model, load_model
 from data.models.sampling import sample_to_file
@@ -19,7 +19,8 @@ from data.process.dist import print0
 from data.process.errors import InputError, explain_out_of_memory
 from data.runs import report, runs
 from data.runs.methods import file_fields
-from data.runs.runs import LOCATIONS, base_label, finish_run, format_time
+from data.runs.names import base_label, recorded_name
+from data.runs.runs import LOCATIONS, finish_run, format_time
 from data.sets.demo import TOKENIZER_DIR
 from data.sets.prepare import PRETRAINING_FILE, find_data_dir, write_pretraining_text
 from data.sets.rows import (
@@ -98,7 +99,7 @@ def open_stage(directory, settings, files, paper=None):
     inputs = dist.run_on_rank0(hash_inputs)
     recorded = dict(settings)
     for field in (LOCATIONS | file_fields() | set(inputs)) & set(settings):
-        recorded[field] = runs.recorded_name(settings[field], directory.parent)
+        recorded[field] = recorded_name(settings[field], directory.parent)
     description = {"name": directory.name, "base": base_label(settings["student"])}
     description |= {"paper": paper, "settings": recorded}
     return runs.open_run(directory, description, inputs)
@@ -249,13 +250,6 @@ def fetch_inputs(args, teacher, student):
     tokenizers = [find_model(name)[1] for name in (teacher, student) if name]
     if teacher is not None:
         check_same_vocabulary(teacher, student, *tokenizers)
-
-
-def check_out(planned, out):
-    """Raise InputError if a stage of a plan would not find what an earlier one leaves in `out`."""
-    made = {str(stage.directory) for stage in planned}
-    if any(made.intersection(stage.inputs.values()) for stage in planned):
-        check_shared_out(out)
 
 
 def sample_responses(directory, s, device):

@@ -5,6 +5,7 @@ import math
 import torch
 from torch.nn.functional import normalize
 
+from data.models.hub import file_hash, model_hash
 from data.models.named import load_model, resolve_input
 from data.models.sampling import sample_all
 from data.models.tensors import load_prompt
@@ -65,6 +66,15 @@ def measure(p, q, P, batch, dtype):
     return torch.stack([*kls, *losses])
 
 
+def check_inputs(directory, record, dev_path, teacher):
+    """Raise InputError if a run's validation rows or its teacher have changed since."""
+    inputs = {"dev.jsonl": file_hash(dev_path), "teacher": model_hash(teacher)}
+    known = {name: value for name, value in inputs.items() if name in record.get("inputs", {})}
+    for name in inputs.keys() - known.keys():
+        print(f"warning: {directory}: its run.json does not have the hash of its {name}")
+    runs.check_inputs(directory, record, known, "put back what it was, or train the run again")
+
+
 def main(argv=None):
     parser = ArgumentParser("prompt.py", description="What a run's tuned prompt does.")
     parser.add_argument("run", metavar="RUN", help="the directory of a complete PromptKD run")
@@ -75,7 +85,9 @@ def main(argv=None):
         raise InputError(f"{directory}: is not a complete run of train.py --method promptkd")
     teacher, data = (resolve_input(directory, s[field]) for field in ("teacher", "data"))
     device, dtype = dist.init_process(s["dtype"])
-    rows = read_rows(prepare.find_data_dir(data) / "dev.jsonl", s["max_dev_rows"])
+    path = prepare.find_data_dir(data) / "dev.jsonl"
+    rows = read_rows(path, s["max_dev_rows"])
+    dist.run_on_rank0(check_inputs, directory, record, path, teacher)
     q, tokenizer = load_model(directory, device)
     p, _ = load_model(teacher, device)
     P = load_prompt(directory / "best", p.config.n_embd).to(device)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from data.models.hub import download, hub_url
 from data.process.command_line import ArgumentParser
+from data.process.dist import print_once
 from data.process.errors import InputError
 from data.process.files import check_output_dir, write_atomic
 from data.runs.paper import PAPER_SETS
@@ -54,6 +55,7 @@ PUBLIC_SETS = {
     "sinst": paper_test_set("sinst", "MiniLLM/sinst", "11_/valid.jsonl"),
     "uinst": paper_test_set("uinst", "MiniLLM/uinst", "11_/valid.jsonl"),
 }
+NAMED_SETS = (*PUBLIC_SETS, "demo")
 
 
 def prepared_dir(name):
@@ -172,6 +174,10 @@ def write_pretraining_text(directory):
 def find_local_data(name):
     """The directory of a data set, as `find_data_dir`, and whether it is ready: one of PUBLIC_SETS
     or "demo" may have to be prepared first. Writes and downloads nothing."""
+    hides_folder = name in NAMED_SETS and os.path.isdir(name)
+    if hides_folder and Path(name).resolve() != prepared_dir(name).resolve():
+        problem = f"the set of this project is taken, not the folder {name} here"
+        print_once(f"warning: data {name!r}: {problem}; for the folder give ./{name}")
     if name == "demo":
         version = prepared_dir(name) / "version.txt"  # that of another version of the demo is old
         is_ready = version.is_file() and version.read_text(encoding="utf-8") == demo.VERSION
@@ -180,8 +186,7 @@ def find_local_data(name):
         directory, splits = prepared_dir(name), PUBLIC_SETS[name].splits
         return directory, all((directory / f"{split}.jsonl").is_file() for split in splits)
     if not os.path.isdir(name):
-        known = ", ".join((*PUBLIC_SETS, "demo"))
-        expected = f"train.jsonl, dev.jsonl and test.jsonl, or one of {known}"
+        expected = f"train.jsonl, dev.jsonl and test.jsonl, or one of {', '.join(NAMED_SETS)}"
         raise InputError(f"data {name!r}: no such directory; give one with {expected}")
     return Path(name), True
 

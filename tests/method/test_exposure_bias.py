@@ -28,8 +28,9 @@ from safetensors.torch import load_file, save_file
 import exposure_bias
 from data.models.checkpoint import load
 from data.runs import report
+from data.runs.names import unique_labels
 from data.runs.report import last_reliable_step
-from data.runs.runs import RUN_FORMAT, checkpoints, unique_labels
+from data.runs.runs import RUN_FORMAT, checkpoints
 from data.sets.rows import fill_template
 from exposure_bias import excess_accumulated_error, exposure_curve, kl_by_step, main
 from sample import row_uniforms, sample

@@ -317,6 +317,10 @@ OPTIONS = {
     "train.py --init student --student student": "--student has no effect|leave it out",
     "train.py --method kd --init student": "--init has no effect|leave it out",
     "train.py --method sft --reg 0": "--reg has no effect|leave it out",
+    "train.py --epochs 7 --steps 2": "--epochs has no effect with --steps; leave it out",
+    "train.py --reg 0 --reg-kl forward": "--reg-kl has no effect with --reg 0; leave it out",
+    "train.py --prompt-text a --prompt-init random --prompt-length 2": "--prompt-text has no effect"
+    " with --prompt-init random --prompt-length; leave it out",
     "evaluate.py": "name at least one run or model|evaluate.py gpt2",
     "evaluate.py --score a.jsonl": "--score RESPONSES.jsonl goes with --references TEST.jsonl",
     "evaluate.py --references a.jsonl": "--score RESPONSES.jsonl goes with --references TEST.jsonl",
@@ -329,7 +333,8 @@ OPTIONS = {
     "evaluate.py --cost data": "none of the directories has a run.json|name runs",
     "evaluate.py data --data data": "none of the directories has a model|name a run",
     "evaluate.py ''": "model ''|no such directory|hub id owner/name",
-    "evaluate.py student --data data --max-new 390": "exceed the model's 400 positions|shorten",
+    "evaluate.py student --data data --max-new 390": "row 1 of data|exceed the 400 positions of "
+    "student; lower --max-new",
     "sample.py student": "give either --instruction TEXT|--file FILE",
     "sample.py student --instruction a --file data/test.jsonl": "give either --instruction TEXT",
     "sample.py student --file data/test.jsonl --input a": "--instruction|--input, or --file",
@@ -744,9 +749,8 @@ def test_a_file_of_a_model_that_is_damaged(refused, file, words):
 def test_a_damaged_model_is_found_before_anything_is_trained(refused, reader):
     command = (READERS | LATER_READERS)[reader]
     refused(command, "model 'no/where/x': no such directory", MODEL="no/where/x")
-    if reader in READERS:  # the others read the weights after a stage
-        put("broken/model.safetensors", last_value(GAIN, NAN))
-        refused(command, f"broken/model.safetensors|{GAIN}|not finite", MODEL="broken")
+    put("broken/model.safetensors", last_value(GAIN, NAN))
+    refused(command, f"broken/model.safetensors|{GAIN}|not finite", MODEL="broken")
     put("broken/merges.txt", b"#version: 0.2\na b c\n")
     refused(command, "broken/vocab.json", MODEL="broken")
     put("broken/config.json", config(n_layer="two"))
@@ -790,12 +794,44 @@ def test_teacher_and_student_with_different_tokenizers(refused, command):
         refused(command, parts, TEACHER=teacher)
 
 
-@pytest.mark.parametrize("model", ["teacher", "student"])
-def test_a_model_with_too_few_positions(refused, tmp_path, model):
-    short = write_checkpoint(tmp_path / "short", replace(CONFIG, n_positions=40), tiny_tokenizer())
-    models = {"T": "teacher", "S": "student"} | {model[0].upper(): short}
-    parts = f"the {model} has 40 positions|use a model with more"
-    refused("train.py --sft-teacher T --init S --data data", parts, **models)
+# Commands that need more than 200 positions, and what their messages name
+TOO_LONG = {
+    "train.py --sft-teacher SHORT --init student": "train.jsonl needs 348|the stage promptkd-",
+    "train.py --teacher teacher --init SHORT": "train.jsonl needs 324|the stage promptkd-",
+    "train.py --teacher teacher --student SHORT": "train.jsonl needs 324|the stage promptkd-",
+    "train.py --teacher SHORT --student student": "dev.jsonl needs 324|the stage teacher-",
+    "train.py --method gkd --sft-teacher SHORT --init student": "needs 324|the stage gkd-",
+    "train.py --method seqkd --sft-teacher SHORT --student student": "324|the stage responses-",
+    "train.py --method sft --student SHORT": "dev.jsonl needs 324|the stage sft-",
+    "evaluate.py student SHORT": "row 1 of data has a request of 69 tokens|lower --max-new",
+    "exposure_bias.py --teacher teacher --students student SHORT": "69 tokens|lower --steps",
+    "exposure_bias.py --teacher SHORT --students student": "69 tokens|lower --steps",
+}
+
+
+@pytest.mark.parametrize("command", TOO_LONG)
+def test_a_model_with_too_few_positions_is_found_before_anything_is_trained(
+    refused, tmp_path, command
+):
+    short = write_checkpoint(tmp_path / "short", replace(CONFIG, n_positions=200), tiny_tokenizer())
+    line = refused(f"{command} --data data", "200 positions", TOO_LONG[command], SHORT=short)
+    assert str(short) in line
+
+
+def test_a_prompt_that_is_too_long_is_found_before_anything_is_trained(refused):
+    command = "train.py --teacher teacher --student student --data data --prompt-length"
+    refused(command, "teacher: has 400 positions|needs 704|the stage promptkd", options=("380",))
+
+
+@pytest.mark.parametrize("student, teacher", [(324, 348), (400, 348), (324, 400)])
+def test_models_with_as_many_positions_as_the_rows_need_are_trained(tmp_path, student, teacher):
+    for name, n in {"S": student, "T": teacher}.items():
+        config = replace(CONFIG, n_positions=n)
+        write_checkpoint(tmp_path / name, config, tiny_tokenizer())
+    with pytest.raises(pytest.fail.Exception, match="training has started"):
+        run_program(
+            "train.py --sft-teacher T --init S --data data", T=tmp_path / "T", S=tmp_path / "S"
+        )
 
 
 # ---- runs --------------------------------------------------------------------------------------
@@ -808,8 +844,9 @@ RUN_READERS = {
     "sft-teacher": "train.py --sft-teacher run --init student --data data",
     "along": "exposure_bias.py --teacher teacher --along run --data data",
 }
-UNREADABLE = "run.json: can't be read as JSON|train it again"
-NOT_AN_OBJECT = "run.json: must be a JSON object|train it again"
+MOVE_IT = "restore it, or move "
+UNREADABLE = f"run.json: can't be read as JSON|{MOVE_IT}"
+NOT_AN_OBJECT = f"run.json: must be a JSON object|{MOVE_IT}"
 OTHER_VERSION = "run.json: was made by another version of this project; choose another --out"
 NOT_A_RECORD = {
     b"": UNREADABLE,
@@ -842,7 +879,7 @@ def test_a_damaged_run_json(refused):
         for value in values:
             put("run/run.json", original)
             change_json("run/run.json", **{field: value})
-            refused(RUN_READERS["cost"], f"run/run.json|'{field}' is wrong|train it again")
+            refused(RUN_READERS["cost"], f"run/run.json|'{field}' is wrong|{MOVE_IT}")
     for command in RUN_READERS.values():
         refused(command, "run/run.json|'inputs' is wrong")
 
@@ -905,7 +942,8 @@ def test_an_output_directory_of_other_settings_or_a_damaged_run_json(refused, fi
     refused(SFT, finished.parent, "was made with epochs None|choose another --out")
     for content, parts in NOT_A_RECORD.items():
         put(finished, content)
-        refused(SFT, finished, f"remove {finished.parent.resolve()}", parts)
+        line = refused(SFT, finished, f"move {finished.parent.resolve()} elsewhere", parts)
+        assert "remove" not in line  # it may be another tool's, beside the user's model
 
 
 @pytest.mark.parametrize("what", ["garbage", "truncated", "another model's", "code", "a list"])

@@ -115,7 +115,7 @@ COMMANDS = {
     "student/vocab.json": (evaluate, "student --data my --max-new 8"),
     "my/test.jsonl ": (exposure_bias, "--teacher teacher --students student --data my"),
     "teacher/merges.txt": (exposure_bias, "--teacher teacher --students student --data my"),
-    "my/dev.jsonl ": (sampling, "student --file my/dev.jsonl"),
+    "student/merges.txt": (sampling, "student --file my/dev.jsonl"),
 }
 
 

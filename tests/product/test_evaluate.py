@@ -35,6 +35,7 @@ from data.models.sampling import decode_response
 from data.process import dist
 from data.process.command_line import run_command_line
 from data.process.errors import InputError
+from data.runs.names import unique_labels
 from data.runs.paper import DEMO_SETS, PAPER_SCORES, PAPER_SETS
 from data.runs.report import (
     format_score,
@@ -44,7 +45,7 @@ from data.runs.report import (
     save_plot,
     score_table,
 )
-from data.runs.runs import RUN_FORMAT, unique_labels
+from data.runs.runs import RUN_FORMAT
 from data.sets.prepare import PUBLIC_SETS, PublicSet
 from data.sets.rows import fill_template, read_rows
 from evaluate import (
@@ -216,6 +217,24 @@ def test_labels_have_as_many_directories_as_make_them_unique(tmp_path):
     assert unique_labels(["gpt2", "owner/name"]) == ["gpt2", "owner/name"]
     assert unique_labels(["gpt2", gpt2]) == ["gpt2", f"{tmp_path.name}/gpt2"]
     assert unique_labels([x, x]) == ["run", "run"]
+
+
+@pytest.mark.parametrize("name", ["average", "reference"])
+def test_names_of_our_own_columns_and_rows_are_kept_apart(tmp_path, world, name):
+    """A data set called `average` does not overwrite its own score with the average, and a model
+    called `reference` does not take the place of the references."""
+    for source, target in (("near", tmp_path / "a" / name), ("model", tmp_path / "m" / name)):
+        shutil.copytree(world / source, target)
+    sets, model = [tmp_path / "a" / name, world / "far"], tmp_path / "m" / name
+    out = tmp_path / "out"
+    options = ["--seeds", 10, "--max-new", 5, "--samples", 1, "--out", out]
+    call(model, "--data", *sets, *options)
+    [scores] = table_1(out)["scores"].values()
+    assert list(scores) == [f"a/{name}", "far", "average"]
+    assert scores["average"] == [(scores[f"a/{name}"][0] + scores["far"][0]) / 2]
+    assert list(table_1(out)["scores"]) == [f"m/{name}"]
+    text = (out / "table6.md").read_text()
+    assert f"m/{name}" in text and "reference" in text.replace(f"m/{name}", "")
 
 
 # ---- models ------------------------------------------------------------------------------------

@@ -24,8 +24,9 @@ from helpers import (
 
 from data.models.tensors import load_prompt, save_prompt
 from data.runs import report
+from data.runs.names import unique_labels
 from data.runs.report import format_table, plot_bars, plot_curves, save_plot
-from data.runs.runs import read_record, unique_labels
+from data.runs.runs import read_record
 from data.sets.prepare import find_data_dir
 from sample import row_uniforms
 

@@ -24,8 +24,8 @@ from test_train import (  # noqa: F401
 import data.sets.prepare
 import train
 from data.process.errors import InputError
-from data.runs import runs
 from data.runs.methods import METHODS
+from data.runs.names import recorded_name
 from data.sets import demo
 
 SHAPE = "1x16x2"
@@ -109,7 +109,7 @@ def test_training_has_the_settings_of_the_plan(tmp_path, student, teacher, no_ta
         found = record(Path(directory))["settings"]
         named = {"data", "student", "teacher", "responses", "lm_data"} & found.keys()
         settings = stage["settings"]
-        settings |= {field: runs.recorded_name(settings[field], out) for field in named}
+        settings |= {field: recorded_name(settings[field], out) for field in named}
         assert settings == found
         if found["method"] != "responses":
             steps = record(Path(directory))["total_steps"]

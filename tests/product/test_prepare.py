@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from helpers import (
@@ -22,9 +23,18 @@ from helpers import (
     write_rows,
 )
 
+from data.process.dist import print_once
 from data.runs.paper import PAPER_SETS
 from data.sets import prepare as prepare_module
-from data.sets.prepare import PUBLIC_SETS, PublicSet, find_data_dir, main, prepare
+from data.sets.prepare import (
+    NAMED_SETS,
+    PUBLIC_SETS,
+    PublicSet,
+    find_data_dir,
+    find_local_data,
+    main,
+    prepare,
+)
 from data.sets.rows import read_rows
 
 SPLITS = ["dev.jsonl", "test.jsonl", "train.jsonl"]
@@ -485,6 +495,24 @@ def test_download_of_the_wrong_size_is_an_error_and_is_not_kept(server, tmp_path
 def test_directory_is_found_as_it_is(tmp_path, server):
     assert find_data_dir(str(tmp_path)) == tmp_path
     assert server.asked == []
+
+
+@pytest.mark.parametrize("name", NAMED_SETS)
+def test_our_set_is_taken_and_not_a_folder_of_its_name_and_this_is_said(
+    data_dir, tmp_path, monkeypatch, capsys, name
+):
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    print_once.cache_clear()
+    assert find_local_data(name) == (data_dir / name, False)
+    problem = f"the set of this project is taken, not the folder {name} here"
+    expected = f"warning: data {name!r}: {problem}; for the folder give ./{name}\n"
+    assert capsys.readouterr().err == expected
+    assert find_local_data(f"./{name}") == (Path(name), True)
+    (data_dir / name).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(data_dir)
+    find_local_data(name)  # it is the same folder
+    assert capsys.readouterr().err == ""
 
 
 def test_public_set_is_prepared_once(server, data_dir, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ from helpers import (
     write_rows,
 )
 
+from data.models.hub import file_hash, model_hash
 from data.models.tensors import save_prompt
 from data.runs.methods import Settings
 from data.runs.report import plot_response
@@ -317,6 +319,30 @@ def test_input_that_is_gone_is_an_error_and_writes_nothing(out, settings, expect
     run = write_run(out / f"without-{name}-{value.strip('/').replace('/', '-')}", P, **settings)
     assert expected in error_of(main, [str(run)])
     assert not (run / "prompt.json").exists()
+
+
+def test_a_teacher_or_rows_that_were_replaced_are_an_error(out, tmp_path, capsys):
+    copied = shutil.copytree(out, tmp_path / "out")
+    inputs = {"teacher": model_hash(copied / "teacher")}
+    inputs["dev.jsonl"] = file_hash(copied / "set" / "dev.jsonl")
+    run = write_run(copied / "run", P, record={"inputs": inputs})
+    inspect(run)
+    assert "warning" not in capsys.readouterr().out
+    for name, path in (("dev.jsonl", "set/dev.jsonl"), ("teacher", "teacher/config.json")):
+        content = (copied / path).read_bytes()
+        (copied / path).write_bytes(content + b" \n")
+        source = {"dev.jsonl": "set", "teacher": "teacher"}[name]
+        problem = f"{name} ({source}) is not what it was made with: its content has changed"
+        fix = "put back what it was, or train the run again"
+        assert error_of(main, [str(run)]) == f"{run}: {problem}; {fix}"
+        (copied / path).write_bytes(content)
+
+
+def test_a_run_without_the_hash_of_its_teacher_is_warned_of(run, capsys):
+    inspect(run)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    problem = "its run.json does not have the hash of its"
+    assert sorted(warnings) == [f"warning: {run}: {problem} {x}" for x in ("dev.jsonl", "teacher")]
 
 
 def test_prompt_that_is_missing_or_of_another_teacher_is_an_error(out):

@@ -231,11 +231,11 @@ def test_a_best_checkpoint_interrupted_after_its_state_was_saved_is_written_agai
     def validation(rouge_l):
         return {"val_loss": 1.0, "val_rouge_l": rouge_l, "val_prompted_loss": 1.0}
 
-    def stopping(P, directory):
+    def stopping(P, directory, *teacher):
         calls.append(directory)
         if directory.name == "best" and len(calls) > 1:
             raise Interrupted
-        save_prompt(P, directory)
+        save_prompt(P, directory, *teacher)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(runs, "save_prompt", stopping)
@@ -411,7 +411,7 @@ def test_data_that_has_changed_is_refused_by_name_and_no_file_is_changed(
     message = error_of(train.run_stage, "stage", s, tmp_path / "out", 600, CPU)
     assert message.endswith(
         f"out/stage: {name} (demo) is not what it was made with: its content has changed; "
-        "choose another --out, or remove it"
+        "choose another --out, or move it elsewhere"
     )
     assert files(tmp_path / "out") == before
     (mine / name).write_text("".join(lines))
@@ -437,7 +437,7 @@ def test_a_run_of_another_format_is_refused_and_no_file_is_changed(
     message = error_of(train.run_stage, "stage", s, tmp_path, 600, CPU)
     assert message == (
         f"{run_json}: was made by another version of this project; choose another --out, or "
-        f"remove {tmp_path / 'stage'}"
+        f"move {tmp_path / 'stage'} elsewhere"
     )
     assert files(tmp_path) == before
 

@@ -41,6 +41,7 @@ import train
 from data.models.checkpoint import load
 from data.runs import runs
 from data.runs.methods import ResponseSettings
+from data.runs.names import base_label
 
 CHANGED = "is not what it was made with: its content has changed; choose another --out, or"
 
@@ -71,7 +72,8 @@ def test_a_model_that_was_replaced_is_noticed(tmp_path, models, no_validation, c
     source = small if changed == "student" else wide
     change_weights(source)
     message = error_of(train.run_stage, "stage", s, tmp_path / "out", 1000, CPU)
-    assert message == f"{tmp_path / 'out' / 'stage'}: {changed} ({source}) {CHANGED} remove it"
+    directory = tmp_path / "out" / "stage"
+    assert message == f"{directory}: {changed} ({source}) {CHANGED} move it elsewhere"
 
 
 def test_a_tokenizer_that_was_replaced_is_noticed(tmp_path, models, no_validation):
@@ -131,12 +133,12 @@ def test_an_output_directory_can_be_moved_and_its_stages_are_named_relative_to_i
     capsys.readouterr()
     train_from(tmp_path / "elsewhere")
     assert "complete, skipped" in capsys.readouterr().out
-    assert runs.base_label("elsewhere/init-small") == student.name
+    assert base_label("elsewhere/init-small") == student.name
     # A stage that was trained from a stage: `small` is two records away.
     s = settings(student="elsewhere/init-small", steps=1)
     train.run_stage("init-again", s, "elsewhere", 1000, CPU)
     shutil.move("elsewhere", "moved")
-    assert runs.base_label("moved/init-again") == student.name
+    assert base_label("moved/init-again") == student.name
 
 
 def test_a_shape_is_compared_as_it_is(tmp_path, no_validation):
@@ -274,6 +276,22 @@ def test_without_locks_there_is_a_warning(
         in capsys.readouterr().out
     )
     assert record(tmp_path / "stage")["complete"]
+
+
+def test_a_run_names_every_version_of_pytorch_that_worked_on_it(
+    tmp_path, student, no_validation, monkeypatch
+):
+    s, versions = settings(student=str(student), steps=3), []
+    for step, torch_version in ((1, "2.11.0"), (2, "2.13.0"), (2, "2.13.0"), (None, "2.11.0")):
+        monkeypatch.setattr(torch, "__version__", torch_version)
+        if step is None:
+            train.run_stage("stage", s, tmp_path, 1000, CPU)
+        else:
+            interrupt(tmp_path, s, stop_step=step, save_every=1)
+        found = record(tmp_path / "stage")
+        versions = [found["versions"]["torch"]]
+        versions += [version["torch"] for version in found.get("later_versions", [])]
+    assert versions == ["2.11.0", "2.13.0"]
 
 
 # ---- --keep: recorded, never a reason to refuse a run ------------------------------------------

@@ -25,6 +25,7 @@ from helpers import (
 )
 
 from data.models import sampling
+from data.models.hub import model_hash
 from data.models.sampling import decode_response, main, sample_all, sample_to_file
 from data.models.tensors import save_prompt
 from data.process import dist
@@ -279,6 +280,22 @@ def test_a_soft_prompt_is_prepended(talker, talker_model, tmp_path, capsys):
     [expected], _ = sample(talker_model, [encode("Write.")], None, eos_token_id, 20, P=P)
     assert prompted["ids"] == expected != bare["ids"]
     assert records(capsys, *arguments, "--prompt", tmp_path / "prompt.safetensors") == [prompted]
+
+
+def test_a_prompt_of_another_teacher_or_of_none_is_warned_of(talker, tmp_path, capsys):
+    arguments = [talker, "--instruction", "Write.", "--max-new", 2, "--prompt", tmp_path]
+    path = tmp_path / "prompt.safetensors"
+    tuned_for_another = f"was tuned for the teacher out/x, and {talker} is another model"
+    unknown = "does not say which teacher it was tuned for"
+    for teacher, problem in (
+        ((), unknown),
+        (("out/x", "0" * 64), tuned_for_another),
+        (("elsewhere/m\udce9", model_hash(talker)), None),
+    ):
+        save_prompt(soft_prompt(5), tmp_path, *teacher)
+        main(list(map(str, arguments)))
+        expected = f"warning: {path}: {problem}\n" if problem else ""
+        assert after_device(capsys.readouterr().err) == expected
 
 
 @pytest.mark.parametrize("name", ["-", "/dev/stdin", "/dev/fd/PIPE"])

@@ -93,7 +93,7 @@ SCRIPT = """
 import torch
 import evaluate, losses, train
 from data.runs.methods import DEFAULTS, METHODS
-from data.runs.runs import override_suffix
+from data.runs.names import override_suffix
 from data.sets import prepare
 
 p, q = torch.randn(2, 5, 11, dtype=torch.float64)

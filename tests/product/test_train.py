@@ -33,6 +33,7 @@ from helpers import (
     write_checkpoint,
     write_rows,
 )
+from safetensors import safe_open
 
 import data.sets.prepare
 import evaluate
@@ -46,6 +47,7 @@ from data.process.errors import InputError
 from data.runs import plan as planning
 from data.runs import report, runs, stages, validation
 from data.runs.methods import METHODS, options_of_methods, preset
+from data.runs.names import base_label
 from data.runs.optim import MAX_GRAD_NORM, learning_rate
 from data.runs.options import parse_train_args
 from data.runs.paper import DEMO_SETS
@@ -433,7 +435,7 @@ def plan(hub, tmp_path, monkeypatch):
             best.mkdir(parents=True, exist_ok=True)
             (best / "config.json").write_bytes(config)
         found = {"format": runs.RUN_FORMAT, "name": name, "paper": paper, "complete": True}
-        found["base"] = runs.base_label(s.student)
+        found["base"] = base_label(s.student)
         (best.parent / "run.json").write_text(json.dumps({**found, "settings": asdict(s)}))
         return f"{out}/{name}"
 
@@ -445,6 +447,7 @@ def plan(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "sample_responses", sample_responses)
     monkeypatch.setattr(train, "show_demo", lambda models, device, dtype: None)
     monkeypatch.setattr(stages, "fetch_inputs", lambda args, teacher, student: None)
+    monkeypatch.setattr(train, "check_plan", lambda planned, out: None)
 
     def plan(*options):
         planned.clear()
@@ -879,6 +882,19 @@ def test_promptkd_starts_from_the_stages_before_it_and_saves_its_prompt(whole):
     assert prompt.shape == before.shape
     assert 0 < (prompt - before).abs().max() < 0.01  # tuned by two small steps
     assert not list(whole.out.glob("[!p]*/best/prompt.safetensors"))
+
+
+def test_the_prompts_file_names_its_teacher(whole):
+    """In a form that the safetensors library reads."""
+    directory = stage_directory(whole, "promptkd")
+    with safe_open(directory / "best" / "prompt.safetensors", "pt") as file:
+        found = file.metadata()
+    assert found == {
+        "format": "pt",
+        "kind": "soft prompt: embeddings in front of the request",
+        "teacher": stage_directory(whole, "teacher").name,
+        "teacher_sha256": record(directory)["inputs"]["teacher"],
+    }
 
 
 def test_harm_of_the_prompt_is_recorded_at_step_0(whole):
