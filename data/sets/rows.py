@@ -15,6 +15,7 @@ from sample import pad
 MAX_REQUEST = 256  # tokens of a request
 MAX_NEW_TOKENS = 256  # tokens of a sampled response
 MAX_LENGTH = 512  # tokens of a training row: request, response and end-of-text
+MAX_SPACES = 900_000  # in a row. At a million tiktoken panics, with an error that is no Exception.
 
 # How files that hold no UTF-8 text begin, and what to do with them
 COMPRESSED = rb"\x1f\x8b|\x28\xb5\x2f\xfd|BZh[1-9]1AY|\xfd7zXZ|PK\x03\x04"
@@ -102,6 +103,14 @@ def text_field(value, field, location):
     return text
 
 
+def check_spaces(text, location):
+    """Raise InputError if a text has more white space in a row than tiktoken can take."""
+    is_long = len(text) > MAX_SPACES
+    if is_long and max(map(len, re.findall(r"\s+", text)), default=0) > MAX_SPACES:
+        problem = f"has more than {MAX_SPACES:,} spaces or line ends in a row"
+        raise InputError(f"{location}: {problem}, too many for the tokenizer; shorten them")
+
+
 def references_field(value, location, required=True):
     """The references of an object, a tuple: its `output`, which is a string or a list of them."""
     output = value.get("output")
@@ -133,27 +142,33 @@ def iter_texts(path):
     plain text (see `corpus_format`). Reads no more of the file than is asked for."""
     if corpus_format(path) == "JSON lines":
         for location, value in iter_jsonl(path):
-            yield text_field(value, "text", location)
+            text = text_field(value, "text", location)
+            check_spaces(text, location)
+            yield text
         return
     try:
         with open(path, encoding="utf-8-sig") as file:
-            yield from filter(str.strip, _split_at_blank_lines(file))
+            for number, text in _split_at_blank_lines(file):
+                if text.strip():
+                    check_spaces(text, f"{path}, text from line {number} on")
+                    yield text
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not UTF-8; convert the file to UTF-8") from error
 
 
 def _split_at_blank_lines(lines):
-    """Yield the items of re.split(r"\\n\\s*\\n", text). lines: of the text, with their ends."""
-    part, after_blank = [], False
-    for line in lines:
+    """Yield the items of re.split(r"\\n\\s*\\n", text), each with the number of its first line.
+    lines: of the text, with their ends."""
+    part, start, after_blank = [], 1, False
+    for number, line in enumerate(lines, start=1):
         is_blank = line.isspace() and line.endswith("\n")
         if is_blank and (part or after_blank):
-            yield "".join(part)[:-1]
-            part, after_blank = [], True
+            yield start, "".join(part)[:-1]
+            part, start, after_blank = [], number + 1, True
         else:  # also a blank line at the start of the file
             part.append(line)
             after_blank = False
-    yield "".join(part)
+    yield start, "".join(part)
 
 
 @dataclass(frozen=True)
@@ -181,6 +196,8 @@ def read_rows(path, limit=None, needs_output=True, sampled=False):
         input, ids = value.get("input"), value.get("ids") if sampled else None
         check_field(isinstance(input, str | None), location, "input", input, "a string or absent")
         references = references_field(value, location, needs_output)
+        for text in (instruction, input or "", *references):
+            check_spaces(text, location)
         if ids is not None:
             valid = isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)
             check_field(valid, location, "ids", ids, "a list of token ids")

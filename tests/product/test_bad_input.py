@@ -51,6 +51,7 @@ from data.runs.methods import METHODS, options_of_methods
 from data.runs.options import parse_shape
 from data.runs.runs import RUN_FORMAT
 from data.sets import prepare
+from data.sets.rows import MAX_SPACES
 
 PROGRAMS = {
     "train.py": train,
@@ -490,6 +491,27 @@ def test_every_command_names_file_and_line(refused, place):
     if not place.startswith(("pre", "cost")):
         path, command = put_in(place, missing)
         refused(command, f"{path}: no such file")
+
+
+# The places whose texts are tokenized, each with one of their fields
+TOKENIZED = {"sample": "instruction", "train": "input", "dev": "output", "evaluate": "input"}
+TOKENIZED |= {"exposure": "instruction", "prepare": "output", "pretrain": "text"}
+TOKENIZED |= {"corpus": "text", "corpus, before the stages": "text"}
+
+
+@pytest.mark.parametrize("place", TOKENIZED)
+def test_more_white_space_in_a_row_than_the_tokenizer_can_take(refused, place):
+    for space in (" ", "\n \u3000\t") if place == "sample" else " ":
+        row = json.loads(GOOD) | {TOKENIZED[place]: f"a{space * (10**6 // len(space))}b"}
+        path, command = put_in(place, GOOD + as_line(row))
+        assert len(refused(command, f"{path}, line 2: has more than 900,000|shorten")) < 300
+
+
+def test_white_space_in_plain_text_and_as_much_as_the_tokenizer_can_take(refused):
+    spaces = b" " * 10**6
+    put("bad/corpus.txt", spaces + b"\n\none\n\ntwo\n" + spaces + b"three\n")
+    refused(f"{MINILLM} bad/corpus.txt", "corpus.txt, text from line 5 on: has more than 900,000")
+    tiny_tokenizer().encode_ordinary(f"a{' ' * (MAX_SPACES + 10)}b")  # with the template's
 
 
 # A field, its wrong values (... if it is absent), and the places that read it
