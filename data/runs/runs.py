@@ -35,6 +35,7 @@ RECORD_FIELDS |= {"base": str | None, "paper": str | None, "parameters": int | N
 RECORD_FIELDS |= {"hours": float | int | None, "complete": bool | None, "keep": int | None}
 RECORD_FIELDS |= {"later_versions": list | None}
 LOCATIONS = {"data", "responses"}  # settings that say where inputs are, besides `file_fields`
+# Never to remove it: another program may have written it.
 WAY_OUT = "choose another --out, or move it elsewhere"
 
 
@@ -48,16 +49,17 @@ def read_record(model):
     """The run.json of a run, {} for any other model. model: a run's directory or its `best/`.
     Raises InputError if the file is damaged or of another version of this project."""
     directory = run_dir(model)
-    path, fix = directory / "run.json", f"restore it, or move {directory} elsewhere"
+    path, move = directory / "run.json", f"move {directory} elsewhere"
+    fix = f"{move} and train it again, or only this file if another program wrote it"
     if not path.is_file():
         return {}
     record = read_json(path, fix)
-    if not {"name", "settings"} & record.keys():
+    if "format" not in record and not record.keys() >= {"name", "settings"}:
         problem = "was not made by this project"
         raise InputError(f"{path}: {problem}; move it out of {directory} to use the model there")
     if record.get("format") != RUN_FORMAT:
         problem = "was made by another version of this project"
-        raise InputError(f"{path}: {problem}; choose another --out, or move {directory} elsewhere")
+        raise InputError(f"{path}: {problem}; choose another --out, or {move}")
     for field, kind in RECORD_FIELDS.items():
         if not isinstance(record.get(field), kind):
             raise InputError(f"{path}: field '{field}' is wrong; {fix}")

@@ -95,5 +95,5 @@ def load_state(run, directory):
             run.scored_rollout = [Example(*row) for row in state["rollout"]]
         return state["progress"]
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, PickleError) as error:
-        fix = f"remove {path.parent} to start from scratch"
+        fix = f"move {path.parent} elsewhere to start from scratch"
         raise InputError(f"{path}: is not a state of this run; {fix}") from error

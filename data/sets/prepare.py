@@ -5,7 +5,6 @@ python -m data.prepare dolly self_inst vicuna sinst uinst [--source DIR]
 
 import os
 import random
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,13 +69,15 @@ def prepare(name, source=None, target=None):
     for the hub. If one is missing or malformed, raises InputError and writes nothing."""
     target, public_set = Path(target or prepared_dir(name)), PUBLIC_SETS[name]
     check_output_dir(target, "data", WAY_OUT)
-    directory = _download(name, target / "download") if source is None else Path(source)
+    directory = target / "download" if source is None else Path(source)
+    downloaded = _download(name, directory) if source is None else []
     try:
         splits, note = (_read_dolly if name == "dolly" else _read_set)(name, directory)
     except InputError as error:
-        if source is not None:
+        if not downloaded:
             raise
-        shutil.rmtree(directory)
+        for path in downloaded:  # and no file that the user has put there
+            path.unlink()
         raise InputError(f"{error}; the download is removed, so try again") from error
     if empty := [split for split in public_set.splits if not splits[split]]:
         raise InputError(f"{directory}: leaves no rows for {empty[0]}; check its files")
@@ -99,13 +100,14 @@ def prepare(name, source=None, target=None):
 
 
 def _download(name, directory):
-    """Download the files of a set that are not in `directory` yet. Returns it."""
+    """Download the files of a set that are not in `directory` yet. Returns their paths."""
     public_set = PUBLIC_SETS[name]
-    for file in public_set.files.values():
+    missing = [file for file in public_set.files.values() if not (directory / file).is_file()]
+    for file in missing:
         url = hub_url(f"datasets/{public_set.repository}", file)
-        if not (directory / file).is_file() and not download(url, directory / file):
+        if not download(url, directory / file):
             raise InputError(f"{url} does not exist; give the files yourself with --source DIR")
-    return directory
+    return [directory / file for file in missing]
 
 
 def _read_dolly(name, source):
