@@ -398,6 +398,19 @@ def test_another_size_has_the_preset_nearest_in_parameter_count_and_this_is_prin
     assert re.search(rf"other has [\d,]+ parameters.* GPT-2 {size}\n", printed)
 
 
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].start == "init"])
+def test_a_student_as_large_as_the_teacher_has_the_preset_of_the_largest_of_the_paper(hub, method):
+    assert model_preset(method, "gpt2-xl") == model_preset(method, "gpt2-large")
+
+
+def test_pre_training_has_one_preset_for_every_size(hub):
+    for model in SHAPES:
+        s = preset_settings("pretrain", model)
+        found = (s.global_batch_size, s.lr, s.schedule, s.warmup_steps, s.epochs)
+        assert found == (32, 1e-3, "cosine", 50, 3)
+        assert (s.beta2, s.dropout, s.metric_for_best) == (0.95, 0.0, "loss")
+
+
 @pytest.mark.parametrize("warmup_steps", [0, 10])
 def test_cosine_falls_from_the_peak_to_1e_7(warmup_steps):
     rates = [learning_rate(5e-4, step, 100, "cosine", warmup_steps) for step in range(101)]
