@@ -180,7 +180,9 @@ def test_too_many_positions_are_an_input_error_before_anything_is_sampled(model,
     requests[-1].append(1)
     n_tokens += len(kwargs.get("P", ()))
     problem = f"{n_tokens} tokens of prompt and request and 14 new ones exceed the model's "
-    problem += f"{n_positions} positions; shorten them"
+    problem += (
+        f"{n_positions} positions; use a shorter request, fewer new tokens, or a model with more"
+    )
     for options in ({}, {"greedy": True}, {"batch_size": 8}):
         assert error_of(partial(sample_all, *arguments, **kwargs, **options)) == problem
 

@@ -111,12 +111,13 @@ def test_help_names_each_option_with_its_methods_and_default():
 
 
 def test_an_overrides_place_in_the_name_is_that_of_older_runs(plan):
-    options = "--reg 0 --prompt-kl forward --prompt-init random --prompt-length 5 --dropout 0"
-    options += " --global-batch 8 --steps 9 --epochs 7 --prompt-lr 0.1 --lr 0.2"
-    options += " --reg-kl forward --prompt-text x"
-    name = "lr0.2-promptlr0.1-epochs7-steps9-globalbatch8-dropout0-prompttext8cdc1683"
-    name += "-promptlength5-promptinitrandom-reg0-promptklforward-regklforward"
-    assert plan(f"--student gpt2 {options}")[-1].name == f"promptkd-gpt2-{name}-s10"
+    options = "--reg 2 --prompt-kl forward --prompt-init text --prompt-length 5 --dropout 0"
+    options += " --global-batch 8 {} --prompt-lr 0.1 --lr 0.2 --reg-kl forward --prompt-text x"
+    name = "lr0.2-promptlr0.1-{}-globalbatch8-dropout0-prompttext8cdc1683"
+    name += "-promptlength5-promptinittext-reg2-promptklforward-regklforward"
+    for option, suffix in (("--steps 9", "steps9"), ("--epochs 7", "epochs7")):
+        [*_, stage] = plan(f"--student gpt2 {options.format(option)}")
+        assert stage.name == f"promptkd-gpt2-{name.format(suffix)}-s10"
 
 
 # ---- a new option --------------------------------------------------------------------------------
