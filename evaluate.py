@@ -261,7 +261,7 @@ def table_1(args, device):
     """Evaluate models. Print, write and plot Table 1 and what else is asked for."""
     out, models = Path(args.out), open_models(args.models)
     groups = group_runs(models, args.by) if args.by else {}
-    sets = args.data or own_sets(models) or paper.PAPER_SETS
+    sets = args.data or dist.run_on_rank0(own_sets, models) or paper.PAPER_SETS
     columns = open_columns(sets, args.rows, args.no_repeat_ngram)
     for m in models.values():  # before the first one is evaluated, which takes long
         check_weights(m.name)

@@ -1,8 +1,8 @@
 """Ranks on several hosts: all must read the same data and models, and find what rank 0 writes."""
 
 import os
+import secrets
 import socket
-import tempfile
 from pathlib import Path
 
 from data.models.hub import file_hash, find_model_dir, model_files
@@ -11,57 +11,56 @@ from data.process.errors import InputError
 
 
 def check_same_files(files, models=()):
-    """Raise InputError, on every rank, if ranks would read different content: where each host, or
-    each working directory, has copies of its own.
+    """Raise InputError, on every rank, if ranks would read different content, as they may where
+    each host or each working directory has its own copies.
 
-    files: paths, also of files that do not exist. models: names, as `find_model_dir` takes them.
-    Ranks that see the very same files need no hashes. Else one rank of each host makes them.
+    files: paths, also of files that don't exist. models: names, as `find_model_dir` takes them.
+    Only copies are hashed, and never a file that all ranks share.
     """
     if dist.world_size() == 1:
         return
     directories = dist.run_on_rank0(lambda: {name: find_model_dir(name) for name in models})
-    paths = [*map(Path, files)]
+    paths = list(files)
     for name in models:
-        paths += _files_of(directories.get(name, Path(name)))
-    view = socket.gethostname(), {str(path): _identity(path) for path in paths}
+        paths += _files_of(directories[name])
+    view = {str(path): _identity(path) for path in paths}
     views = dist.all_gather_list([view])
-    if views.count(view) == len(views):
+    names = dict.fromkeys(name for view in views for name in view)
+    names = [name for name in names if len({view.get(name) for view in views}) > 1]
+    if not names:
         return
-    copies = None
-    if views.index(view) == dist.rank():
-        names = dict.fromkeys(name for _, identities in views for name in identities)
-        copies = {name: _find_copy(name) for name in names}
-    by_host = [found for found in dist.all_gather_list([copies]) if found is not None]
-    for name, (location, content) in by_host[0].items():
-        others = [found[name][0] for found in by_host if found[name][1] != content]
+    # Ranks with the same view, such as those of one host, read the same files: one hashes them.
+    is_first = views.index(view) == dist.rank()
+    copies = dist.all_gather_list([list(map(_find_copy, names))] if is_first else [])
+    for name, *found in zip(names, *copies):
+        location, content = found[0]
+        others = [place for place, other in found if other != content]
         if others:
-            found = ", ".join([location, *others])
-            raise InputError(f"{name}: the ranks' copies differ: {found}; give all the same file")
+            locations = ", ".join([location, *others])
+            raise InputError(f"{name}: the ranks' copies differ: {locations}; make them equal")
 
 
 def _files_of(directory):
-    """The files of a model; those that have names of their own, if its weights are incomplete."""
+    """The files of a model; only its configuration, if weights are missing."""
     try:
         return model_files(directory)
-    except InputError:  # reported where the model is loaded, unless the ranks' copies differ
+    except InputError:  # which the loading of the model raises again, unless other ranks have them
         return [directory / "config.json"]
 
 
 def _identity(path):
-    """What tells a file of this host from others and from its later content, None without one."""
-    if not path.is_file():
+    """What tells a file from every copy of it, also on another host; None if there is no file."""
+    if not os.path.isfile(path):
         return None
-    status = path.stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _find_copy(name):
+def _find_copy(path):
     """Where this rank finds a file, and its hash, None if it can't be read."""
-    location = f"{socket.gethostname()}:{os.path.abspath(name)}"
-    if not os.path.isfile(name):
-        return f"{location} (no such file)", None
+    location = f"{socket.gethostname()}:{os.path.abspath(path)}"
     try:
-        return location, file_hash(name)
+        return location, file_hash(path)
     except OSError as error:
         return f"{location} ({error.strerror})", None
 
@@ -75,17 +74,18 @@ def check_shared_out(path):
 
     def write_file():
         n = next(n for n, folder in enumerate(folders) if folder.is_dir())
-        descriptor, file = tempfile.mkstemp(prefix=".shared-", dir=folders[n])
-        os.close(descriptor)
-        return n, os.path.basename(file)
+        name = f".shared-{secrets.token_hex(4)}"
+        (folders[n] / name).touch()
+        return n, name
 
     n, name = dist.run_on_rank0(write_file)
     file = folders[n] / name
     location = f"{socket.gethostname()}:{os.path.abspath(path)}"
-    found = dist.all_gather_list([(location, file.exists())])
+    locations = dist.all_gather_list([(location, file.exists())])
     if dist.rank() == 0:
         file.unlink()
-    if others := [location for location, is_shared in found if not is_shared]:
-        problem = f"{found[0][0]} is not {', '.join(dict.fromkeys(others))}"
+    others = [location for location, is_shared in locations if not is_shared]
+    if others:
+        problem = f"{locations[0][0]} is not {', '.join(dict.fromkeys(others))}"
         fix = "give a directory that all ranks share, because later stages read it"
         raise InputError(f"--out {path}: {problem}; {fix}")

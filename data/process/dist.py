@@ -8,11 +8,10 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
-from torch.distributed import distributed_c10d
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -25,8 +24,8 @@ JOIN_TIMEOUT = timedelta(minutes=10)  # for the other ranks
 # 2 and 3, jsrun, Flux, Horovod. SLURM_NTASKS is no such place: sbatch and salloc set it, too.
 PROCESS_COUNTS = """SLURM_STEP_NUM_TASKS OMPI_COMM_WORLD_SIZE PMI_SIZE MV2_COMM_WORLD_SIZE
 MVP_COMM_WORLD_SIZE JSM_NAMESPACE_SIZE FLUX_JOB_SIZE HOROVOD_SIZE""".split()
-# Seconds from the first signal to one that ends the process. torchrun, or a terminal's Ctrl-C, may
-# send two at once, and the step that is being finished may take minutes.
+# Seconds from a first signal to one that ends the process. torchrun and a terminal's Ctrl-C send
+# two at once, and the step that is finished before the process ends may take minutes.
 PATIENCE = 10
 
 
@@ -240,7 +239,7 @@ def run_on_rank0(function, *arguments):
 @contextmanager
 def defer_signals():
     """Defer the signals that end a run to the end of the block. Yields those received, a list. The
-    first is announced at once. One that comes later than PATIENCE ends the process."""
+    first is announced at once. One that comes later than PATIENCE after it ends the process."""
     received = []
     with handle_signals(lambda number, frame: received.append(number)), _watch_signals():
         yield received
@@ -250,16 +249,16 @@ def defer_signals():
 
 @contextmanager
 def _watch_signals():
-    """Let a thread see the signals of the block at once. Python runs their handlers only when the
-    main thread returns from C, which it never does if it waits for a peer that is frozen."""
+    """Let a thread see the block's signals at once. Python runs their handlers only when the main
+    thread returns from C, and it never does if it waits for a rank that is frozen."""
     if threading.current_thread() is not threading.main_thread():  # it gets no signals
         yield
         return
     reader, writer = socket.socketpair()
-    writer.setblocking(False)
+    writer.setblocking(False)  # as Python requires
     watcher = threading.Thread(target=_read_signals, args=[reader], daemon=True)
     watcher.start()
-    previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    previous = signal.set_wakeup_fd(writer.fileno())
     try:
         yield
     finally:
@@ -270,44 +269,26 @@ def _watch_signals():
 
 def _read_signals(reader):
     """Read the numbers of signals, a byte each, until the other end is closed."""
-    numbers = {getattr(signal, name, None): name for name in STOP_SIGNALS}
-    announcer = None
+    first_time = None
     with reader:
         while byte := reader.recv(1):
-            number, now = byte[0], time.monotonic()
-            if number not in numbers:
+            name = signal.Signals(byte[0]).name
+            if name not in STOP_SIGNALS:
                 continue
-            if announcer is None:
-                first_time, announcer = now, _start_thread(_announce_stop)
-            elif now - first_time > PATIENCE:
-                text = f"ended by {numbers[number]} before the step was complete"
-                text += "; the same command resumes from the last saved state"
-                _start_thread(_print_now, text).join(1)
-                os._exit(128 + number)
-    if announcer is not None:
-        announcer.join(1)
+            if first_time is None:
+                first_time = time.monotonic()
+                if rank() == 0:
+                    _warn("stopping after this step; once more, after ten seconds, ends at once")
+            elif time.monotonic() - first_time > PATIENCE:
+                fix = "the same command resumes from the last saved state"
+                _warn(f"ended by {name} before the step was complete; {fix}")
+                os._exit(128 + byte[0])
 
 
-def _start_thread(function, *arguments):
-    """For what may wait without end: for the store of a frozen rank, for a reader of the output."""
-    thread = threading.Thread(target=function, args=arguments, daemon=True)
-    thread.start()
-    return thread
-
-
-def _announce_stop():
-    """Print what a signal does. The first rank to get here prints it: all may have a signal, or
-    any single one."""
-    if torch.distributed.is_initialized():
-        store = distributed_c10d._get_default_store()  # the only use of a private function here
-        if store.add("announced stop", 1) > 1:
-            return
-    _print_now("stopping after this step; once more, after ten seconds, ends at once")
-
-
-def _print_now(line):
-    tqdm.write(f"{line}\n", file=sys.stderr, end="")  # in place of a progress bar
-    sys.stderr.flush()
+def _warn(line):
+    """Print a line above a progress bar, if standard error can be written to."""
+    with suppress(OSError):
+        tqdm.write(f"{line}\n", file=sys.stderr, end="")
 
 
 def first_signal(signals):

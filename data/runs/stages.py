@@ -240,8 +240,8 @@ def fetch_inputs(args, teacher, student):
     data_dir = dist.run_on_rank0(find_data_dir, args.data)  # before a model is downloaded
     if student is None:
         return
-    texts = [args.lm_data] if args.lm_data is not None else []
-    check_same_files([data_dir / "train.jsonl", data_dir / "dev.jsonl", *texts])
+    files = [data_dir / name for name in ("train.jsonl", "dev.jsonl", PRETRAINING_FILE)]
+    check_same_files(files if args.lm_data is None else [*files, args.lm_data])
     read_rows(data_dir / "dev.jsonl", args.dev_rows)
     if args.lm_data is not None:
         n = dist.run_on_rank0(lambda: sum(1 for _ in iter_texts(args.lm_data)))
