@@ -450,14 +450,16 @@ def train_loop(run, data, progress, directory, keep, save_every):
                 stages.stop(directory, step, stop_signal)
 
 
-def run_stage(name, s, out, micro_batch_tokens, device, paper=None, keep=0, save_every=None):
+def run_stage(
+    name, s, out, micro_batch_tokens, device, paper=None, keep=0, save_every=None, command=None
+):
     """Train a stage in `out/name`, resume it, or skip it if it is complete. Returns its directory.
 
-    micro_batch_tokens: None for the default. paper: which of the paper's runs it is, for run.json.
-    keep, save_every: as in `train_loop`.
+    micro_batch_tokens: None for the default. paper, command: which of the paper's runs it is, and
+    of which command line, for run.json. keep, save_every: as in `train_loop`.
     """
     directory = Path(out) / name
-    with stages.open_stage(directory, asdict(s), stages.data_files(s), paper) as record:
+    with stages.open_stage(directory, asdict(s), stages.data_files(s), paper, command) as record:
         if record.get("complete"):
             print0(f"{directory}: complete, skipped")
             return str(directory)
@@ -470,7 +472,7 @@ def run_stage(name, s, out, micro_batch_tokens, device, paper=None, keep=0, save
             run = build(s, steps, data.tokenizer, micro_batch_tokens, device)
             blocks = run.lm_blocks or []
             stages.check_positions(run, [*examples, *data.dev_examples, *blocks])
-            record["keep"] = keep
+            record |= {"keep": keep, "dev_rows": len(data.dev_rows)}
             run.teacher_name = record["settings"]["teacher"]
             run.teacher_hash = record["inputs"].get("teacher")
             dist.run_on_rank0(runs.write_record, directory, record)
@@ -501,6 +503,7 @@ def run_stages(planned, args, device):
             paper=stage.paper,
             keep=stage.keep,
             save_every=args.save_every,
+            command=options.command_line(args),
         )
 
 

@@ -100,3 +100,18 @@ def save(model, directory, eos_token_id=None):
         **dict.fromkeys(("bos_token_id", "eos_token_id"), eos_token_id),
     }
     write_atomic(Path(directory) / "config.json", json.dumps(values, indent=2) + "\n")
+
+
+def save_generation_config(directory, eos_token_id, max_new_tokens):
+    """Write generation_config.json, from which Hugging Face's `generate` takes its defaults: plain
+    sampling until end-of-text, as `sample.sample` does."""
+    values = {
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eos_token_id),
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 0,  # all tokens; without it the 50 most likely
+        "top_p": 1.0,
+        "max_new_tokens": max_new_tokens,
+    }
+    path = Path(directory) / "generation_config.json"
+    write_atomic(path, json.dumps(values, indent=2) + "\n")

@@ -11,7 +11,7 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from data.process.errors import InputError
-from data.process.files import check_lfs_pointer, read_json
+from data.process.files import check_lfs_pointer, read_json, write_atomic
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50_257
@@ -189,6 +189,24 @@ def tokenizer_files(tokenizer):
     vocab = {special.get(i, name): i for i, name in enumerate(names)}
     merges = [" ".join(pair) for pair in pairs]
     return json.dumps(vocab, ensure_ascii=False), "\n".join(["#version: 0.2", *merges, ""])
+
+
+def save_tokenizer(tokenizer, directory, n_positions):
+    """Write a tokenizer's files as Hugging Face reads them, each atomically. n_positions: those of
+    its model."""
+    config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": n_positions,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), END_OF_TEXT),
+        "padding_side": "left",  # where `generate` needs it
+    }
+    vocab, merges = tokenizer_files(tokenizer)
+    write_atomic(Path(directory) / "vocab.json", vocab)
+    write_atomic(Path(directory) / "merges.txt", merges)
+    text = json.dumps(config, indent=2) + "\n"
+    write_atomic(Path(directory) / "tokenizer_config.json", text)
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,9 +1,13 @@
 """The options of the command lines, and their checks."""
 
+import os
+import shlex
+
 from data.process import dist
 from data.process.command_line import ArgumentParser, number_in_range
 from data.process.errors import InputError
-from data.runs.methods import METHODS, POSITIVE, PRESET_OPTIONS, options_of_methods
+from data.runs.methods import METHODS, POSITIVE, PRESET_OPTIONS, file_fields, options_of_methods
+from data.runs.runs import run_dir
 from data.sets.rows import MAX_NEW_TOKENS
 from model import Config
 
@@ -122,6 +126,18 @@ def check_options(args):
         parse_shape(args.shape)
     has_model = args.student or args.teacher or args.init or args.sft_teacher
     args.data = args.data or ("dolly" if has_model else "demo")
+
+
+def command_line(args):
+    """The command line of train.py that gives these options, for others to repeat: without --out,
+    and with the names of files and directories, but not where they are."""
+    words = ["train.py"]
+    for name, value in vars(args).items():
+        if name in ("student", "teacher", "sft_teacher", "init", "data", *file_fields()):
+            value = run_dir(value).name if value and os.path.exists(value) else value
+        if name not in ("out", "plan") and value is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
 
 
 def parse_shape(shape, vocab_size=1, dropout=0.0):

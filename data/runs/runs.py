@@ -19,9 +19,9 @@ try:
 except ImportError:  # on Windows
     fcntl = resource = None
 
-from data.models.checkpoint import save
+from data.models.checkpoint import save, save_generation_config
 from data.models.tensors import save_prompt
-from data.models.tokenizer import tokenizer_files
+from data.models.tokenizer import save_tokenizer
 from data.process import dist
 from data.process.dist import print0
 from data.process.errors import InputError
@@ -30,10 +30,10 @@ from data.runs.methods import DEFAULTS, file_fields
 
 RUN_FORMAT = 3  # of run.json and the files beside it; raise it when their meaning changes
 # The fields of run.json that are read. An optional one may be null or missing.
-RECORD_FIELDS = {"name": str, "settings": dict, "inputs": dict | None}
-RECORD_FIELDS |= {"base": str | None, "paper": str | None, "parameters": int | None}
+RECORD_FIELDS = {"name": str, "settings": dict, "inputs": dict | None, "versions": dict | None}
+RECORD_FIELDS |= {"base": str | None, "paper": str | None, "command": str | None}
 RECORD_FIELDS |= {"hours": float | int | None, "complete": bool | None, "keep": int | None}
-RECORD_FIELDS |= {"later_versions": list | None}
+RECORD_FIELDS |= {"parameters": int | None, "later_versions": list | None}
 LOCATIONS = {"data", "responses"}  # settings that say where inputs are, besides `file_fields`
 # Never to remove it: another program may have written it.
 WAY_OUT = "choose another --out, or move it elsewhere"
@@ -269,9 +269,10 @@ def save_checkpoint(run, directory):
     """Save the student, its tokenizer and, in PromptKD, the soft prompt as a Hugging Face model."""
 
     def write():
+        (directory / "README.md").unlink(missing_ok=True)  # the card of the weights before
         save(run.student, directory, run.tokenizer.eot_token)
-        for file, text in zip(("vocab.json", "merges.txt"), tokenizer_files(run.tokenizer)):
-            write_atomic(directory / file, text)
+        save_generation_config(directory, run.tokenizer.eot_token, run.settings.max_new_tokens)
+        save_tokenizer(run.tokenizer, directory, run.student.config.n_positions)
         if run.P is not None:
             save_prompt(run.P, directory, run.teacher_name, run.teacher_hash)
 

@@ -18,6 +18,7 @@ from data.process import dist
 from data.process.dist import print0
 from data.process.errors import InputError, explain_out_of_memory
 from data.runs import report, runs
+from data.runs.card import write_card
 from data.runs.methods import file_fields
 from data.runs.names import base_label, recorded_name
 from data.runs.runs import LOCATIONS, finish_run, format_time
@@ -82,9 +83,9 @@ def data_files(s):
     return [*files, texts] if s.method == "pretrain" and texts.is_file() else files
 
 
-def open_stage(directory, settings, files, paper=None):
+def open_stage(directory, settings, files, paper=None, command=None):
     """Open a stage's run (see `runs.open_run`). settings: a dict. files: the paths of its data
-    files. paper: which of the paper's runs it is."""
+    files. paper: which of the paper's runs it is. command: the command line that it is part of."""
 
     fields = () if settings["method"] == "pretrain" else ("student", "teacher")
     models = {field: settings[field] for field in fields if settings.get(field)}
@@ -101,7 +102,7 @@ def open_stage(directory, settings, files, paper=None):
     for field in (LOCATIONS | file_fields() | set(inputs)) & set(settings):
         recorded[field] = recorded_name(settings[field], directory.parent)
     description = {"name": directory.name, "base": base_label(settings["student"])}
-    description |= {"paper": paper, "settings": recorded}
+    description |= {"paper": paper, "settings": recorded, "command": command}
     return runs.open_run(directory, description, inputs)
 
 
@@ -226,6 +227,7 @@ def finish_stage(run, directory, record, progress):
     if run.P is not None:
         record["prompt_length"] = len(run.P)
     record |= {"best": abs(progress["best"][0]), "best_step": progress["best_step"]}
+    dist.run_on_rank0(write_card, directory, run.settings, record)
     dist.run_on_rank0(finish_run, directory, record)
     plot = dist.run_on_rank0(report.plot_curves, directory)  # last: drawing may fail
     took = format_time(3600 * record["hours"])

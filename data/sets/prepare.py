@@ -30,6 +30,7 @@ class PublicSet:
     repository: str
     files: dict  # {split: its file there}; JSON lines as of `--data DIR`
     paper_rows: dict = field(default_factory=dict)  # {split: rows in the paper's experiments}
+    license: str | None = None  # as the hub spells it, if it is known
 
     @property
     def splits(self):
@@ -48,6 +49,7 @@ PUBLIC_SETS = {
         files={"train": "raw.jsonl", "test": "valid.jsonl"},
         # Of the released files, after their filter of lengths. The paper writes 14,000 and 500.
         paper_rows={"train": 11_435, "dev": 1_000, "test": PAPER_SETS["dolly"]},
+        license="cc-by-sa-3.0",
     ),
     "self_inst": paper_test_set("self_inst", "MiniLLM/self-inst"),
     "vicuna": paper_test_set("vicuna", "MiniLLM/Vicuna"),

@@ -130,7 +130,11 @@ def test_an_unfinished_run_resumes_and_ends_as_without_the_interruption(
     assert_same_metrics(resumed, old)
 
     # Neither a state nor a lock is left.
-    assert set(files_below(resumed)) == {*files_below(old), "curves.png"} - {"prompt.json"}
+    saved = [name for name in files_below(old) if name.endswith("/config.json")]
+    added = {"curves.png", "best/README.md"}
+    for file in ("generation_config.json", "tokenizer_config.json"):
+        added |= {name.replace("config.json", file) for name in saved}
+    assert set(files_below(resumed)) == {*files_below(old), *added} - {"prompt.json"}
     for name in files_below(old):
         if name.endswith(".safetensors"):
             weights, expected = read_weights(resumed / name), read_weights(old / name)
@@ -142,6 +146,10 @@ def test_an_unfinished_run_resumes_and_ends_as_without_the_interruption(
     assert record["best_step"] > start  # so best/ is of a step of today's code
     if run == PROMPTKD:
         assert_close(show_prompt(resumed, monkeypatch), read_json(old / "prompt.json"))
+
+    # What was made of these runs is still theirs.
+    train_again(out, run)
+    assert f"{resumed}: complete, skipped" in capsys.readouterr().out
 
 
 @both_runs

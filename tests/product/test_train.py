@@ -436,7 +436,7 @@ def plan(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     planned = []
 
-    def run_stage(name, s, out, micro_batch_tokens, device, paper, keep, save_every):
+    def run_stage(name, s, out, micro_batch_tokens, device, paper, keep, save_every, command):
         fields = {"micro_batch_tokens": micro_batch_tokens, "keep": keep}
         fields["save_every"] = save_every
         planned.append(SimpleNamespace(name=name, settings=s, paper=paper, **fields))
@@ -984,8 +984,9 @@ def test_kept_checkpoints_are_evenly_spaced_and_the_last_step_is_one(
     if keep:
         first, last = (load(path).state_dict() for path in (kept[0], kept[-1]))
         assert any(not torch.equal(first[name], last[name]) for name in first)
-        expected = ["config.json", "merges.txt", "model.safetensors", "vocab.json"]
-        assert sorted(path.name for path in kept[0].iterdir()) == expected
+        expected = {"config.json", "generation_config.json", "model.safetensors"}
+        expected |= {"merges.txt", "tokenizer_config.json", "vocab.json"}
+        assert {path.name for path in kept[0].iterdir()} == expected
     assert (directory / "kept").exists() == (keep > 0)
 
 
