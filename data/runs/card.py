@@ -187,9 +187,10 @@ def describe_training(s, record):
     if command := record.get("command"):
         launcher = f"torchrun --nproc_per_node={n_ranks}" if n_ranks > 1 else "python"
         parts.append(indent(f"{launcher} {command}", "    "))
-    software = [f"{name} {version}" for name, version in record.get("versions", {}).items()]
+    versions = [record.get("versions", {}), *record.get("later_versions", [])]
+    software = [f"{name} {version}" for used in versions for name, version in used.items()]
     device = f"{n_ranks} {'rank' if n_ranks == 1 else 'ranks'}, {record['device']}"
-    parts.append(f"With {', '.join([*software, device])}. The settings:")
+    parts.append(f"With {', '.join([*dict.fromkeys(software), device])}. The settings:")
     hidden = {"student", "teacher", *LOCATIONS, *file_fields()}
     shown = {k: v for k, v in settings.items() if v is not None and k not in hidden}
     parts.append(indent(json.dumps(shown, indent=1, ensure_ascii=False), "    "))

@@ -165,6 +165,7 @@ def write_card_of(directory, **values):
         "best": 25.128,
     }
     end |= {"best_step": 10, "dev_rows": 1000, "device": "cuda", "versions": {"torch": "2.13.0"}}
+    end |= {"later_versions": [{"torch": "2.14.0"}, {"torch": "2.13.0"}]}
     write_card(directory, s, end | {"command": "train.py --student gpt2"})
     return card_of(directory)
 
@@ -206,7 +207,7 @@ def test_the_card_of_a_run_of_the_paper_has_the_hubs_metadata(tmp_path, publishe
         "- Data: [MiniLLM/dolly](https://huggingface.co/datasets/MiniLLM/dolly)",
         "- Licence of the data: cc-by-sa-3.0",
         "    torchrun --nproc_per_node=8 train.py --student gpt2",
-        "With torch 2.13.0, 8 ranks, cuda. The settings:",
+        "With torch 2.13.0, torch 2.14.0, 8 ranks, cuda. The settings:",
         '     "prompt_text": "Suppose you are a student.",',
     ):
         assert f"\n{line}\n" in text
