@@ -29,6 +29,7 @@ from data.process.dist import print0
 from data.process.files import check_output_dir
 from data.runs import options, plan, preview, runs, stages
 from data.runs.methods import Settings
+from data.runs.names import public_name
 from data.runs.optim import adamw, clip_and_step, set_learning_rates
 from data.runs.preflight import check_plan
 from data.runs.runs import format_time
@@ -60,7 +61,7 @@ class Run:
     ddp_student: torch.nn.Module  # in `dist.DDP` under torchrun, else the student; for training
     optimizer: torch.optim.Optimizer
     teacher: GPT | None = None  # frozen
-    teacher_name: str | None = None  # as run.json has it
+    teacher_name: str | None = None  # for others
     teacher_hash: str | None = None  # SHA-256
     P: torch.Tensor | None = None  # (prompt_length, C of the teacher)
     prompt_optimizer: torch.optim.Optimizer | None = None
@@ -473,7 +474,7 @@ def run_stage(
             blocks = run.lm_blocks or []
             stages.check_positions(run, [*examples, *data.dev_examples, *blocks])
             record |= {"keep": keep, "dev_rows": len(data.dev_rows)}
-            run.teacher_name = record["settings"]["teacher"]
+            run.teacher_name = public_name(record["settings"]["teacher"])
             run.teacher_hash = record["inputs"].get("teacher")
             dist.run_on_rank0(runs.write_record, directory, record)
             progress = load_state(run, directory)

@@ -22,6 +22,12 @@ def recorded_name(name, out):
     return f"./{inside}" if inside in NAMED_SETS else inside
 
 
+def public_name(name):
+    """How a model or file is named to others: what is on this machine by ./ and its last part."""
+    is_path = name and name not in NAMED_SETS and (os.path.isabs(name) or os.path.exists(name))
+    return f"./{run_dir(name).name}" if is_path else name
+
+
 def base_label(model):
     """The short name of the model that a run starts from, for naming stages: gpt2-xl for gpt2-xl
     itself and for every stage (pretrain, init, teacher) that was trained from it."""

@@ -1,13 +1,12 @@
 """The options of the command lines, and their checks."""
 
-import os
 import shlex
 
 from data.process import dist
 from data.process.command_line import ArgumentParser, number_in_range
 from data.process.errors import InputError
 from data.runs.methods import METHODS, POSITIVE, PRESET_OPTIONS, file_fields, options_of_methods
-from data.runs.runs import run_dir
+from data.runs.names import public_name
 from data.sets.rows import MAX_NEW_TOKENS
 from model import Config
 
@@ -130,11 +129,11 @@ def check_options(args):
 
 def command_line(args):
     """The command line of train.py that gives these options, for others to repeat: without --out,
-    and with the names of files and directories, but not where they are."""
+    and with each file's `public_name`."""
     words = ["train.py"]
     for name, value in vars(args).items():
         if name in ("student", "teacher", "sft_teacher", "init", "data", *file_fields()):
-            value = run_dir(value).name if value and os.path.exists(value) else value
+            value = public_name(value)
         if name not in ("out", "plan") and value is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)

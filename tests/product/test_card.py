@@ -14,18 +14,22 @@ from types import SimpleNamespace
 import pytest
 from helpers import TINY, interrupted_in_step, tiny_model, tiny_tokenizer
 from test_train import (  # noqa: F401
+    CPU,
     SHAPES,
     TOKENIZER,
     hub,
     main,
     no_demo_table,
     no_validation,
+    promptkd_settings,
     record,
     student,
+    teacher,
     world,
     write_hub,
 )
 
+import train
 from data.models.hub import model_hash
 from data.models.tokenizer import END_OF_TEXT, load_tokenizer
 from data.runs import options, runs
@@ -110,10 +114,10 @@ def test_transformers_loads_a_checkpoint_and_generates_without_a_warning(checkpo
             "--lr 1e-05",
         ),
         (
-            "--method minillm --init {0}/small/best --sft-teacher {0}/wide --data {0}/mine "
+            "--method minillm --init {0}/small/best --sft-teacher {0}/wide --data {0}/dolly "
             "--lm-data {0}/text.txt --save-every 3 --dtype float32",
-            "--method minillm --sft-teacher wide --init small --data mine --seed 10 "
-            "--lm-data text.txt --save-every 3 --dtype float32",
+            "--method minillm --sft-teacher ./wide --init ./small --data ./dolly --seed 10 "
+            "--lm-data ./text.txt --save-every 3 --dtype float32",
         ),
         (
             "--prompt-text 'Suppose it\"s\n a `b`.' --reg 0",
@@ -124,7 +128,7 @@ def test_transformers_loads_a_checkpoint_and_generates_without_a_warning(checkpo
     ],
 )
 def test_the_recorded_command_gives_the_same_options_without_paths(tmp_path, given, shown):
-    for name in ("small/best", "wide", "mine"):
+    for name in ("small/best", "wide", "dolly"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "text.txt").touch()
     args = options.parse_train_args(shlex.split(given.format(tmp_path)))
@@ -303,6 +307,13 @@ def test_the_card_is_written_at_the_end_and_changes_no_hash(
     _, text = card_of(directory)
     assert f"\n    python {record(directory)['command']}\n" in text
     assert "on 8 validation rows, the best of the validations during training, after step 2" in text
+
+
+def test_the_prompts_file_names_a_teacher_elsewhere_without_its_path(tmp_path, student, teacher):
+    s = promptkd_settings(student, teacher, steps=1, max_dev_rows=2)
+    train.run_stage("stage", s, tmp_path, 600, CPU)
+    content = (tmp_path / "stage" / "best" / "prompt.safetensors").read_bytes()
+    assert b'"teacher":"./wide"' in content and bytes(teacher) not in content
 
 
 def test_new_weights_remove_the_card_of_those_before(tmp_path):
