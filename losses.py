@@ -168,7 +168,8 @@ def sum_over_tokens(loss_fn, trained, *others, **per_token):
 
 
 class _SumOverTokens(torch.autograd.Function):
-    """Computes the gradients in the forward pass, while a chunk's logits exist."""
+    """Computes the gradients in the forward pass, while a chunk's logits exist. PyTorch runs a
+    Function's forward with autograd off."""
 
     @staticmethod
     def forward(ctx, loss_fn, others, per_token, hidden, head):

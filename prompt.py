@@ -29,7 +29,7 @@ def response_hidden(model, batch, P=None):
     model's weights and P unless they are switched off. Dropout is as the model's mode says.
     """
     inputs, positions = batch.ids, batch.response_positions
-    if P is not None:
+    if P is not None:  # a GPT takes embeddings in place of ids
         rows, columns = positions
         inputs, positions = prepend(P, model, batch.ids), (rows, columns + len(P))
     return model(inputs, output_positions=positions), model.head

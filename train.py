@@ -288,7 +288,8 @@ def minillm_step(run, examples, t):
     s, batch_size = run.settings, run.global_batch_size
     if t % run.rollout_steps == 0:
         run.scored_rollout = minillm_rollout(run, examples, t)
-    # Several epochs over each rollout, numbered across rollouts, each in another order.
+    # Several epochs over each rollout, numbered across rollouts, each in another order. A rollout
+    # has whole epochs.
     inner_epoch, k = divmod(t, len(run.scored_rollout) // batch_size)
     order = epoch_order(len(run.scored_rollout), s.seed, inner_epoch)
     rows = [run.scored_rollout[i] for i in order[k * batch_size : (k + 1) * batch_size]]

@@ -18,7 +18,7 @@ TOP_LEVEL = {
 MAX_LINES = {
     "losses.py": 250,  # with room for another loss
     "prompt.py": 100,
-    "train.py": 560,  # with room for another method
+    "train.py": 570,  # with room for two more methods
     "sample.py": 280,
     "model.py": 305,
     "evaluate.py": 415,
