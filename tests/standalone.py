@@ -1,63 +1,44 @@
-"""One step of PromptKD with nothing but model.py, losses.py, prompt.py and sample.py, copied into a
-folder, and this file beside them:
+"""PromptKD with nothing but model.py, losses.py, prompt.py and sample.py, copied into a folder, and
+beside them this file and promptkd.py, the last block of docs/walkthrough.md:
 
     python standalone.py CASE.pt RESULT.pt
 
-CASE.pt: two configurations, the weights of both models, P, requests, responses, λ. RESULT.pt: the
-means of the losses, and the gradients of P and of the student. It is run by
+CASE.pt: two configurations, the weights of both models, P, requests and their responses; and some
+runs, each as how often it trains on these, and its learning rate. RESULT.pt: for each run the
+gradients of P and of the student, before they are clipped, at the last time. It is run by
 tests/method/test_core.py.
 """
 
 import sys
-from types import SimpleNamespace
 
+import promptkd
 import torch
 
-from losses import prompt_loss, student_loss, sum_over_tokens
 from model import GPT, Config
-from prompt import freeze, response_hidden
-from sample import pad
+from prompt import freeze
 
 
-def make_batch(requests, responses):
-    """Rows of request and response, and where the logits of the N response tokens are."""
-    ids, _ = pad([x + y for x, y in zip(requests, responses)], "cpu")  # (B, T)
-    rows = [b for b, y in enumerate(responses) for _ in y]
-    columns = [len(x) - 1 + t for x, y in zip(requests, responses) for t in range(len(y))]
-    positions = torch.tensor(rows), torch.tensor(columns)  # (N,) each
-    return SimpleNamespace(ids=ids, response_positions=positions, n_tokens=len(rows))
-
-
-def promptkd_step(q, p, P, batch, lam, lr):
-    """Update P and accumulate the student's gradient. Returns what RESULT.pt has."""
-
-    def L_P(p_prompted, q, p_bare):
-        return prompt_loss(p_prompted, q, p_bare, lam=lam)
-
-    with torch.no_grad():  # targets
-        student, bare = response_hidden(q, batch), response_hidden(p, batch)
-    means = sum_over_tokens(L_P, response_hidden(p, batch, P), student, bare) / batch.n_tokens
-    means[0].backward()
-    P_grad = P.grad.clone()
-    torch.nn.utils.clip_grad_norm_([P], 1.0)
-    torch.optim.AdamW([P], lr=lr, betas=(0.9, 0.999), weight_decay=1e-2).step()
-
-    with torch.no_grad():  # a target
-        prompted = response_hidden(p, batch, P)
-    loss = sum_over_tokens(student_loss, response_hidden(q, batch), prompted) / batch.n_tokens
-    loss.backward()
-    gradients = {name: parameter.grad for name, parameter in q.named_parameters()}
-    return {"prompt_losses": means.detach(), "loss": loss.detach(), "P": P_grad, "q": gradients}
-
-
-if __name__ == "__main__":
-    case = torch.load(sys.argv[1], weights_only=True)
+def gradients_of(case, n_batches, lr):
+    """The gradients of P and of the student in the last step of a run."""
     models = []
     for role in ("student", "teacher"):
         model = GPT(Config(**case[role]["config"]))
         model.load_state_dict(case[role]["weights"])
         models.append(model.eval())
-    q, p = models
-    batch = make_batch(case["requests"], case["responses"])
-    P = case["P"].requires_grad_()
-    torch.save(promptkd_step(q, freeze(p), P, batch, case["lam"], case["lr"]), sys.argv[2])
+    (q, p), P, gradients = models, case["P"].clone().requires_grad_(), []
+
+    def keep_and_clip(parameters, max_norm):
+        gradients.append([parameter.grad.clone() for parameter in parameters])
+        return clip(parameters, max_norm)
+
+    clip, torch.nn.utils.clip_grad_norm_ = torch.nn.utils.clip_grad_norm_, keep_and_clip
+    batches = [case["requests"]] * n_batches
+    promptkd.promptkd(q, freeze(p), P, batches, 0, 0, lr=lr, prompt_lr=lr)
+    torch.nn.utils.clip_grad_norm_ = clip
+    return dict(zip(("P", "q"), gradients[-2:]))
+
+
+if __name__ == "__main__":
+    case = torch.load(sys.argv[1], weights_only=True)
+    promptkd.sample = lambda *_: (case["responses"], None)
+    torch.save([gradients_of(case, *run) for run in case["runs"]], sys.argv[2])

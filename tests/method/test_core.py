@@ -1,5 +1,6 @@
-"""model.py, losses.py, prompt.py and sample.py stand alone: copied into an empty folder they make a
-step of PromptKD, and importing them changes nothing in the process."""
+"""model.py, losses.py, prompt.py and sample.py stand alone: copied into an empty folder, with the
+last block of docs/walkthrough.md, they are PromptKD. Importing them changes nothing in the process.
+"""
 
 import contextlib
 import importlib.metadata
@@ -16,12 +17,14 @@ import pytest
 import torch
 from helpers import ROOT
 from recipe import force_responses
+from test_style import code_blocks
 
 import train
 from data.runs.optim import set_learning_rate
 
 CORE = ("model.py", "losses.py", "prompt.py", "sample.py")
-LR = 1e-3
+# The last block of the page
+LOOP = code_blocks(ROOT / "docs" / "walkthrough.md", "python")[-1]
 
 
 def brought_by(*names):
@@ -73,6 +76,7 @@ def run_alone(folder, packages):
     can be imported. Returns what it prints."""
     for path in (*(ROOT / name for name in CORE), ROOT / "tests" / "standalone.py"):
         shutil.copy(path, folder)
+    (folder / "promptkd.py").write_text(LOOP, encoding="utf-8")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     environment["PYTHONPATH"] = str(packages)
     command = [sys.executable, "-S", "-c", SCRIPT]
@@ -82,16 +86,28 @@ def run_alone(folder, packages):
     return result.stdout
 
 
+def test_the_loop_is_all_of_it_in_at_most_40_lines():
+    assert len(LOOP.splitlines()) <= 40
+    modules = set(re.findall(r"^from (\w+) import|^import (\w+)", LOOP, re.M))
+    names = {name for pair in modules for name in pair if name}
+    assert names <= {"types", "numpy", "torch", "model", "losses", "prompt", "sample"}
+
+
+# Runs of LOOP: how often it trains on a batch, and its learning rate
+RUNS = [
+    (1, 1e-3),  # the student's gradient is that after the update of P
+    (2, 1e-30),  # λ is 1/2 at the second of two batches, and nothing has changed before
+]
+
+
 def test_a_copy_of_the_core_changes_nothing_in_the_process_and_makes_the_step_of_train(
     torch_and_numpy, tmp_path, monkeypatch
 ):
     case = bench.CASES["XS"] | {"dropout": 0.0, "lengths": [(5, 4), (3, 12), (7, 1), (2, 9)]}
     cpu, limit, eos_token_id = torch.device("cpu"), case["max_new_tokens"], case["vocab"] - 1
-    run, examples, t = bench.make_run(case, cpu), bench.make_examples(case), 250
+    run, examples = bench.make_run(case, cpu), bench.make_examples(case)
     run.micro_batch_tokens = 40  # several micro-batches
-    for optimizer in (run.optimizer, run.prompt_optimizer):
-        set_learning_rate(optimizer, LR)
-    content = {"lam": 1 - t / run.total_steps, "lr": LR, "P": run.P.detach().clone()}
+    content = {"runs": RUNS, "P": run.P.detach().clone()}
     content["requests"] = [e.request for e in examples]
     content["responses"] = [e.response for e in examples]
     for role, model in (("student", run.student), ("teacher", run.teacher)):
@@ -102,29 +118,23 @@ def test_a_copy_of_the_core_changes_nothing_in_the_process_and_makes_the_step_of
     assert after == before
     assert {"model", "losses", "prompt", "sample"} <= set(modules)
     assert not any(name.partition(".")[0] == "data" for name in modules)
-    alone = torch.load(tmp_path / "result.pt", weights_only=True)
-
     gradients = {}  # before they are clipped
     clip_and_step = train.clip_and_step
 
     def keep_gradients(optimizer):
-        if optimizer is run.prompt_optimizer:
-            gradients["P"] = run.P.grad.clone()
-        else:
-            named = run.student.named_parameters()
-            gradients["q"] = {name: parameter.grad.clone() for name, parameter in named}
+        is_prompt = optimizer is run.prompt_optimizer
+        parameters = [run.P] if is_prompt else run.student.parameters()
+        gradients["P" if is_prompt else "q"] = [p.grad.clone() for p in parameters]
         return clip_and_step(optimizer)
 
     monkeypatch.setattr(train, "clip_and_step", keep_gradients)
     responses = {e.index: e.response for e in examples}
-    with force_responses(responses, limit, eos_token_id, cpu):
-        metrics = train.promptkd_step(run, [replace(e, response=[]) for e in examples], t)
-
-    names = ("prompt_loss", "prompt_kd", "prompt_reg", "kl_prompted_bare")
-    ours = torch.stack([metrics[name] for name in names])
-    torch.testing.assert_close(alone["prompt_losses"], ours, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(alone["loss"], metrics["loss"], rtol=1e-6, atol=1e-6)
-    assert alone["q"].keys() == gradients["q"].keys()
-    for ours, theirs in ((gradients["P"], alone["P"]), (gradients["q"], alone["q"])):
-        torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-6)
-    assert float(gradients["P"].abs().max()) > 1e-3  # not all 0 to 1e-6
+    for (n_batches, lr), alone in zip(RUNS, torch.load(tmp_path / "result.pt"), strict=True):
+        run, t = bench.make_run(case, cpu), (n_batches - 1) * run.total_steps // 2
+        for optimizer in (run.optimizer, run.prompt_optimizer):
+            set_learning_rate(optimizer, lr)
+        with force_responses(responses, limit, eos_token_id, cpu):
+            train.promptkd_step(run, [replace(e, response=[]) for e in examples], t)
+        for name, expected in gradients.items():
+            torch.testing.assert_close(alone[name], expected, rtol=1e-6, atol=1e-6)
+        assert float(gradients["P"][0].abs().max()) > 1e-3  # not all 0 to 1e-6
