@@ -194,10 +194,13 @@ def test_run_on_rank0_raises_its_function_s_errors(alone):
         dist.run_on_rank0(lambda: 1 / 0)
 
 
-def test_deferred_signals_take_effect_after_the_block():
+def test_deferred_signals_are_announced_once_and_take_effect_after_the_block(alone, capsys):
     with pytest.raises(KeyboardInterrupt), dist.defer_signals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
-        assert signals == [signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals == [signal.SIGINT] * 2
+    stopping = "stopping after this step; once more, after ten seconds, ends at once\n"
+    assert capsys.readouterr() == ("", stopping)
 
 
 def test_an_error_in_the_block_replaces_deferred_signals():
