@@ -69,19 +69,18 @@ def file_hash(path):
 
 
 def model_hash(name):
-    """SHA-256 in hexadecimal of a model by its name. Under torchrun, call it with
-    dist.run_on_rank0."""
-    files = filter(Path.is_file, model_files(find_model_dir(name)))
-    lines = [f"{path.name} {file_hash(path)}\n" for path in files]
+    """SHA-256 in hexadecimal of a model by its name: of its `model_files`. Under torchrun, call it
+    with dist.run_on_rank0."""
+    files = model_files(find_model_dir(name))
+    lines = [f"{path.name} {file_hash(path)}\n" for path in files if path.is_file()]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def model_files(directory):
-    """Where a model's configuration, weights and tokenizer are, or would be (see
-    `weights_files`)."""
-    names = ("config.json", *TOKENIZER_FILES)
-    config, *tokenizer = (Path(directory) / name for name in names)
-    return [config, *weights_files(directory), *tokenizer]
+    """The paths of a model's configuration, weights (see `weights_files`) and tokenizer. A
+    tokenizer has some of these files only."""
+    tokenizer = [directory / file for file in TOKENIZER_FILES]
+    return [directory / "config.json", *weights_files(directory), *tokenizer]
 
 
 def hub_path(name):

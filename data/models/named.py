@@ -115,22 +115,24 @@ def table_sort_key(kind, size):
 def open_models(names):
     """Models by name, {label: Model}, in a table's order. Directories without a model are skipped.
     Raises InputError if no model is left."""
-    paths = [Path(name) for name in names]
-    runs = [path.parent if path.name == "best" else path for path in paths]
-    check_same_files([run / "run.json" for run in runs], names)
     found, models = [], {}
     for name in names:
-        if os.path.isdir(name) and not (find_model_dir(name) / "config.json").is_file():
+        if dist.run_on_rank0(_has_no_model, name):
             print0(f"{name}: has no model (neither best/ nor config.json), left out")
         else:
             found.append(name)
     if not found:
         raise InputError("none of the directories has a model; name a run, or a checkpoint")
-    for label, name in zip(run_labels(found), found):
-        size, record = count_parameters(name), read_record(name)
+    check_same_files([], found)
+    for label, name in zip(dist.run_on_rank0(run_labels, found), found):
+        size, record = count_parameters(name), dist.run_on_rank0(read_record, name)
         kind = run_kind(record) if record else ""
         models[label] = Model(name, size, kind, record.get("paper", PUBLISHED.get(name)), record)
     return dict(sorted(models.items(), key=lambda item: table_sort_key(item[1].kind, item[1].size)))
+
+
+def _has_no_model(name):
+    return os.path.isdir(name) and not (find_model_dir(name) / "config.json").is_file()
 
 
 def resolve_input(directory, name):

@@ -87,14 +87,13 @@ def open_stage(directory, settings, files, paper=None, command=None):
     """Open a stage's run (see `runs.open_run`). settings: a dict. files: the paths of its data
     files. paper: which of the paper's runs it is. command: the command line that it is part of."""
 
-    fields = () if settings["method"] == "pretrain" else ("student", "teacher")
-    models = {field: settings[field] for field in fields if settings.get(field)}
-    texts = {field: settings[field] for field in file_fields() if settings.get(field)}
-    check_same_files([*files, *texts.values()], models.values())
-
     def hash_inputs():
         hashes = {path.name: file_hash(path) for path in files if path.is_file()}
-        hashes |= {field: file_hash(path) for field, path in texts.items()}
+        for field in file_fields():
+            if settings.get(field):
+                hashes[field] = file_hash(settings[field])
+        fields = () if settings["method"] == "pretrain" else ("student", "teacher")
+        models = {field: settings[field] for field in fields if settings.get(field)}
         return hashes | {field: model_hash(model) for field, model in models.items()}
 
     inputs = dist.run_on_rank0(hash_inputs)
@@ -240,10 +239,10 @@ def fetch_inputs(args, teacher, student):
     would fail, before the earlier ones take their hours. teacher, student: names of models, or
     None."""
     data_dir = dist.run_on_rank0(find_data_dir, args.data)  # before a model is downloaded
-    if student is None:
-        return
     files = [data_dir / name for name in ("train.jsonl", "dev.jsonl", PRETRAINING_FILE)]
     check_same_files(files if args.lm_data is None else [*files, args.lm_data])
+    if student is None:
+        return
     read_rows(data_dir / "dev.jsonl", args.dev_rows)
     if args.lm_data is not None:
         n = dist.run_on_rank0(lambda: sum(1 for _ in iter_texts(args.lm_data)))

@@ -95,7 +95,7 @@ def test_a_log_on_a_full_disk_is_named(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
 def test_an_error_that_can_not_be_shown_has_its_status(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", FULL.open("w"))
+    monkeypatch.setattr(sys, "stderr", FULL.open("w", buffering=1))
     with pytest.raises(SystemExit) as exit:
         run_command_line(lambda: read_json("no such file", "fix"))
     assert exit.value.code == 2

@@ -91,10 +91,11 @@ def test_a_difference_is_reported_with_the_file_and_the_hosts(tmp_path, nodes):
     assert on_ranks(tmp_path, nodes, compare) == [expected] * 2
 
 
-def test_one_rank_of_each_host_hashes_and_none_where_all_see_the_same_files(tmp_path, nodes):
+def test_copies_are_hashed_by_one_rank_each_and_shared_files_by_none(tmp_path, nodes):
     hashed, file_hash = [], copies.file_hash
 
     def compare():
+        copies.socket.gethostname = lambda: f"host {dist.rank()}"  # with a file system in common
         copies.file_hash = lambda path: hashed.append(path) or file_hash(path)
         check_same_files(["my/train.jsonl"], ["student"])
         return hashed
