@@ -20,14 +20,7 @@ def add_decoding_options(parser):
     option = parser.add_argument
     help = f"maximum number of tokens of a response (default {MAX_NEW_TOKENS})"
     length = number_in_range(int, 1, 100_000)
-    option(
-        "--max-new",
-        "--max-new-tokens",  # as in transformers
-        dest="max_new_tokens",
-        type=length,
-        default=MAX_NEW_TOKENS,
-        help=help,
-    )
+    option("--max-new", dest="max_new_tokens", type=length, default=MAX_NEW_TOKENS, help=help)
     # Below these limits float32 has no numbers for the result.
     greedy = "; --greedy takes the most likely tokens"
     option("--temperature", type=number_in_range(float, 1e-4, 100, advice=greedy), default=1.0)

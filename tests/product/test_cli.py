@@ -103,7 +103,7 @@ def test_an_error_that_can_not_be_shown_has_its_status(monkeypatch):
 
 UNDERSCORES = {
     train.options.parse_train_args: "--dev_rows=3 --prompt_text=a_b --reg_kl forward --out o_1",
-    evaluate.parse_args: "m_1 --max_new_tokens=9 --top_k 5 --by reg_weight --no_repeat_ngram=2",
+    evaluate.parse_args: "m_1 --max_new=9 --top_k 5 --by reg_weight --no_repeat_ngram=2",
     exposure_bias.parse_args: "--teacher t_1 --students s_1 --micro_batch_tokens=7",
     sampling.parse_args: "m_1 --instruction=--a_b --max_new 9 --top_p=0.5",
 }
