@@ -11,7 +11,7 @@ from data.models.checkpoint import read_config
 from data.models.copies import check_same_files
 from data.models.hub import model_hash
 from data.models.named import find_model, load_model
-from data.models.tensors import load_prompt, prompt_metadata, prompt_path
+from data.models.prompts import load_prompt, prompt_metadata, prompt_path
 from data.process import dist
 from data.process.command_line import ArgumentParser, number_in_range
 from data.process.errors import InputError

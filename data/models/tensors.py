@@ -6,7 +6,6 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 from data.models.hub import weights_files
 from data.process.errors import InputError
@@ -67,49 +66,3 @@ def save_tensors(tensors, path, metadata=None):
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in tensors:
             file.write(tensor.numpy())
-
-
-def save_prompt(P, directory, teacher=None, teacher_hash=None):
-    """Write P (prompt_length, C) to `prompt.safetensors` in a checkpoint directory, with the name
-    and the hash (see `hub.model_hash`) of the teacher that it is tuned for."""
-    metadata = {"kind": "soft prompt: embeddings in front of the request"}
-    if teacher_hash is not None:
-        name = teacher.encode("utf-8", "backslashreplace").decode()  # it may have lone surrogates
-        metadata |= {"teacher": name, "teacher_sha256": teacher_hash}
-    tensor = P.detach().float().cpu().contiguous()
-    save_tensors({"prompt": tensor}, Path(directory) / "prompt.safetensors", metadata)
-
-
-def prompt_path(path):
-    """Where a soft prompt is: in a file, or in `prompt.safetensors` of a directory."""
-    path = Path(path)
-    return path / "prompt.safetensors" if path.is_dir() else path
-
-
-def prompt_metadata(path):
-    """What a readable file of a soft prompt says of itself: strings by name (see `save_prompt`)."""
-    with open(prompt_path(path), "rb") as file:
-        n = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(n)).get("__metadata__", {})
-
-
-def load_prompt(path, width):
-    """Read a soft prompt, float32 (prompt_length, C), from its `prompt_path`. width: the C of the
-    model that it will be prepended to. Raises InputError if it does not fit or the file can't be
-    read."""
-    path = prompt_path(path)
-    hint = "a PromptKD run keeps its prompt in best/prompt.safetensors"
-    try:
-        P = load_tensors(path).get("prompt")
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; {hint}") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: is truncated or damaged ({error}); {hint}") from error
-    is_matrix = P is not None and P.ndim == 2 and len(P) > 0 and P.is_floating_point()
-    if not is_matrix or not torch.isfinite(P).all():
-        problem = "has no finite floating-point tensor 'prompt' of two dimensions"
-        raise InputError(f"{path}: {problem}; {hint}")
-    if P.shape[1] != width:
-        problem = f"tensor 'prompt' is {P.shape[1]} wide and the model {width}"
-        raise InputError(f"{path}: {problem}; use the teacher that it was tuned for")
-    return P.float()

@@ -104,8 +104,8 @@ def write_samples(out, n, set_name, rows, paths):
 
 
 def write_prompt(directory, content):
-    """Print what a tuned prompt does, `content` (see prompt.main), and write it to a run's
-    prompt.json; plot the response in it as prompt.png."""
+    """Print what a tuned prompt does, `content` of `tuned_prompt.describe_run`, and write it to a
+    run's prompt.json; plot the responses in it as prompt.png."""
     vectors = [["began as", "moved", "cosine", *(f"nearest {n}" for n in range(1, 6))]]
     for vector in content["vectors"]:
         nearest = [f"{text} {cosine:.2f}" for text, cosine in vector["nearest"]]
@@ -116,7 +116,7 @@ def write_prompt(directory, content):
     print(format_table(vectors), format_table(means), sep="\n\n")
     print("p: teacher, p_P: with the prompt, q: student")
     write_atomic(directory / "prompt.json", json.dumps(content, indent=1) + "\n")
-    plot = plot_response(directory / "prompt.png", **content["response"])
+    plot = plot_responses(directory / "prompt.png", content["responses"])
     print(f"also in {directory / 'prompt.json'}; {plot}")
 
 
@@ -178,23 +178,29 @@ def plot_curves(run_dir):
     return save_plot(run_dir / "curves.png", draw)
 
 
-def plot_response(path, row, tokens, probabilities, width=40):
-    """Plot the probability of each token of a response, {model: values}, in panels of `width`
-    tokens (see `save_plot`). row: number of the row with this request. tokens: their texts."""
+def plot_responses(path, responses, width=40):
+    """Plot the probabilities of the tokens of responses under several models as bars, in panels of
+    `width` tokens (see `save_plot`). responses: as `tuned_prompt.describe_run` makes them."""
 
     def draw(figure):
-        starts = range(0, len(tokens), width)
-        figure.set_size_inches(11, 1.2 + 2.4 * len(starts))
-        panels = figure.subplots(len(starts), squeeze=False)[:, 0]
-        for axes, start in zip(panels, starts):
-            texts = tokens[start : start + width]
-            for label, values in probabilities.items():
-                axes.plot(values[start : start + width], ".-", label=label, linewidth=1)
-            axes.set_xticks(range(len(texts)), texts, rotation=90, fontsize=8)
-            axes.set(xlim=(-1, min(width, len(tokens))), ylim=(-0.03, 1.03), ylabel="probability")
+        panels = [(r, i) for r in responses for i in range(0, len(r["tokens"]), width)]
+        figure.set_size_inches(11, 0.8 + 2.6 * len(panels))
+        for axes, (response, start) in zip(
+            figure.subplots(len(panels), squeeze=False)[:, 0], panels
+        ):
+            tokens = response["tokens"][start : start + width]
+            bar = 0.8 / len(response["probabilities"])
+            for i, (label, values) in enumerate(response["probabilities"].items()):
+                places = [n + i * bar - 0.4 + bar / 2 for n in range(len(tokens))]
+                axes.bar(places, values[start : start + width], bar, label=label)
+            axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=8)
+            axes.set(xlim=(-1, min(width, len(response["tokens"]))), ylim=(0, 1))
+            part = "" if start == 0 else f", from token {start + 1} on"
+            axes.set(title=f"validation row {response['row']}{part}", ylabel="probability")
         [label] = unique_labels([path.parent])
-        panels[0].set_title(f"{label}: the student's response to validation row {row}")
-        figure.legend(handles=panels[0].lines, loc="outside lower center", ncols=3)
+        figure.suptitle(f"{label}: responses of the student")
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
 
     return save_plot(path, draw)
 

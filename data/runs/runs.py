@@ -20,7 +20,7 @@ except ImportError:  # on Windows
     fcntl = resource = None
 
 from data.models.checkpoint import save, save_generation_config
-from data.models.tensors import save_prompt
+from data.models.prompts import save_prompt
 from data.models.tokenizer import save_tokenizer
 from data.process import dist
 from data.process.dist import print0

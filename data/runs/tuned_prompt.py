@@ -1,19 +1,23 @@
 """What the tuned soft prompt of a run does: the body of prompt.py's command."""
 
 import math
+import os
 
 import torch
 from torch.nn.functional import normalize
 
-from data.models.hub import file_hash, model_hash
+from data.models.checkpoint import read_config
+from data.models.hub import file_hash, find_model_dir, hub_repository, model_hash
 from data.models.named import load_model, resolve_input
+from data.models.prompts import load_prompt, save_adapter
 from data.models.sampling import sample_all
-from data.models.tensors import load_prompt
 from data.process import dist
 from data.process.command_line import ArgumentParser
 from data.process.errors import InputError
+from data.process.files import check_output_dir
 from data.runs import report, runs
 from data.runs.methods import DEFAULTS, Settings
+from data.runs.names import public_name
 from data.sets import prepare
 from data.sets.rows import Example, encode_training_rows, make_batch, micro_batches, read_rows
 from losses import cross_entropy, kl
@@ -50,6 +54,7 @@ def describe_vectors(P, P_0, wte):
     return [moved, *(column.tolist() for column in columns)]
 
 
+N_RESPONSES = 3  # that are shown token by token
 MEASURES = ("KL(p || q)", "KL(p_P || q)", "KL(p_P || p)", "loss of p", "loss of p_P", "loss of q")
 
 
@@ -66,28 +71,9 @@ def measure(p, q, P, batch, dtype):
     return torch.stack([*kls, *losses])
 
 
-def check_inputs(directory, record, dev_path, teacher):
-    """Raise InputError if a run's validation rows or its teacher have changed since."""
-    inputs = {"dev.jsonl": file_hash(dev_path), "teacher": model_hash(teacher)}
-    known = {name: value for name, value in inputs.items() if name in record.get("inputs", {})}
-    for name in inputs.keys() - known.keys():
-        print(f"warning: {directory}: its run.json does not have the hash of its {name}")
-    runs.check_inputs(directory, record, known, "put back what it was, or train the run again")
-
-
-def main(argv=None):
-    parser = ArgumentParser("prompt.py", description="What a run's tuned prompt does.")
-    parser.add_argument("run", metavar="RUN", help="the directory of a complete PromptKD run")
-    run = parser.parse_args(argv).run
-    directory, record = runs.run_dir(run), runs.read_record(run)
-    s = DEFAULTS | record.get("settings", {})
-    if s.get("method") != "promptkd" or not record.get("complete"):
-        raise InputError(f"{directory}: is not a complete run of train.py --method promptkd")
-    teacher, data = (resolve_input(directory, s[field]) for field in ("teacher", "data"))
-    device, dtype = dist.init_process(s["dtype"])
-    path = prepare.find_data_dir(data) / "dev.jsonl"
-    rows = read_rows(path, s["max_dev_rows"])
-    dist.run_on_rank0(check_inputs, directory, record, path, teacher)
+def describe_run(directory, s, teacher, device, dtype, rows):
+    """What `report.write_prompt` shows of a run with settings `s` (a dict), on its validation rows.
+    teacher: the name of its teacher from here."""
     q, tokenizer = load_model(directory, device)
     p, _ = load_model(teacher, device)
     P = load_prompt(directory / "best", p.config.n_embd).to(device)
@@ -108,13 +94,62 @@ def main(argv=None):
     batches = micro_batches(examples, 1024, device, len(P))
     means = torch.cat([measure(p, q, P, batch, dtype) for batch in batches], dim=1).mean(1)  # (6,)
 
-    request, row = examples[0].request, examples[0].index + 1
-    rng_key = (s["seed"], "prompt", row)
-    [response], _ = sample_all(q, [request], [rng_key], eos, s["max_new_tokens"], dtype=dtype)
-    batch = make_batch([Example(0, request, response)], device)
-    probabilities = (-measure(p, q, P, batch, dtype)[3:]).exp().tolist()  # (3, N)
-    by_model = dict(zip(("bare teacher", "prompted teacher", "student"), probabilities))
-    response = {"row": row, "tokens": list(map(show, response)), "probabilities": by_model}
-    means = dict(zip(MEASURES, means.tolist()))
-    content = {"vectors": vectors, "references": means, "response": response}
+    # Responses that are sampled from the student, token by token
+    shown, responses = examples[:N_RESPONSES], []
+    requests, keys = zip(*((e.request, (s["seed"], "prompt", e.index + 1)) for e in shown))
+    sampled, _ = sample_all(q, requests, keys, eos, s["max_new_tokens"], dtype=dtype)
+    for e, response in zip(shown, sampled):
+        batch = make_batch([Example(0, e.request, response)], device)
+        probabilities = (-measure(p, q, P, batch, dtype)[3:]).exp().tolist()  # (3, N)
+        by_model = dict(zip(("bare teacher", "prompted teacher", "student"), probabilities))
+        tokens = list(map(show, response))
+        responses.append({"row": e.index + 1, "tokens": tokens, "probabilities": by_model})
+    references = dict(zip(MEASURES, means.tolist()))
+    return {"vectors": vectors, "references": references, "responses": responses}
+
+
+def check_inputs(directory, record, inputs):
+    """Raise InputError if what a run was made with has changed since. inputs: {name: SHA-256}."""
+    known = {name: value for name, value in inputs.items() if name in record.get("inputs", {})}
+    for name in inputs.keys() - known.keys():
+        print(f"warning: {directory}: its run.json does not have the hash of its {name}")
+    runs.check_inputs(directory, record, known, "put back what it was, or train the run again")
+
+
+def write_adapter(directory, record, teacher, target):
+    """Write a run's prompt as an adapter of its teacher (see `prompts.save_adapter`)."""
+    check_output_dir(target, "--peft")
+    inputs = {"teacher": model_hash(teacher)}
+    check_inputs(directory, record, inputs)
+    config = read_config(find_model_dir(teacher))
+    P = load_prompt(directory / "best", config.n_embd)
+    name = public_name(teacher) if os.path.exists(teacher) else hub_repository(teacher)
+    save_adapter(P, target, config, name, inputs["teacher"])
+    print(f"{target}: an adapter of {len(P)} virtual tokens for {name}")
+
+
+def main(argv=None):
+    parser = ArgumentParser("prompt.py", description="What a run's tuned prompt does.")
+    parser.add_argument("run", metavar="RUN", help="the directory of a complete PromptKD run")
+    help = "only write the prompt there, as a prompt-tuning adapter of PEFT for the run's teacher"
+    parser.add_argument("--peft", metavar="DIR", help=help)
+    args = parser.parse_args(argv)
+    directory, record = runs.run_dir(args.run), runs.read_record(args.run)
+    s = DEFAULTS | record.get("settings", {})
+    if s.get("method") != "promptkd" or not record.get("complete"):
+        raise InputError(f"{directory}: is not a complete run of train.py --method promptkd")
+    teacher, data = (resolve_input(directory, s[field]) for field in ("teacher", "data"))
+    device, dtype = dist.init_process(s["dtype"])
+    if args.peft is not None:
+        dist.run_on_rank0(write_adapter, directory, record, teacher, args.peft)
+        return
+    path = prepare.find_data_dir(data) / "dev.jsonl"
+    rows = read_rows(path, s["max_dev_rows"])
+
+    def check():
+        inputs = {"dev.jsonl": file_hash(path), "teacher": model_hash(teacher)}
+        check_inputs(directory, record, inputs)
+
+    dist.run_on_rank0(check)
+    content = describe_run(directory, s, teacher, device, dtype, rows)
     dist.run_on_rank0(report.write_prompt, directory, content)

@@ -16,7 +16,7 @@ from helpers import (
 )
 from safetensors.torch import save_file
 
-from data.models.tensors import load_prompt, save_prompt
+from data.models.prompts import load_prompt, save_prompt
 from data.models.tokenizer import load_tokenizer
 from data.process.errors import InputError
 from data.sets.rows import Example, make_batch

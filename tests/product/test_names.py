@@ -22,7 +22,7 @@ from helpers import (
     write_rows,
 )
 
-from data.models.tensors import load_prompt, save_prompt
+from data.models.prompts import load_prompt, save_prompt
 from data.runs import report
 from data.runs.names import unique_labels
 from data.runs.report import format_table, plot_bars, plot_curves, save_plot

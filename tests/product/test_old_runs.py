@@ -64,10 +64,13 @@ def train_again(out, run):
 
 
 def show_prompt(run, monkeypatch):
-    """`python prompt.py RUN`, in this process. Returns the content of its prompt.json."""
+    """`python prompt.py RUN`, in this process. Returns the content of its prompt.json, with one
+    response as at that time."""
     monkeypatch.setattr(sys, "argv", ["prompt.py", str(run)])
     runpy.run_path(str(ROOT / "prompt.py"), run_name="__main__")
-    return read_json(run / "prompt.json")
+    content = read_json(run / "prompt.json")
+    [response, *_] = content.pop("responses")
+    return content | {"response": response}
 
 
 def read_json(path):

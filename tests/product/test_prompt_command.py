@@ -22,9 +22,10 @@ from helpers import (
 )
 
 from data.models.hub import file_hash, model_hash
-from data.models.tensors import save_prompt
+from data.models.prompts import save_prompt
+from data.runs import report
 from data.runs.methods import Settings
-from data.runs.report import plot_response
+from data.runs.report import plot_responses
 from data.runs.runs import RUN_FORMAT
 from data.runs.tuned_prompt import describe_vectors, main
 from data.sets.rows import fill_template
@@ -94,9 +95,12 @@ def content(run):
     return inspect(run)
 
 
-def inspect(directory):
-    """Run the command and return the content of its prompt.json."""
-    main([str(directory)])
+def inspect(directory, has_plot=False):
+    """Run the command and return the content of its prompt.json. A plot takes longer than it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not has_plot:
+            patch.setattr(report, "plot_responses", lambda path, responses: "no plot")
+        main([str(directory)])
     return json.loads((directory / "prompt.json").read_text())
 
 
@@ -216,13 +220,26 @@ def sampled_response(row, number):
     return request, response, log_probs
 
 
-@pytest.mark.parametrize("data, row", [("set", ROWS[0]), ("over-the-limit-first", ROWS[2])])
-def test_response_is_the_students_to_the_first_row_that_the_run_has(out, data, row):
-    write_rows(out / "over-the-limit-first" / "dev.jsonl", [ROWS[3], ROWS[2]])
-    found = inspect(write_run(out / f"on-{data}", P, data=data))["response"]
-    number = 1 if row is ROWS[0] else 2
-    request, response, log_probs = sampled_response(row, number)
-    assert found["row"] == number
+@pytest.mark.parametrize(
+    "data, rows",
+    [
+        ("set", {1: ROWS[0], 2: ROWS[1], 3: ROWS[2]}),
+        ("over-the-limit-first", {2: ROWS[2], 3: ROWS[0], 4: ROWS[1]}),
+        ("two", {1: ROWS[0], 2: ROWS[1]}),
+    ],
+)
+def test_responses_are_the_students_to_the_first_three_rows_that_the_run_has(out, data, rows):
+    over_the_limit = ROWS[3]
+    write_rows(out / "over-the-limit-first" / "dev.jsonl", [over_the_limit, ROWS[2], *ROWS[:3]])
+    write_rows(out / "two" / "dev.jsonl", ROWS[:2])
+    responses = inspect(write_run(out / f"on-{data}", P, data=data))["responses"]
+    assert [found["row"] for found in responses] == list(rows)
+    for found in responses:
+        check_response(found, rows[found["row"]])
+
+
+def check_response(found, row):
+    request, response, log_probs = sampled_response(row, found["row"])
     assert found["tokens"] == [repr(TOKENIZER.decode([token])) for token in response]
     at_tokens = range(len(response)), response
     expected = [z[at_tokens].exp().tolist() for z in three_models(request, response)]
@@ -249,34 +266,40 @@ def test_all_of_it_is_printed(run, capsys):
 # ---- the plot ------------------------------------------------------------------------------------
 
 
-def test_plot_is_a_png(run, content):
+def test_plot_is_a_png(run):
     if find_spec("matplotlib") is None:
         pytest.skip("needs matplotlib")
+    inspect(run, has_plot=True)
     assert (run / "prompt.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
-def test_plot_has_every_token_and_a_line_per_model_in_panels_of_40_tokens(run, monkeypatch):
+def test_plot_has_every_token_with_a_bar_per_model_in_panels_of_40_tokens(run, monkeypatch):
     figures = pytest.importorskip("matplotlib.figure")
     figure = figures.Figure()
     monkeypatch.setattr("data.runs.report.save_plot", lambda path, draw: draw(figure))
     tokens = [repr(f" t{i}") for i in range(95)]
     probabilities = {"first": np.linspace(0, 1, 95).tolist(), "second": [0.5] * 95}
-    plot_response(run / "plot.png", 3, tokens, probabilities)
-    first, _, last = figure.axes
-    assert [label.get_text() for axes in figure.axes for label in axes.get_xticklabels()] == tokens
-    assert first.get_title() == f"{run.name}: the student's response to validation row 3"
-    assert list(last.lines[0].get_ydata()) == probabilities["first"][80:]
+    long = {"row": 3, "tokens": tokens, "probabilities": probabilities}
+    short = {"row": 7, "tokens": tokens[:2], "probabilities": {"first": [1, 0], "second": [0, 1]}}
+    plot_responses(run / "plot.png", [long, short])
+    assert figure.get_suptitle() == f"{run.name}: responses of the student"
+    parts = ["row 3", "row 3, from token 41 on", "row 3, from token 81 on", "row 7"]
+    assert [axes.get_title() for axes in figure.axes] == [f"validation {part}" for part in parts]
+    shown = [label.get_text() for axes in figure.axes for label in axes.get_xticklabels()]
+    assert shown == [*tokens, *tokens[:2]]
+    heights = [[[bar.get_height() for bar in bars] for bars in a.containers] for a in figure.axes]
+    assert heights[2] == [values[80:] for values in probabilities.values()]
+    assert heights[3] == [[1, 0], [0, 1]]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(probabilities)
-    for axes in figure.axes:
-        assert len(axes.lines) == 2
-        assert axes.get_ylim() == figure.axes[0].get_ylim()
-        assert axes.get_xlim() == figure.axes[0].get_xlim()
+    assert {axes.get_ylim() for axes in figure.axes} == {(0, 1)}
+    places = [bar.get_x() for bars in figure.axes[3].containers for bar in bars]
+    assert sorted(places) == [places[i] for i in (0, 2, 1, 3)]  # those of a token side by side
 
 
 def test_without_matplotlib_the_numbers_are_written(out, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     run = write_run(out / "no-plot", P)
-    assert inspect(run)["vectors"]
+    assert inspect(run, has_plot=True)["vectors"]
     assert not (run / "prompt.png").exists()
     assert "no plot (ModuleNotFoundError" in capsys.readouterr().out
 

@@ -42,9 +42,9 @@ from test_train import (  # noqa: F401
 
 import data.sets.prepare
 import train
-from data.models import tensors
+from data.models import prompts
 from data.models.checkpoint import load
-from data.models.tensors import load_prompt
+from data.models.prompts import load_prompt
 from data.process.errors import InputError
 from data.runs import report, runs
 from data.runs.methods import METHODS
@@ -226,7 +226,7 @@ def test_a_best_checkpoint_interrupted_after_its_state_was_saved_is_written_agai
     tmp_path, student, teacher, uninterrupted, capsys
 ):
     """Otherwise it would hold the student's weights of one step and the prompt of another."""
-    s, save_prompt, calls = six_steps(student, teacher), tensors.save_prompt, []
+    s, save_prompt, calls = six_steps(student, teacher), prompts.save_prompt, []
 
     def validation(rouge_l):
         return {"val_loss": 1.0, "val_rouge_l": rouge_l, "val_prompted_loss": 1.0}

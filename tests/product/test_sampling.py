@@ -26,8 +26,8 @@ from helpers import (
 
 from data.models import sampling
 from data.models.hub import model_hash
+from data.models.prompts import save_prompt
 from data.models.sampling import decode_response, main, sample_all, sample_to_file
-from data.models.tensors import save_prompt
 from data.process import dist
 from data.process.command_line import run_command_line
 from data.sets.rows import fill_template, read_rows

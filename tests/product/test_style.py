@@ -196,7 +196,7 @@ def resolve(name):
 @document
 def test_every_name_in_a_module_exists(path):
     modules = "|".join([*(file.stem for file in ROOT.glob("*.py")), r"data\.\w+\.\w+"])
-    pattern = re.compile(rf"(?:{modules})(?:\.(?!py\b)\w+)+")
+    pattern = re.compile(rf"(?<!\w)(?:{modules})(?:\.(?!py\b)\w+)+")
     names = [name for code in inline_code(path) for name in re.findall(pattern, code)]
     names = [name for name in names if not name.endswith((".json", ".jsonl", ".md"))]
     if relative(path) == "README.md":

@@ -40,7 +40,7 @@ import evaluate
 import train
 from data.models.checkpoint import load, save
 from data.models.hub import find_model_dir
-from data.models.tensors import load_prompt
+from data.models.prompts import load_prompt
 from data.models.tokenizer import load_tokenizer
 from data.process import dist
 from data.process.errors import InputError

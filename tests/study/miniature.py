@@ -29,7 +29,7 @@ import torch
 import losses
 import train
 from data.models.named import load_model
-from data.models.tensors import load_prompt
+from data.models.prompts import load_prompt
 from data.process.files import write_atomic
 from data.runs.methods import METHODS, STAGES, ResponseSettings, Settings, preset
 from data.runs.runs import read_record

@@ -23,7 +23,7 @@ import data.sets.prepare
 import losses
 import train
 from data.models.named import load_model
-from data.models.tensors import load_prompt
+from data.models.prompts import load_prompt
 from data.models.tokenizer import load_tokenizer
 from data.process.files import read_json
 from data.runs import report
