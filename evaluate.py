@@ -265,8 +265,8 @@ def table_1(args, device):
     columns = open_columns(sets, args.rows, args.no_repeat_ngram)
     for m in models.values():  # before the first one is evaluated, which takes long
         check_weights(m.name)
-        for label, column in columns.items():
-            check_requests(m.name, column.rows, args.max_new_tokens, label, "--max-new")
+        for column in columns.values():
+            check_requests(m.name, column.rows, args.max_new_tokens, "--max-new")
     sampling = {name: getattr(args, name) for name in (*paper.PAPER_SAMPLING, "dtype")}
     names, kept = {label: model.name for label, model in models.items()}, out / "responses"
     scores, paths = evaluate_models(

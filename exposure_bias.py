@@ -123,6 +123,11 @@ def exposure_curve(kl_q, kl_p, seed, label):
     return {name: values.tolist() for name, values in zip(names, columns)}
 
 
+def max_steps(args):
+    """The tokens of the longest response that is sampled. Figure 3b needs fewer than 3a."""
+    return args.steps if args.students else min(REPORT_STEP, args.steps)
+
+
 class Teacher:
     """The teacher p with its responses to this rank's requests, to measure students against."""
 
@@ -134,8 +139,7 @@ class Teacher:
             print0(f"{sum(shortened)} of {len(rows)} requests were shortened to fit")
         self.rows = [row.index for row in dist.shard(rows)]
         self.requests = [x for x in dist.shard(requests) for _ in range(args.samples)]
-        steps = args.steps if args.students else min(REPORT_STEP, args.steps)
-        self.y_p = self.sample_responses(p, "teacher", steps, f"teacher {args.teacher}")
+        self.y_p = self.sample_responses(p, "teacher", max_steps(args), f"teacher {args.teacher}")
 
     def sample_responses(self, model, role, steps, label):
         """Sample a response to each request from the whole distribution, without any ban."""
@@ -262,7 +266,7 @@ def main(argv=None):
         check_same_vocabulary(args.teacher, student, tokenizer, find_model(student)[1])
         check_weights(student)
     for model in [args.teacher, *models]:
-        check_requests(model, rows, args.steps, path, "--steps")
+        check_requests(model, rows, max_steps(args), "--steps")
     settings = vars(args) | {"requests": len(rows)}
     fix = "lower --batch or --micro-batch-tokens, or use smaller models"
     with errors.explain_out_of_memory(f"students of {args.teacher} on {args.data}", fix):

@@ -94,21 +94,24 @@ def check_positions(models, longest, max_new_tokens):
         raise InputError(f"{problem} the model's {n_positions} positions; {fix}")
 
 
-def check_requests(name, rows, max_new_tokens, source, option):
+def check_requests(name, rows, max_new_tokens, option, prompt_length=0):
     """Raise InputError if a model has too few positions for a request and its response.
 
-    name: of the model. source: where the rows are from. option: that which sets max_new_tokens.
+    name: of the model. option: that which sets max_new_tokens. prompt_length: of a soft prompt.
     """
     directory, tokenizer, _ = find_model(name)
     n_positions = read_config(directory).n_positions
-    if n_positions >= MAX_REQUEST + max_new_tokens - 1:
+    if n_positions >= MAX_REQUEST + prompt_length + max_new_tokens - 1:
         return
     lengths = [len(encode_request(row, tokenizer)[0]) for row in rows]
-    if max(lengths) + max_new_tokens - 1 > n_positions:
-        row = f"row {1 + lengths.index(max(lengths))} of {source}"
-        problem = f"{row} has a request of {max(lengths)} tokens, and {max_new_tokens} new ones"
-        fix = f"lower {option}, or use a model with more"
-        raise InputError(f"{problem} exceed the {n_positions} positions of {name}; {fix}")
+    most = n_positions + 1 - max(lengths) - prompt_length  # new tokens; the last is never read
+    if most < max_new_tokens:
+        location = rows[lengths.index(max(lengths))].location
+        prompt = f" with a prompt of {prompt_length}" if prompt_length else ""
+        problem = f"{location} has a request of {max(lengths)} tokens{prompt}, and {max_new_tokens}"
+        fix = f"lower {option} to {most}" if most > 0 else "shorten it or leave it out"
+        found = f"{problem} new ones exceed the {n_positions} positions of {name}"
+        raise InputError(f"{found}; {fix}, or use a model with more")
 
 
 def sampling_batch_size(
@@ -207,7 +210,7 @@ def main(argv=None):
     args = parse_args(argv)
     device, dtype = dist.init_process(args.dtype)
     check_same_files([prompt_path(args.prompt)] if args.prompt else [], [args.model])
-    rows = [Row(0, args.instruction, args.input, ())]
+    rows = [Row(0, args.instruction, args.input, (), location="--instruction")]
     if args.file is not None:
         # On one rank: what comes through a pipe can be read only once.
         rows = dist.run_on_rank0(lambda: read_rows(args.file, needs_output=False))
@@ -216,6 +219,8 @@ def main(argv=None):
     if args.prompt is not None:
         P = load_prompt(args.prompt, model.config.n_embd).to(device)
         dist.run_on_rank0(warn_of_other_teacher, args.prompt, args.model)
+    prompt_length = 0 if P is None else len(P)
+    check_requests(args.model, rows, args.max_new_tokens, "--max-new", prompt_length)
     requests, shortened = zip(*(encode_request(row, tokenizer) for row in rows))
     if any(shortened) and dist.rank() == 0:
         print(f"{sum(shortened)} of {len(rows)} requests were shortened to fit", file=sys.stderr)

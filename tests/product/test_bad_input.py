@@ -336,13 +336,13 @@ OPTIONS = {
     "evaluate.py --cost data": "none of the directories has a run.json|name runs",
     "evaluate.py data --data data": "none of the directories has a model|name a run",
     "evaluate.py ''": "model ''|no such directory|hub id owner/name",
-    "evaluate.py student --data data --max-new 390": "row 1 of data|exceed the 400 positions of "
-    "student; lower --max-new",
+    "evaluate.py student --data data --max-new 390": "data/test.jsonl, line 1|exceed the 400 "
+    "positions of student; lower --max-new to 332, or use a model with more",
     "sample.py student": "give either --instruction TEXT|--file FILE",
     "sample.py student --instruction a --file data/test.jsonl": "give either --instruction TEXT",
     "sample.py student --file data/test.jsonl --input a": "--instruction|--input, or --file",
     "sample.py student --file ''": "is a directory|not a file",
-    "sample.py student --instruction a --max-new 100000": "exceed the model's 400 positions",
+    "sample.py student --instruction a --max-new 100000": "--instruction has|the 400 positions of",
     "sample.py student --instruction a --prompt nowhere": "nowhere: no such file|best/prompt.",
     "exposure_bias.py": "required: --teacher",
     "exposure_bias.py --teacher teacher": "name --students RUN|MODEL|--along RUN",
@@ -548,12 +548,14 @@ def test_rows_that_do_not_match_or_are_too_long(refused):
         refused(command, f"{place}.jsonl|{fix}")
 
 
-def test_a_corpus_that_is_not_text_or_too_short(refused):
+def test_a_corpus_that_is_not_text_or_too_short(refused, tmp_path):
+    model = write_checkpoint(tmp_path / "m", replace(CONFIG, n_positions=512), tiny_tokenizer())
+    command = f"train.py --method minillm --sft-teacher {model} --init {model} --data data"
     path, array = Path("bad/corpus.txt"), json.dumps([{"text": "a task"}] * 9, indent=2).encode()
     contents = {b"": "longer", b"\n\n \n": "longer", b"a task": "longer", b"\xff\xfe": "UTF-8"}
     for content, part in (contents | {array: f", line 1: |{NOT_JSON}"}).items():
         put(path, content)
-        refused(f"{MINILLM} {path}", path, part)
+        refused(f"{command} --lm-data {path}", path, part)
     put(path, missing)
     refused(f"{MINILLM} {path}", path, "no such file")
 
@@ -820,31 +822,66 @@ def test_teacher_and_student_with_different_tokenizers(refused, command):
 
 # Commands that need more than 200 positions, and what their messages name
 TOO_LONG = {
-    "train.py --sft-teacher SHORT --init student": "train.jsonl needs 348|the stage promptkd-",
-    "train.py --teacher teacher --init SHORT": "train.jsonl needs 324|the stage promptkd-",
-    "train.py --teacher teacher --student SHORT": "train.jsonl needs 324|the stage promptkd-",
-    "train.py --teacher SHORT --student student": "dev.jsonl needs 324|the stage teacher-",
+    "train.py --sft-teacher SHORT --init student": "line 4 needs 348|the stage promptkd-",
+    "train.py --teacher teacher --init SHORT": "line 4 needs 324|the stage promptkd-",
+    "train.py --teacher teacher --student SHORT": "line 4 needs 324|the stage promptkd-",
+    "train.py --teacher SHORT --student student": "dev.jsonl, line 4 needs 324|the stage teacher-",
     "train.py --method gkd --sft-teacher SHORT --init student": "needs 324|the stage gkd-",
     "train.py --method seqkd --sft-teacher SHORT --student student": "324|the stage responses-",
-    "train.py --method sft --student SHORT": "dev.jsonl needs 324|the stage sft-",
-    "evaluate.py student SHORT": "row 1 of data has a request of 69 tokens|lower --max-new",
-    "exposure_bias.py --teacher teacher --students student SHORT": "69 tokens|lower --steps",
-    "exposure_bias.py --teacher SHORT --students student": "69 tokens|lower --steps",
+    "train.py --method sft --student SHORT": "dev.jsonl, line 4 needs 324|the stage sft-",
+    "train.py --method minillm --sft-teacher teacher --init SHORT --lm-data corpus.jsonl": (
+        "a block of corpus.jsonl needs 512; use a model with more"
+    ),
+    "evaluate.py student SHORT": "line 1 has a request of 69 tokens|lower --max-new to 132, or",
+    "exposure_bias.py --teacher teacher --students student SHORT": "lower --steps to 132, or",
+    "exposure_bias.py --teacher SHORT --students student": "69 tokens|lower --steps to 132, or",
+    "exposure_bias.py --teacher SHORT --along run --steps 140": None,  # l = 50 at most
+    "evaluate.py student SHORT --max-new 132": None,
 }
 
 
 @pytest.mark.parametrize("command", TOO_LONG)
 def test_a_model_with_too_few_positions_is_found_before_anything_is_trained(
-    refused, tmp_path, command
+    refused, tmp_path, monkeypatch, command
 ):
     short = write_checkpoint(tmp_path / "short", replace(CONFIG, n_positions=200), tiny_tokenizer())
-    line = refused(f"{command} --data data", "200 positions", TOO_LONG[command], SHORT=short)
-    assert str(short) in line
+    if TOO_LONG[command] is None:
+        fail = SimpleNamespace(now=lambda *_, **__: pytest.fail("sampling has started"))
+        monkeypatch.setattr(sampling, "sample", fail.now)
+        with pytest.raises(pytest.fail.Exception, match="sampling has started"):
+            run_program(f"{command} --data data --out out", SHORT=short)
+    else:
+        line = refused(f"{command} --data data", "200 positions", TOO_LONG[command], SHORT=short)
+        assert str(short) in line
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train.py --teacher teacher --student MODEL --data bad",
+        "train.py --sft-teacher MODEL --init MODEL --data bad --prompt-length 1",
+        "evaluate.py student MODEL --data bad --max-new 5",
+        "sample.py MODEL --file bad/test.jsonl --max-new 5",
+        "exposure_bias.py --teacher MODEL --students student --data bad --steps 5",
+    ],
+)
+def test_a_row_that_is_too_long_for_a_model_is_named(refused, tmp_path, command):
+    """By its line. A request that is too long by itself is not helped by an option."""
+    long = as_line(ROW | {"instruction": "a task that describes " * 10, "output": "task " * 300})
+    for split in ("train", "dev", "test"):
+        put(f"bad/{split}.jsonl", GOOD + b"\n" + GOOD + long)
+    n = 330 if "train" in command else 90
+    model = write_checkpoint(tmp_path / "m", replace(CONFIG, n_positions=n), tiny_tokenizer())
+    line = refused(command, ".jsonl, line 4 |shorten|leave|use a model with more", MODEL=model)
+    assert "--" not in line
 
 
 def test_a_prompt_that_is_too_long_is_found_before_anything_is_trained(refused):
     command = "train.py --teacher teacher --student student --data data --prompt-length"
-    refused(command, "teacher: has 400 positions|needs 704|the stage promptkd", options=("380",))
+    parts = (
+        "teacher: has 400 positions|needs 704|the stage promptkd|give --prompt-length 76 or less"
+    )
+    refused(command, parts, options=("380",))
 
 
 @pytest.mark.parametrize("student, teacher", [(324, 348), (400, 348), (324, 400)])

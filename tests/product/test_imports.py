@@ -42,6 +42,21 @@ def test_a_command_imports_our_own_modules(tmp_path, others, command):
     assert status == 0 and (tmp_path / "log0").read_text().startswith("usage: "), tmp_path
 
 
+def test_no_other_package_called_tests_hides_ours(tmp_path, others):
+    """As many projects install one. `python -m` puts the current directory first."""
+    (others / "tests").mkdir()
+    (others / "tests" / "__init__.py").touch()
+
+    def run():
+        forget_our_modules()
+        sys.path[:0] = [str(ROOT), str(others)]
+        sys.argv = ["", "--help"]
+        runpy.run_module("tests.make_demo_models", run_name="__main__")
+
+    [status] = wait_for(fork_ranks(run, 1, tmp_path / "log"), 60)
+    assert status == 0 and (tmp_path / "log0").read_text().startswith("usage: "), tmp_path
+
+
 def test_train_imports_our_own_modules_in_a_notebook_of_another_project(tmp_path, others):
     def run():
         forget_our_modules()
