@@ -2,8 +2,10 @@
 
 import glob
 import json
+import re
 import shlex
 
+import make_demo_models
 import pytest
 from helpers import ROOT, write_checkpoint
 from test_style import code_blocks
@@ -52,3 +54,24 @@ def test_the_demos_commands_make_every_table_and_figure(tmp_path, small_demo):
     for figure, key, n in (("figure_3a", "students", 3), ("figure_3b", "runs", 1)):
         content = json.loads((out / "exposure_bias" / f"{figure}.json").read_text())
         assert len(content[key]) == n
+
+
+def test_the_demos_other_commands_train_and_make_what_they_name(tmp_path, small_demo, monkeypatch):
+    """Those of its section: other methods, evaluation, and the pre-training of its models."""
+    monkeypatch.setattr(make_demo_models, "MODELS_DIR", tmp_path / "made")
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    text = text.partition("\n## The demo\n")[2].partition("\n## ")[0]
+    commands = re.findall(r"^python (.*)$|`python ([^`]*)`", text, re.M)
+    commands = [shlex.split(line or inline) for line, inline in commands]
+    assert " ".join(words[0] for words in commands) == (
+        "train.py train.py evaluate.py train.py train.py train.py -m"
+    )
+    for program, *words in commands[:-1]:
+        arguments = [path for word in words for path in (sorted(glob.glob(word)) or [word])]
+        PROGRAMS[program].main(arguments)
+    assert commands[-1] == ["-m", "tests.make_demo_models"]
+    make_demo_models.main([])
+    shapes = {words[words.index("--shape") + 1] for words in commands[3:6]}
+    assert {path.name for path in (tmp_path / "made").iterdir()} == shapes
+    scores = json.loads((tmp_path / "out" / "evaluation" / "table1.json").read_text())["scores"]
+    assert {"gkd-1x96x4-demo-s10", "promptkd-1x96x4-demo-s10"} <= set(scores)
