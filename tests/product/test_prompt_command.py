@@ -1,6 +1,7 @@
 """`python prompt.py RUN`: every number against a direct computation, the files, and the errors."""
 
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -258,6 +259,9 @@ def test_all_of_it_is_printed(run, capsys):
         [line] = [line for line in printed.splitlines() if line.startswith(vector["began_as"])]
         assert f"{vector['moved']:.3f}" in line and f"{vector['cosine']:.3f}" in line
         assert all(f"{text} {cosine:.2f}" in line for text, cosine in vector["nearest"])
+    columns = ["began as", "moved", "cosine", *(f"nearest {n}" for n in (1, 2, 3, 4, 5))]
+    [header] = [line for line in printed.splitlines() if line.startswith("began as")]
+    assert re.split("  +", header.strip()) == columns
     for name, value in content["references"].items():
         assert any(name in line and f"{value:.3f}" in line for line in printed.splitlines())
     assert f"{run / 'prompt.json'}" in printed.splitlines()[-1]
