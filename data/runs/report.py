@@ -194,7 +194,7 @@ def plot_responses(path, responses, width=40):
                 places = [n + i * bar - 0.4 + bar / 2 for n in range(len(tokens))]
                 axes.bar(places, values[start : start + width], bar, label=label)
             axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=8)
-            axes.set(xlim=(-1, min(width, len(response["tokens"]))), ylim=(0, 1))
+            axes.set(xlim=(-0.6, min(width, len(response["tokens"])) - 0.4), ylim=(0, 1))
             part = "" if start == 0 else f", from token {start + 1} on"
             axes.set(title=f"validation row {response['row']}{part}", ylabel="probability")
         [label] = unique_labels([path.parent])
