@@ -59,6 +59,9 @@ BUDGET |= dict.fromkeys(("minillm", "gkd", "promptkd"), INIT_BUDGET)
 # chosen after the student's, which is chosen with the second of the prompt's rates.
 GRID = dict.fromkeys(BUDGET, (1e-3, 2e-3, 4e-3, 8e-3)) | {"minillm": (5e-4, 1e-3, 2e-3, 4e-3)}
 PROMPT_GRID = (3e-4, 1e-3, 3e-3)
+# The temperature of GKD's teacher is chosen as the prompt's rate is: after the student's rate,
+# which is chosen with the second of the temperatures.
+TEMPERATURES = (0.3, 0.5, 0.7)
 
 
 @dataclass(frozen=True)
@@ -70,15 +73,23 @@ class Variant:
     patch: str | None = None  # of PATCHES
     init: str = "init"  # the variant that it starts from
     has_tuned_prompt: bool = False  # starts with the prompt that PromptKD tuned with the same seed
+    has_tuned_temperature: bool = False  # its teacher has the temperature that the grid chose
     keep: int = 0  # checkpoints along training that are measured too
     students: tuple = STUDENTS[:1]
 
 
 @contextlib.contextmanager
-def sharp_teacher():
-    """The student's loss is against the teacher at temperature 0.5."""
-    student_loss = losses.student_loss
-    with mock.patch.object(losses, "student_loss", lambda q, p: student_loss(q, p / 0.5)):
+def sharp_teacher(temperature=0.5):
+    """In the losses of the student and of the prompt the teacher has this temperature."""
+    student_loss, prompt_loss = losses.student_loss, losses.prompt_loss
+
+    def sharp_prompt_loss(p_prompted, q, p_bare, *others):
+        return prompt_loss(p_prompted / temperature, q, p_bare / temperature, *others)
+
+    with (
+        mock.patch.object(losses, "student_loss", lambda q, p: student_loss(q, p / temperature)),
+        mock.patch.object(losses, "prompt_loss", sharp_prompt_loss),
+    ):
         yield
 
 
@@ -114,6 +125,10 @@ GROUPS = {
         "gkd-equal-time": Variant("gkd", (("steps", 1200), ("eval_interval", 240))),
         "gkd-sharp": Variant("gkd", patch="sharp-teacher", students=STUDENTS),
     },
+    "temperature": {
+        "gkd-tuned": Variant("gkd", has_tuned_temperature=True, students=STUDENTS),
+        "promptkd-tuned": Variant("promptkd", has_tuned_temperature=True, students=STUDENTS),
+    },
     "table3": {"reg0": promptkd(reg_weight=0.0)},
     "table5": {
         "forward-reverse": promptkd(prompt_kl="forward"),
@@ -138,20 +153,23 @@ VARIANTS = {name: v for group in GROUPS.values() for name, v in group.items()}
 
 @dataclass(frozen=True)
 class Experiment:
-    """A training run. lr, prompt_lr: of the grid; None for the rates that the grid has chosen."""
+    """A training run. lr, prompt_lr, temperature: of the grid; None for those that the grid has
+    chosen."""
 
     student: str
     variant: str
     seed: int
     lr: float | None = None
     prompt_lr: float | None = None
+    temperature: float | None = None
 
     @property
     def name(self):
         if self.lr is None:
             return f"{self.student}/{self.variant}-s{self.seed}"
         prompt_lr = f"-promptlr{self.prompt_lr:g}" if self.prompt_lr else ""
-        return f"{self.student}/grid/{self.variant}-lr{self.lr:g}{prompt_lr}"
+        temperature = f"-temperature{self.temperature:g}" if self.temperature else ""
+        return f"{self.student}/grid/{self.variant}-lr{self.lr:g}{prompt_lr}{temperature}"
 
     @property
     def path(self):
@@ -190,6 +208,25 @@ def prompt_grid_experiments(student, score=best_validation):
     return with_best([replace(best, prompt_lr=rate) for rate in PROMPT_GRID], score)
 
 
+def temperature_grid_experiments(student, score=best_validation):
+    """Two grids of GKD: of rates at the second temperature, and of temperatures at the best of
+    these rates. Returns the experiments of the first, those of the second, and the best of the
+    second. The second is empty if a result of the first is missing."""
+    middle = {"seed": GRID_SEED, "temperature": TEMPERATURES[1]}
+    rates = [Experiment(student, "gkd-tuned", lr=rate, **middle) for rate in GRID["gkd"]]
+    _, best = with_best(rates, score)
+    if best is None:
+        return rates, [], None
+    return rates, *with_best([replace(best, temperature=t) for t in TEMPERATURES], score)
+
+
+def teacher_temperature(experiment):
+    """The temperature of an experiment's teacher; None if it is left as it is."""
+    if not VARIANTS[experiment.variant].has_tuned_temperature:
+        return None
+    return experiment.temperature or temperature_grid_experiments(experiment.student)[2].temperature
+
+
 def beyond_grid(experiments, best, field):
     """The experiment one step beyond a grid whose best rate is at its edge, else None. Nothing is
     chosen from it. field: "lr" or "prompt_lr"."""
@@ -207,6 +244,8 @@ def learning_rates(experiment):
         return {"lr": grid_experiments(experiment.student, "sft")[1].lr}
     if experiment.lr is not None:
         rates = experiment.lr, experiment.prompt_lr
+    elif experiment.variant == "gkd-tuned":
+        rates = temperature_grid_experiments(experiment.student)[2].lr, None
     elif method == "promptkd":
         best = prompt_grid_experiments(experiment.student)[1]
         rates = best.lr, best.prompt_lr
@@ -260,6 +299,8 @@ def train_student(experiment):
     with contextlib.ExitStack() as patches:
         if variant.patch:
             patches.enter_context(PATCHES[variant.patch]())
+        if temperature := teacher_temperature(experiment):
+            patches.enter_context(sharp_teacher(temperature))
         if variant.has_tuned_prompt:
             tuned, _ = train_student(Experiment(experiment.student, "promptkd", experiment.seed))
             P = load_prompt(Path(tuned) / "best", PROMPT_WIDTH)  # (prompt_length, C)
@@ -409,6 +450,10 @@ def main(argv=None):
     beyond += [beyond_grid(*prompt_grid_experiments(s), "prompt_lr") for s in STUDENTS]
     compute_missing([e for e in beyond if e], args.jobs)
     for group in args.groups:
+        if any(variant.has_tuned_temperature for variant in GROUPS[group].values()):
+            for i in range(2):  # the rates, then the temperatures
+                grid = [e for s in STUDENTS for e in temperature_grid_experiments(s)[i]]
+                compute_missing(grid, args.jobs)
         experiments = [
             Experiment(student, name, seed)
             for student in reversed(STUDENTS)  # the demo's first

@@ -34,6 +34,7 @@ from tests.study.miniature import (
     figure4_variant,
     grid_experiments,
     prompt_grid_experiments,
+    temperature_grid_experiments,
 )
 from tests.study.results import (
     COLUMNS,
@@ -254,6 +255,9 @@ def all_experiments(results):
     for _, _, field, grid, best in grids(results):
         beyond = beyond_grid(grid, best, field) if best else None
         experiments += [*grid, beyond] if beyond else grid
+    for student in STUDENTS:
+        rates, temperatures, _ = temperature_grid_experiments(student, partial(grid_score, results))
+        experiments += [*rates, *temperatures]
     for variants in GROUPS.values():
         for name, variant in variants.items():
             experiments += [Experiment(s, name, seed) for s in variant.students for seed in SEEDS]
@@ -370,20 +374,58 @@ def controls_table(results):
     return markdown(table)
 
 
-def sharp_table(results):
-    """GKD from a teacher at temperature 0.5 beside PromptKD. Losses are in nats per token."""
+def sharp_columns():
+    """The head of the two tables below, and their columns: (student, metric, digits) of each.
+    Losses are in nats per token."""
     columns = {
         "average": (rouge_l("average"), 1),
         "average, greedily": (rouge_l("average", "greedy"), 1),
         "loss on its own responses": (effect(ON_STUDENT, "loss q"), 2),
     }
     head = ["", *(f"{student}: {name}" for student in STUDENTS for name in columns)]
-    columns = [(student, *column) for student in STUDENTS for column in columns.values()]
+    return head, [(student, *column) for student in STUDENTS for column in columns.values()]
+
+
+def sharp_table(results):
+    """GKD from a teacher at temperature 0.5 beside PromptKD."""
     variants = {"GKD": "gkd", SHARP_LABEL: "gkd-sharp", "PromptKD": "promptkd"}
     pairs = {
         "temperature 0.5 minus GKD": ("gkd-sharp", "gkd"),
         "PromptKD minus temperature 0.5": ("promptkd", "gkd-sharp"),
     }
+    head, columns = sharp_columns()
+    rows = mean_rows(results, variants, columns) + difference_rows(results, pairs, columns)
+    return markdown([head, *rows])
+
+
+def temperature_table(results):
+    """The grid of GKD's rates and of its teacher's temperature."""
+    head = ["rates at temperature 0.5, and their scores", "temperatures at the best rate", "chosen"]
+    table = [["student", *head, "GKD's best score"]]
+    score = partial(grid_score, results)
+    for student in STUDENTS:
+        rates, temperatures, best = temperature_grid_experiments(student, score)
+        cells = [", ".join(score_cell(results, e, "lr") for e in rates)]
+        scores = [score_cell(results, e, "temperature") for e in temperatures]
+        cells.append(", ".join(scores) or NOT_RUN)
+        cells.append(f"{best.lr:g}, {best.temperature:g}" if best else NOT_RUN)
+        _, of_gkd = grid_experiments(student, "gkd", score)
+        cells.append(f"{score(of_gkd):.1f}" if of_gkd else NOT_RUN)
+        table.append([student, *cells])
+    return markdown(table)
+
+
+def tuned_temperature_table(results):
+    """GKD whose teacher's temperature is tuned, and PromptKD from that teacher."""
+    gkd, promptkd = "GKD, temperature tuned", "PromptKD from that teacher"
+    variants = {"GKD": "gkd", gkd: "gkd-tuned", "PromptKD": "promptkd", promptkd: "promptkd-tuned"}
+    pairs = {
+        "GKD, temperature tuned, minus GKD": ("gkd-tuned", "gkd"),
+        "PromptKD minus GKD, temperature tuned": ("promptkd", "gkd-tuned"),
+        "PromptKD from that teacher minus GKD from it": ("promptkd-tuned", "gkd-tuned"),
+        "PromptKD from that teacher minus PromptKD": ("promptkd-tuned", "promptkd"),
+    }
+    head, columns = sharp_columns()
     rows = mean_rows(results, variants, columns) + difference_rows(results, pairs, columns)
     return markdown([head, *rows])
 
@@ -743,6 +785,8 @@ def make_blocks(results):
         "controls": variants_table(results, "", CONTROLS),
         "controls-gkd": controls_table(results),
         "sharp": sharp_table(results),
+        "temperature-grid": temperature_table(results),
+        "tuned-temperature": tuned_temperature_table(results),
         "figure4-table": variants_table(results, "initialisation, length", FIGURE_4),
         "figure4-text": text_table(results),
         "released": released_table(results),

@@ -887,13 +887,17 @@ def test_variants_are_trained_with_their_settings_init_and_patches(name, variant
     monkeypatch.setattr(miniature, "learning_rates", lambda e: {"lr": 0.5, "prompt_lr": 0.25})
     patches = {patch_name: partial(patched, patch_name) for patch_name in miniature.PATCHES}
     monkeypatch.setattr(miniature, "PATCHES", patches)
+    monkeypatch.setattr(miniature, "sharp_teacher", lambda t: patched(f"temperature {t}"))
+    best = Experiment(SMALL, "gkd-tuned", GRID_SEED, 0.5, temperature=0.7)
+    monkeypatch.setattr(miniature, "temperature_grid_experiments", lambda s: ([], [], best))
     miniature.train_student(Experiment(SMALL, name, 3))
     run_name, settings, patches = trained[-1]
     assert run_name == f"{SMALL}-{name}-s3"
     assert settings.seed == 3
     rates = {"lr": 0.5, "prompt_lr": 0.25} | dict(variant.changes)
     assert {field: getattr(settings, field) for field in rates} == rates
-    assert patches == ([variant.patch] if variant.patch else [])
+    expected = [variant.patch] if variant.patch else []
+    assert patches == (["temperature 0.7"] if variant.has_tuned_temperature else expected)
     runs = [run_name for run_name, _, _ in trained]
     if variant.method in plots.INIT_METHODS:
         assert settings.student == f"{SMALL}-{variant.init}-s3" == runs[0]
@@ -908,6 +912,46 @@ def test_a_sharp_teacher_is_the_teacher_at_half_the_temperature():
         sharp = losses.student_loss(q, p)
     assert torch.allclose(sharp, kl(q, 2 * p))
     assert torch.allclose(losses.student_loss(q, p), kl(q, p))
+
+
+def test_the_losses_of_the_prompt_have_the_sharper_teacher_with_and_without_prompt():
+    p_prompted, q, p = torch.randn(3, 5, 7, dtype=torch.float64)  # (N, V)
+    with miniature.sharp_teacher(0.25):
+        sharp = losses.prompt_loss(p_prompted, q, p, 0.5)
+    assert torch.allclose(sharp, losses.prompt_loss(4 * p_prompted, q, 4 * p, 0.5))
+
+
+def test_gkds_temperature_is_tuned_after_its_rate(monkeypatch):
+    found = {}
+    grid = partial(miniature.temperature_grid_experiments, SMALL, score=lambda e: found.get(e.name))
+    rates, temperatures, best = grid()
+    assert [e.lr for e in rates] == list(GRID["gkd"])
+    assert {e.temperature for e in rates} == {0.5} and (temperatures, best) == ([], None)
+    found |= {e.name: score for e, score in zip(rates, (60, 62, 61, 50))}
+    _, temperatures, best = grid()
+    assert [(e.lr, e.temperature) for e in temperatures] == [(2e-3, t) for t in (0.3, 0.5, 0.7)]
+    assert temperatures[1] == rates[1] and best is None
+    found |= {temperatures[0].name: 63, temperatures[2].name: 61}
+    assert grid()[2] == temperatures[0]
+    monkeypatch.setattr(miniature, "temperature_grid_experiments", lambda s: grid())
+    assert miniature.teacher_temperature(rates[0]) == 0.5
+    assert miniature.teacher_temperature(Experiment(SMALL, "promptkd-tuned", 1)) == 0.3
+    assert miniature.teacher_temperature(Experiment(SMALL, "promptkd", 1)) is None
+    assert miniature.learning_rates(Experiment(SMALL, "gkd-tuned", 1))["lr"] == 2e-3
+
+
+def test_gkd_with_a_tuned_temperature_is_compared_for_both_students(full, blocks):
+    rows = rows_of(blocks["tuned-temperature"])
+    label = "PromptKD minus GKD, temperature tuned"
+    for column, student in ((1, SMALL), (4, LARGE)):
+        scores = [
+            scores_of(full, student, variant, "average", "greedy")
+            for variant in ("promptkd", "gkd-tuned")
+        ]
+        assert rows[label][column] == interval_cell(scores[0] - scores[1])
+        chosen = rows_of(blocks["temperature-grid"])[student][2]
+        *_, best = miniature.temperature_grid_experiments(student, partial(study.grid_score, full))
+        assert chosen == f"{best.lr:g}, {best.temperature:g}"
 
 
 def test_runs_with_the_same_seed_share_their_init_and_the_chosen_rates(tiny_study):
