@@ -2,6 +2,8 @@
 
 import statistics
 from dataclasses import replace
+from functools import partial
+from unittest import mock
 
 import torch
 
@@ -102,9 +104,38 @@ def exposure(teacher, student):
     label = str(student)
     kl_lists = teacher.kl_lists(student, label, MAX_NEW_TOKENS)
     curve = exposure_bias.exposure_curve(*kl_lists, teacher.args.seed, label)
-    without_first = [[[y[1:] for y in responses] for responses in kl_x] for kl_x in kl_lists]
-    _, _, error = exposure_bias.excess_accumulated_error(*without_first)
+    _, _, error = exposure_bias.excess_accumulated_error(*without_first_token(kl_lists))
     return curve | {"ex_acc_err_without_first": error.tolist()}
+
+
+def over_all_requests(kl_q, kl_p):
+    """ExAccErr in %, an array over l, where the mean at a step is over all responses and those that
+    have ended add 0. kl_q, kl_p: as `exposure_bias.excess_accumulated_error` takes them."""
+    # There are as many responses of the student as of the teacher, so their number cancels.
+    q_sums, p_sums = (exposure_bias.sum_by_step(kl_steps)[0].sum(0) for kl_steps in (kl_q, kl_p))
+    L = min(len(q_sums), len(p_sums))
+    R, l_epsilon = q_sums[:L].cumsum(), p_sums[:L].cumsum()
+    return 100 * (R - l_epsilon) / l_epsilon
+
+
+def without_first_token(kl_lists):
+    return [[[y[1:] for y in responses] for responses in kl_x] for kl_x in kl_lists]
+
+
+def released_exposure(p, tokenizer, student):
+    """ExAccErr in % as the released code measures it, lists over generation steps: with the mean
+    over all requests, with a ban on repeated 6-grams while both models sample, and with both and
+    without the first generated token. The last list begins with step 2."""
+    kl_lists = exposure_teacher(p, tokenizer).kl_lists(student, str(student), MAX_NEW_TOKENS)
+    banned_sampling = partial(sample_all, no_repeat_ngram=BANNED_NGRAM)
+    with mock.patch.object(exposure_bias, "sample_all", banned_sampling):
+        banned = exposure_teacher(p, tokenizer).kl_lists(student, str(student), MAX_NEW_TOKENS)
+    _, _, error_banned = exposure_bias.excess_accumulated_error(*banned)
+    return {
+        "all requests": over_all_requests(*kl_lists).tolist(),
+        "ban": error_banned.tolist(),
+        "all three": over_all_requests(*without_first_token(banned)).tolist(),
+    }
 
 
 # ---- what the prompt does to the teacher ---------------------------------------------------------

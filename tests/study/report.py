@@ -66,6 +66,7 @@ from tests.study.results import (
     mean_interval,
     measured,
     minutes,
+    released_exposure_at,
     rouge_l,
     table1_results,
     teacher_result,
@@ -490,6 +491,28 @@ def released_measures_table(results):
     return markdown(table)
 
 
+def released_exposure_table(results):
+    """ExAccErr with the three differences of the released script, for the methods of Table 1."""
+    l = common_step(r["exposure"] for r in table1_results(results, SMALL))
+    found = {name: r for name, r in results.items() if "exposure_released" in r}
+    columns = {
+        f"ExAccErr({l}), %": (results, exposure_at(l)),
+        "mean over all requests": (found, released_exposure_at(l, "all requests")),
+        "repeated 6-grams banned": (found, released_exposure_at(l, "ban")),
+        "both, and the first token left out": (found, released_exposure_at(l, "all three")),
+    }
+    table = [["", *columns]]
+    for method in METHODS:
+        values = [measured(r, SMALL, method, metric) for r, metric in columns.values()]
+        table.append([NAMES[method], *map(format_interval, values)])
+    falls = []
+    for r, metric in columns.values():
+        size = exposure_size(metric)
+        falls.append(difference_cell(r, SMALL, "gkd", "promptkd", size))
+    table.append(["fall of the size from GKD to PromptKD", *falls])
+    return markdown(table)
+
+
 def ban_effect(column):
     """The function that takes a result to its ROUGE-L with the ban on repeated 6-grams, minus that
     without it at the same sampling seed."""
@@ -792,6 +815,7 @@ def make_blocks(results):
         "released": released_table(results),
         "late-init": late_init_table(results),
         "released-measures": released_measures_table(results),
+        "released-exposure": released_exposure_table(results),
         "exposure": exposure_table(results),
     }
     for size, student in {"small": SMALL, "large": LARGE}.items():

@@ -113,6 +113,13 @@ def exposure_at(l, without_first=False):
     return lambda result: result["exposure"]["ex_acc_err"][l - 1]
 
 
+def released_exposure_at(l, name):
+    """The function that takes a result to ExAccErr at generation step l as the released code
+    measures it, in %. name: of `measure.released_exposure`."""
+    first_step = 2 if name == "all three" else 1
+    return lambda result: result["exposure_released"][name][l - first_step]
+
+
 def error_per_step(l):
     """The function that takes a result to R(l) / l: the error per step on the student's own text,
     in nats."""

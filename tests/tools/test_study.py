@@ -102,6 +102,8 @@ def made_up_result(experiment):
         scores = {kind: [60 + rank + rng.gauss(0, 1)] * 3 for kind in measure.KINDS}
         result["kinds"] = {kind: {"rows": 9, "scores": values} for kind, values in scores.items()}
         result["exposure"] = made_up_curve(rng, 20 - 2 * rank)
+        names = ("all requests", "ban", "all three")
+        result["exposure_released"] = {name: [rng.gauss(0, 9)] * 19 for name in names}
         result["effect"] = made_up_effect(rng, has_prompt, 1)
     if experiment.lr is None and variant and variant.keep:
         result["along"] = [
@@ -367,6 +369,19 @@ def test_differences_of_the_released_code(full, blocks):
     expected = f"{np.mean(without_first):.1f} ± {np.std(without_first, ddof=1):.1f}"
     assert rows["KD"][1] == expected
     assert rows["KD"][2] == interval_cell(np.array(effects))
+
+
+def test_exposure_bias_as_released_is_compared_with_0_and_by_size(full, blocks):
+    rows = rows_of(blocks["released-exposure"])
+    by_method = {
+        method: np.array(
+            [full[f"{SMALL}/{method}-s{n}"]["exposure_released"]["ban"][0] for n in miniature.SEEDS]
+        )
+        for method in ("gkd", "promptkd")
+    }
+    assert rows["GKD"][2] == interval_cell(by_method["gkd"])
+    falls = abs(by_method["gkd"]) - abs(by_method["promptkd"])
+    assert rows["fall of the size from GKD to PromptKD"][2] == interval_cell(falls)
 
 
 def test_exposure_bias_is_compared_at_the_last_step_reliable_for_all(full):
@@ -1066,6 +1081,47 @@ def test_rouge_l_on_dev_is_that_of_the_responses_of_teacher_and_student(tiny_stu
     p, tokenizer = load_model(str(models / miniature.TEACHER), CPU)
     effect = measure.prompt_effect(p, tokenizer, str(models / SMALL))
     assert effect["rouge_l"] == {"teacher": 100, "student": 0}
+
+
+def test_a_response_that_has_ended_adds_0_to_the_mean_over_all_requests():
+    # Two requests with two responses each: R(2) = (1 + 2 + 3 + 2 + 4) / 4, 2 ε(2) = 8 / 4.
+    kl_q, kl_p = [[[1], [2, 4]], [[3], [2]]], [[[1, 1], [1, 1]], [[1, 1], [1, 1, 9]]]
+    assert measure.over_all_requests(kl_q, kl_p) == pytest.approx([100, 50])
+
+
+def test_released_exposure_bias_is_added_to_the_results_of_table_1(tiny_study, monkeypatch):
+    bans, sample_all = [], measure.sample_all
+
+    def spy(*args, no_repeat_ngram=0, **kwargs):
+        bans.append(no_repeat_ngram)
+        return sample_all(*args, no_repeat_ngram=no_repeat_ngram, **kwargs)
+
+    monkeypatch.setattr(measure, "sample_all", spy)
+    monkeypatch.setattr(measure.exposure_bias, "sample_all", spy)
+    paths = (tiny_study.directory / "results" / SMALL).glob("*.json")
+    before = {path: read_json(path, "") for path in paths}
+    n_calls = []
+
+    def call_here(functions, jobs):
+        for _, function, *args in functions:
+            n_calls.append(function(*args))
+
+    monkeypatch.setattr(miniature, "call_all", call_here)
+    monkeypatch.setattr(
+        miniature, "train_teacher", lambda: str(tiny_study.directory / "out/teacher")
+    )
+    for _ in range(2):  # nothing is left for the second time
+        miniature.add_missing_released_exposure(1)
+    assert len(n_calls) == len(miniature.GROUPS["table1"])
+    assert bans == [0, 0, 6, 6] * len(n_calls)
+    for path, result in before.items():
+        after = read_json(path, "")
+        added = after.pop("exposure_released", None)
+        assert after == result
+        assert (added is not None) == (result["variant"] in miniature.GROUPS["table1"])
+        if added:
+            assert set(added) == {"all requests", "ban", "all three"}
+            assert added["all requests"][0] == result["exposure"]["ex_acc_err"][0]  # all are alive
 
 
 def test_numbers_are_rounded_to_five_digits_at_any_depth():
