@@ -1107,9 +1107,6 @@ def test_released_exposure_bias_is_added_to_the_results_of_table_1(tiny_study, m
             n_calls.append(function(*args))
 
     monkeypatch.setattr(miniature, "call_all", call_here)
-    monkeypatch.setattr(
-        miniature, "train_teacher", lambda: str(tiny_study.directory / "out/teacher")
-    )
     for _ in range(2):  # nothing is left for the second time
         miniature.add_missing_released_exposure(1)
     assert len(n_calls) == len(miniature.GROUPS["table1"])
