@@ -221,6 +221,17 @@ def temperature_grid_experiments(student, score=best_validation):
     return rates, *with_best([replace(best, temperature=t) for t in TEMPERATURES], score)
 
 
+def control_instead(experiment, score=best_validation):
+    """The experiment that has the runs of this one: GKD from the sharp teacher, if that has the
+    rate and the temperature that were chosen. Else None."""
+    *_, best = temperature_grid_experiments(experiment.student, score)
+    _, of_gkd = grid_experiments(experiment.student, "gkd", score)
+    if experiment.variant != "gkd-tuned" or experiment.lr is not None or not best or not of_gkd:
+        return None
+    is_control = (best.lr, best.temperature) == (of_gkd.lr, 0.5)
+    return replace(experiment, variant="gkd-sharp") if is_control else None
+
+
 def teacher_temperature(experiment):
     """The temperature of an experiment's teacher; None if it is left as it is."""
     if not VARIANTS[experiment.variant].has_tuned_temperature:
@@ -485,7 +496,7 @@ def main(argv=None):
             for seed in SEEDS
             if student in variant.students
         ]
-        compute_missing(experiments, args.jobs)
+        compute_missing([e for e in experiments if not control_instead(e)], args.jobs)
 
 
 if __name__ == "__main__":

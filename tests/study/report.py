@@ -31,6 +31,7 @@ from tests.study.miniature import (
     VARIANTS,
     Experiment,
     beyond_grid,
+    control_instead,
     figure4_variant,
     grid_experiments,
     prompt_grid_experiments,
@@ -262,7 +263,7 @@ def all_experiments(results):
     for variants in GROUPS.values():
         for name, variant in variants.items():
             experiments += [Experiment(s, name, seed) for s in variant.students for seed in SEEDS]
-    return experiments
+    return [e for e in experiments if not control_instead(e, partial(grid_score, results))]
 
 
 def total_cost(results):
@@ -427,8 +428,19 @@ def tuned_temperature_table(results):
         "PromptKD from that teacher minus PromptKD": ("promptkd-tuned", "promptkd"),
     }
     head, columns = sharp_columns()
+    results = results | runs_of_control(results)
     rows = mean_rows(results, variants, columns) + difference_rows(results, pairs, columns)
     return markdown([head, *rows])
+
+
+def runs_of_control(results):
+    """The results of GKD from the sharp teacher, under the names of those that they stand for."""
+    found = {}
+    for experiment in [Experiment(s, "gkd-tuned", seed) for s in STUDENTS for seed in SEEDS]:
+        control = control_instead(experiment, partial(grid_score, results))
+        if control and control.name in results:
+            found[experiment.name] = results[control.name]
+    return found
 
 
 def time_cells(results, variant):

@@ -955,14 +955,30 @@ def test_gkds_temperature_is_tuned_after_its_rate(monkeypatch):
     assert miniature.learning_rates(Experiment(SMALL, "gkd-tuned", 1))["lr"] == 2e-3
 
 
+def test_a_choice_of_the_sharp_teacher_and_gkds_rate_has_the_runs_of_that_control(full):
+    found = {name: r for name, r in full.items() if "gkd-tuned" not in name}
+    gkd = study.grid_experiments(LARGE, "gkd", partial(study.grid_score, full))[1]
+    for temperature, rouge_l in ((0.3, 60), (0.5, 70), (0.7, 60)):
+        for lr in GRID["gkd"]:
+            e = Experiment(LARGE, "gkd-tuned", GRID_SEED, lr, temperature=temperature)
+            found[e.name] = {"validation": {"rouge_l": [rouge_l + (lr == gkd.lr)]}}
+    scores = [scores_of(full, LARGE, v, "average") for v in ("promptkd", "gkd-sharp")]
+    rows = rows_of(study.tuned_temperature_table(found))
+    cells = rows["PromptKD minus GKD, temperature tuned"]
+    assert cells[3] == interval_cell(scores[0] - scores[1]) and cells[0] == "not run"
+    names = {experiment.name for experiment in study.all_experiments(found)}
+    assert f"{SMALL}/gkd-tuned-s1" in names and f"{LARGE}/gkd-tuned-s1" not in names
+
+
 def test_gkd_with_a_tuned_temperature_is_compared_for_both_students(full, blocks):
     rows = rows_of(blocks["tuned-temperature"])
     label = "PromptKD minus GKD, temperature tuned"
     for column, student in ((1, SMALL), (4, LARGE)):
-        scores = [
-            scores_of(full, student, variant, "average", "greedy")
-            for variant in ("promptkd", "gkd-tuned")
-        ]
+        best_control = study.control_instead(
+            Experiment(student, "gkd-tuned", 1), partial(study.grid_score, full)
+        )
+        gkd = "gkd-sharp" if best_control else "gkd-tuned"
+        scores = [scores_of(full, student, v, "average", "greedy") for v in ("promptkd", gkd)]
         assert rows[label][column] == interval_cell(scores[0] - scores[1])
         chosen = rows_of(blocks["temperature-grid"])[student][2]
         *_, best = miniature.temperature_grid_experiments(student, partial(study.grid_score, full))
