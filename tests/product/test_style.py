@@ -218,7 +218,8 @@ def test_every_file_that_is_named_exists(path):
 
 @document
 def test_every_option_exists(path):
-    others = [ROOT / "tests" / name for name in ("bench.py", "conftest.py", "memory.py")]
+    names = ("bench.py", "conftest.py", "memory.py", "study/miniature.py")
+    others = [ROOT / "tests" / name for name in names]
     sources = [*PRODUCT, *others]
     known = set().union(*(re.findall(r'"(--[\w-]+)"', file.read_text()) for file in sources))
     # argparse's; torchrun's; SLURM's; pip's; pytest's; ruff's
