@@ -41,7 +41,7 @@ def save_adapter(P, directory, config, teacher, teacher_hash):
     id. teacher_hash: as in `describe_prompt`. Raises InputError if there is an adapter already.
     """
     directory = Path(directory)
-    if (directory / ADAPTER_CONFIG).exists():
+    if (directory / ADAPTER_CONFIG).exists() or (directory / ADAPTER_FILE).exists():
         raise InputError(f"--peft {directory}: has an adapter already; choose another directory")
     values = ADAPTER_KIND | {
         "auto_mapping": None,
@@ -65,6 +65,8 @@ def prompt_path(path):
     """Where a soft prompt is: in a file, or in a directory in PROMPT_FILE or a PEFT adapter's file.
     Raises InputError if the adapter is not one of prompt tuning."""
     path = Path(path)
+    if path.name == ADAPTER_FILE and (path.parent / ADAPTER_CONFIG).exists():
+        path = path.parent
     if not path.is_dir():
         return path
     if (path / PROMPT_FILE).exists() or not (path / ADAPTER_CONFIG).exists():
@@ -72,8 +74,9 @@ def prompt_path(path):
     config = path / ADAPTER_CONFIG
     values = read_json(config, "save the adapter again")
     for field, value in ADAPTER_KIND.items():
-        if values.get(field, value) != value:
-            problem = f"'{field}' is {values[field]!r}, and only {value!r} is a soft prompt here"
+        found = values.get(field)
+        if found != value and (found is not None or field == "peft_type"):
+            problem = f"'{field}' is {found!r}, and only {value!r} is a soft prompt here"
             raise InputError(f"{config}: {problem}")
     if not (path / ADAPTER_FILE).exists() and (path / "adapter_model.bin").exists():
         fix = "save it with safe_serialization=True"
@@ -82,10 +85,16 @@ def prompt_path(path):
 
 
 def prompt_metadata(path):
-    """What a readable file of a soft prompt says of itself (see `describe_prompt`)."""
-    with open(prompt_path(path), "rb") as file:
+    """What a readable file of a soft prompt says of itself (see `describe_prompt`). An adapter of
+    PEFT's own has the name of its base model as `teacher`, and no hash."""
+    path, metadata = prompt_path(path), {}
+    config = path.with_name(ADAPTER_CONFIG)
+    if path.name == ADAPTER_FILE and config.exists():
+        base = read_json(config, "save the adapter again").get("base_model_name_or_path")
+        metadata = {"teacher": base} if base else {}
+    with open(path, "rb") as file:
         n = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(n)).get("__metadata__", {})
+        return metadata | json.loads(file.read(n)).get("__metadata__", {})
 
 
 def load_prompt(path, width):

@@ -178,6 +178,8 @@ def warn_of_other_teacher(prompt, model):
     problem = ""
     if "teacher_sha256" not in metadata:
         problem = "does not say which teacher it was tuned for"
+        if teacher := metadata.get("teacher"):
+            problem = f"was tuned for {teacher}, but does not say with which weights"
     elif metadata["teacher_sha256"] != model_hash(model):
         teacher = metadata.get("teacher")
         problem = f"was tuned for the teacher {teacher}, and {model} is another model"
@@ -195,7 +197,11 @@ def parse_args(argv):
     option("--input", default="", help="the context of the instruction")
     help = "JSON lines with 'instruction' and optionally 'input'; - is standard input"
     option("--file", help=help)
-    option("--prompt", metavar="FILE", help="a soft prompt: prompt.safetensors or its directory")
+    option(
+        "--prompt",
+        metavar="FILE",
+        help="a soft prompt: prompt.safetensors or its directory, or a PEFT adapter",
+    )
     option("--json", action="store_true", help="JSON lines with tokens and log-probabilities")
     option("--seed", type=number_in_range(int, 0, 2**32), default=10)
     add_decoding_options(parser)

@@ -65,6 +65,22 @@ def test_a_teacher_from_the_hub_keeps_its_id(out, tmp_path, monkeypatch):  # noq
 def test_an_adapter_is_never_overwritten(run, adapter):  # noqa: F811
     problem = f"--peft {adapter}: has an adapter already; choose another directory"
     assert error_of(main, [str(run), "--peft", str(adapter)]) == problem
+    (adapter / "adapter_config.json").unlink()
+    assert error_of(main, [str(run), "--peft", str(adapter)]) == problem
+
+
+def test_an_adapter_of_pefts_own_is_warned_of_by_the_name_of_its_model(
+    out,  # noqa: F811
+    adapter,
+    capsys,
+):
+    change_config(adapter, base_model_name_or_path="owner/other", task_type=None)
+    weights = adapter / "adapter_model.safetensors"
+    save_file({"prompt_embeddings": P}, weights)
+    arguments = ["--instruction", "Write.", "--max-new", "2", "--prompt", str(adapter)]
+    sampling.main([str(out / "teacher"), *arguments])
+    problem = "was tuned for owner/other, but does not say with which weights"
+    assert f"warning: {weights}: {problem}\n" in capsys.readouterr().err
 
 
 def test_sample_py_takes_an_adapter(out, adapter, tmp_path, capsys):  # noqa: F811
@@ -83,6 +99,8 @@ def test_sample_py_takes_an_adapter(out, adapter, tmp_path, capsys):  # noqa: F8
     [
         ({"peft_type": "LORA"}, "'peft_type' is 'LORA', and only 'PROMPT_TUNING' is a soft prompt"),
         ({"peft_type": "P_TUNING"}, "'peft_type' is 'P_TUNING'"),
+        ({"peft_type": "MULTITASK_PROMPT_TUNING"}, "'peft_type' is 'MULTITASK_PROMPT_TUNING'"),
+        ({"peft_type": None}, "'peft_type' is None"),
         ({"task_type": "SEQ_2_SEQ_LM"}, "'task_type' is 'SEQ_2_SEQ_LM', and only 'CAUSAL_LM'"),
         ({"num_transformer_submodules": 2}, "'num_transformer_submodules' is 2, and only 1"),
         ("no JSON", "adapter_config.json: can't be read as JSON"),
@@ -105,8 +123,9 @@ def test_other_adapters_are_refused_in_one_line(adapter, change, parts):
     else:
         name = "prompt_embeddings" if change == "another width" else "lora_A.weight"
         save_file({name: torch.ones(3, 48)}, weights)
-    message = error_of(load_prompt, adapter, WIDTH)
-    assert str(adapter) in message and parts in message
+    for path in (adapter, weights) if isinstance(change, dict) else (adapter,):
+        message = error_of(load_prompt, path, WIDTH)
+        assert str(adapter) in message and parts in message
 
 
 # Logits of PEFT's model on IDS with the prompt of `soft_prompt(5)`: of the last token, the first
