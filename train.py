@@ -65,6 +65,7 @@ class Run:
     teacher_hash: str | None = None  # SHA-256
     P: torch.Tensor | None = None  # (prompt_length, C of the teacher)
     prompt_optimizer: torch.optim.Optimizer | None = None
+    warmup_steps: int = 0  # those of the settings, or fewer in a short run
     steps_per_epoch: int | None = None
     rollout_size: int | None = None  # requests per rollout: a global batch, if not MiniLLM
     rollout_steps: int = 1  # MiniLLM: optimizer steps per rollout

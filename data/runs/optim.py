@@ -95,7 +95,7 @@ def set_learning_rates(run, t):
     s, rates = run.settings, {}
     for name, optimizer in (("lr", run.optimizer), ("prompt_lr", run.prompt_optimizer)):
         if optimizer is not None:
-            schedule = (run.total_steps, s.schedule, s.warmup_steps)
+            schedule = (run.total_steps, s.schedule, run.warmup_steps)
             rates[name] = learning_rate(getattr(s, name), t, *schedule)
             set_learning_rate(optimizer, rates[name])
     return rates

@@ -139,6 +139,8 @@ def describe_steps(stage):
     steps = stages.plan_steps(s, n)
     kind = "blocks" if s.method == "pretrain" else "training rows"
     text = f"{steps['total_steps']:,} of {steps['global_batch_size']:,} rows; {n:,} {kind}"
+    if steps["warmup_steps"] < s.warmup_steps:
+        text += f"; warm-up of {steps['warmup_steps']:,} steps in place of {s.warmup_steps:,}"
     return text if is_exact else f"{text}, less those whose request is over the limit of tokens"
 
 

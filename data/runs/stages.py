@@ -48,6 +48,9 @@ def plan_steps(s, n_examples):
     steps_per_epoch = n_examples // rollout_size * rollout_steps
     steps = {"steps_per_epoch": steps_per_epoch, "rollout_steps": rollout_steps}
     steps["total_steps"] = s.steps or min(steps_per_epoch * s.epochs, s.max_steps or math.inf)
+    # A run that is shorter than its warm-up would end far below the rate that was asked for.
+    is_short = steps["total_steps"] < s.warmup_steps
+    steps["warmup_steps"] = max(1, steps["total_steps"] // 10) if is_short else s.warmup_steps
     return steps | {"global_batch_size": global_batch_size, "rollout_size": rollout_size}
 
 
@@ -57,6 +60,9 @@ def print_stage(run, directory, n_examples, start_step):
         f"\n{directory}: {run.settings.method}, {run.student.n_parameters():,} parameters, "
         f"{n_examples:,} rows, {run.total_steps:,} steps of {run.global_batch_size}{resuming}"
     )
+    if run.warmup_steps < run.settings.warmup_steps:
+        usual = f"its usual {run.settings.warmup_steps:,} steps are more than the run has"
+        print0(f"warm-up of {run.warmup_steps:,} steps: {usual}")
     if run.P is not None:
         n, n_teacher = run.P.numel(), run.teacher.n_parameters()
         share = f"{100 * n / n_teacher:.4f} % of the teacher's {n_teacher:,} parameters"

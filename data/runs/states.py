@@ -18,8 +18,8 @@ from data.sets.rows import Example
 
 def save_state(run, directory, progress):
     """Save what resuming needs. progress: step, best score and its step, and hours so far."""
-    state = {"progress": progress, "student": run.student.state_dict()}
-    state["optimizer"] = optimizer_state(run.optimizer)
+    state = {"progress": progress, "warmup_steps": run.warmup_steps}
+    state |= {"student": run.student.state_dict(), "optimizer": optimizer_state(run.optimizer)}
     if run.P is not None:
         state |= {"P": run.P.detach(), "prompt_optimizer": run.prompt_optimizer.state_dict()}
     if run.scored_rollout is not None:
@@ -93,6 +93,8 @@ def load_state(run, directory):
             run.prompt_optimizer.load_state_dict(state["prompt_optimizer"])
         if "rollout" in state:
             run.scored_rollout = [Example(*row) for row in state["rollout"]]
+        # A run of an older version ends with the warm-up that it began with.
+        run.warmup_steps = state.get("warmup_steps", run.settings.warmup_steps)
         return state["progress"]
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, PickleError) as error:
         fix = f"move {path.parent} elsewhere to start from scratch"

@@ -265,6 +265,11 @@ def test_steps_without_the_tokenizer_count_all_rows(tmp_path, no_download):
     write_checkpoint(tmp_path / "plain", STUDENT, TOKENIZER)
     [stage] = plan_of(tmp_path / "out", *options, tmp_path / "plain").values()
     assert line_of(stage, "steps: ") == "steps: 9 of 2 rows; 7 training rows"
+    teacher = write_checkpoint(tmp_path / "teacher", STUDENT, TOKENIZER)
+    gkd = [*options, tmp_path / "plain", "--method", "gkd", "--sft-teacher", teacher]
+    [_, stage] = plan_of(tmp_path / "out", *gkd).values()
+    expected = "steps: 9 of 2 rows; 7 training rows; warm-up of 1 steps in place of 100"
+    assert line_of(stage, "steps: ") == expected
     (tmp_path / "mine" / "dev.jsonl").unlink()
     with pytest.raises(InputError, match="dev.jsonl: no such file"):
         plan_of(tmp_path / "out", *options, tmp_path / "plain")

@@ -876,8 +876,9 @@ def test_rates_in_the_metrics_are_those_of_the_schedule(whole, kind):
     directory = stage_directory(whole, kind)
     s, n = train.Settings(**record(directory)["settings"]), record(directory)["total_steps"]
     lines = steps_of(directory)
+    warmup_steps = min(1, s.warmup_steps)  # of two steps in all
     for name in ("lr", "prompt_lr") if kind == "promptkd" else ("lr",):
-        schedule = (n, s.schedule, s.warmup_steps)
+        schedule = (n, s.schedule, warmup_steps)
         expected = [learning_rate(getattr(s, name), t, *schedule) for t in range(n)]
         assert [line[name] for line in lines] == expected
     if kind == "promptkd":
@@ -1205,6 +1206,22 @@ def test_a_response_is_the_rows_first_reference_and_end_of_text(
         row = rows[e.index]
         assert TOKENIZER.decode(e.request) == fill_template(row.instruction, row.input)
         assert TOKENIZER.decode(e.response) == row.references[0] + "<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    "steps, usual, warmup_steps",
+    [(20, 100, 2), (5, 100, 1), (99, 100, 9), (100, 100, 100), (200, 100, 100), (20, 0, 0)],
+)
+def test_a_run_shorter_than_its_warm_up_takes_a_tenth_of_its_steps_for_it_and_says_so(
+    tmp_path, capsys, student, steps_seen, no_validation, steps, usual, warmup_steps
+):
+    s = settings(student=str(student), steps=steps, warmup_steps=usual, schedule="constant")
+    directory = run_stage(tmp_path, s)
+    rates = [s.lr * (t + 1) / warmup_steps for t in range(warmup_steps)]
+    assert [line["lr"] for line in steps_of(directory)] == rates + [s.lr] * (steps - warmup_steps)
+    assert record(directory)["settings"]["warmup_steps"] == usual
+    line = f"warm-up of {warmup_steps} steps: its usual {usual} steps are more than the run has\n"
+    assert (line in capsys.readouterr().out) == (steps < usual)
 
 
 @pytest.mark.parametrize(
@@ -1633,7 +1650,7 @@ def by_ranks(tmp_path_factory, student, teacher):
     """A function from a method to its whole command on one and two ranks: the directory that
     each leaves, and what was printed. A method that starts from the init, and so may sample, is run
     with uneven responses too, PromptKD also on four ranks."""
-    common = "--data demo --steps 2 --global-batch 16 --dropout 0 --lr 0.01 --dev-rows 4"
+    common = "--data demo --steps 2 --global-batch 16 --dropout 0 --lr 0.0002 --dev-rows 4"
     common += " --micro-batch-tokens 240"
     starts = {"shape": "--shape 1x16x2", "pretrained": f"--student {student}"}
     starts["init"] = f"--init {student}"
