@@ -46,7 +46,7 @@ from data.runs.methods import DEFAULTS, METHODS
 from data.runs.names import UNFINISHED, run_kind, run_labels, unique_labels
 from data.runs.options import add_decoding_options, add_precision_option
 from data.runs.runs import read_record, run_dir
-from data.sets.prepare import PUBLIC_SETS, find_data_dir
+from data.sets.prepare import NAMED_SETS, PUBLIC_SETS, find_data_dir
 from data.sets.rows import (
     encode_request,
     read_jsonl,
@@ -147,7 +147,7 @@ def open_columns(names, limit=None, ban=None):
     InputError if two different sets have the same label.
     """
     paths, columns = {}, {}
-    for label, name in zip(unique_labels(names), names):
+    for label, name in zip(unique_labels(names, ours=NAMED_SETS), names):
         data_dir = dist.run_on_rank0(find_data_dir, name)
         found = {label: data_dir}
         if name == "demo":

@@ -48,10 +48,11 @@ def override_suffix(option, value):
     return f"-{option.name.replace('_', '')}{value}"
 
 
-def unique_labels(names):
+def unique_labels(names, ours=()):
     """A short label for each model or data set: its directory's name, with as many parent
-    directories as it takes to tell it from the others."""
-    parts = [run_dir(name).parts if os.path.exists(name) else (name,) for name in names]
+    directories as it takes to tell it from the others. ours: names that never are a directory's."""
+    is_path = [name not in ours and os.path.exists(name) for name in names]
+    parts = [run_dir(name).parts if p else (name,) for name, p in zip(names, is_path)]
     depth = 1
     while len({p[-depth:] for p in parts}) < len(set(parts)):
         depth += 1

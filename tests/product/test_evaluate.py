@@ -219,6 +219,19 @@ def test_labels_have_as_many_directories_as_make_them_unique(tmp_path):
     assert unique_labels([x, x]) == ["run", "run"]
 
 
+def test_a_set_of_ours_keeps_its_name_beside_folders_called_like_it(tmp_path, monkeypatch, world):
+    """And with it the paper's ban and numbers."""
+    monkeypatch.setattr("data.sets.prepare.DATA_DIR", tmp_path / "data")
+    for name in ("data/vicuna", "here/vicuna", "here/x/vicuna"):
+        shutil.copytree(world / "near", tmp_path / name)
+    monkeypatch.chdir(tmp_path / "here")
+    for others in (["x/vicuna"], ["./vicuna"], ["x/vicuna", "./vicuna"]):
+        columns = open_columns(["vicuna", *others])
+        bans = {label: column.ban for label, column in columns.items()}
+        assert len(bans) == 1 + len(others)
+        assert bans.pop("vicuna") == 6 and set(bans.values()) == {0}
+
+
 @pytest.mark.parametrize("name", ["average", "reference"])
 def test_names_of_our_own_columns_and_rows_are_kept_apart(tmp_path, world, name):
     """A data set called `average` does not overwrite its own score with the average, and a model
